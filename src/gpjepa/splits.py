@@ -1,0 +1,82 @@
+"""Which perturbations, contexts or cells are held out; training, effects and benchmark share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .perturbations import Perturbation
+
+MIN_UNITS = 5
+"""Fewer held-out units than this do not decide anything (a gate, early stopping)."""
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """What was held out: ``units`` of one ``kind``, and why this kind."""
+
+    kind: Literal["perturbations", "contexts", "cells"]
+    units: tuple
+    reason: str
+
+
+def hold_out(
+    rows: Sequence[tuple[str, Perturbation]], *, fraction: float = 0.15, seed: int = 0
+) -> Holdout:
+    """Choose what training holds out for early stopping and the gate.
+
+    Perturbations, singles and combinations in their proportion, if at least five can be spared
+    (a third of all at most); otherwise one context of at least three; otherwise cells.
+
+    Parameters
+    ----------
+    rows
+        The (context, perturbation) pairs measured in training; controls are ignored.
+    fraction
+        Share of the perturbations to hold out.
+    seed
+        Seed of the choice; the order of the rows does not matter.
+
+    Returns
+    -------
+    Holdout
+        ``units`` are perturbations, contexts, or empty for cells.
+    """
+    rng = np.random.default_rng(seed)
+    perturbations = sorted({p for _, p in rows if not p.is_control})
+    contexts = sorted({c for c, p in rows if not p.is_control})
+    n = max(MIN_UNITS, round(fraction * len(perturbations)))
+    if 3 * n <= len(perturbations):
+        singles = [p for p in perturbations if len(p.targets) == 1]
+        combinations = [p for p in perturbations if len(p.targets) > 1]
+        n_combinations = round(n * len(combinations) / len(perturbations))
+        chosen = [
+            group[i]
+            for group, k in ((combinations, n_combinations), (singles, n - n_combinations))
+            for i in rng.permutation(len(group))[:k]
+        ]
+        return Holdout("perturbations", tuple(sorted(chosen)), f"{len(chosen)} perturbations")
+    few = f"only {len(perturbations)} perturbations, too few to hold out {MIN_UNITS} of them"
+    if len(contexts) >= 3:
+        context = contexts[int(rng.integers(len(contexts)))]
+        return Holdout("contexts", (context,), f"context {context!r} ({few})")
+    return Holdout("cells", (), f"a tenth of the cells ({few}, and fewer than 3 contexts)")
+
+
+def exclude(
+    labels: Iterable[Perturbation], contexts: Iterable[str], holdout: Holdout
+) -> np.ndarray:
+    """Mask of the cells that a hold-out of perturbations or contexts takes out of training.
+
+    Control cells stay: a context is known by them.
+    """
+    out = set(holdout.units)
+    if holdout.kind == "perturbations":
+        return np.fromiter((p in out for p in labels), bool)
+    if holdout.kind == "contexts":
+        pairs = zip(labels, contexts, strict=True)
+        return np.fromiter((c in out and not p.is_control for p, c in pairs), bool)
+    raise ValueError("Cells are held out at random, not by label.")
