@@ -1,0 +1,3 @@
+from ._simulate import simulate
+
+__all__ = ["simulate"]

@@ -1,0 +1,3 @@
+from ._scales import SCALES
+
+__all__ = ["SCALES"]

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from ..perturbations import Perturbation
+from ._scales import PER, SCALES, Scale, log1p_rates
+
+_CHUNK = 4_000  # cells normalised at a time
+
+
+@dataclass(frozen=True)
+class EffectTable:
+    """Mean effects of perturbations in contexts, with their sampling variance.
+
+    Attributes
+    ----------
+    genes
+        Names of the genes, shape (n_genes,).
+    rows
+        The (context, perturbation) of each row, controls excluded, sorted.
+    n_cells
+        Cells of each row, shape (n_rows,).
+    effect, variance
+        Per scale: difference from the control profile of the context, and the sampling variance of
+        the perturbed profile alone (without the control's), shape (n_rows, n_genes).
+    control, control_variance
+        Per scale and context: profile of the control cells and its sampling variance,
+        shape (n_genes,).
+    """
+
+    genes: np.ndarray
+    rows: tuple[tuple[str, Perturbation], ...]
+    n_cells: np.ndarray
+    effect: dict[Scale, np.ndarray]
+    variance: dict[Scale, np.ndarray]
+    control: dict[Scale, dict[str, np.ndarray]]
+    control_variance: dict[Scale, dict[str, np.ndarray]]
+
+    @property
+    def contexts(self) -> list[str]:
+        """Contexts with control cells."""
+        return list(self.control["mean_log1p"])
+
+    @property
+    def perturbations(self) -> list[Perturbation]:
+        """The perturbations measured, each once."""
+        return sorted({p for _, p in self.rows})
+
+    def noise(self, scale: Scale) -> np.ndarray:
+        """Sampling variance of each effect, the control's included, shape (n_rows, n_genes)."""
+        shared = self.control_variance[scale]
+        return self.variance[scale] + np.stack([shared[c] for c, _ in self.rows])
+
+    def subset(self, keep: np.ndarray) -> EffectTable:
+        """The table with some of its rows and all of its controls."""
+        where = np.flatnonzero(keep) if np.asarray(keep).dtype == bool else np.asarray(keep)
+        return EffectTable(
+            self.genes,
+            tuple(self.rows[i] for i in where),
+            self.n_cells[where],
+            {s: self.effect[s][where] for s in SCALES},
+            {s: self.variance[s][where] for s in SCALES},
+            self.control,
+            self.control_variance,
+        )
+
+
+def effect_table(
+    counts: sp.csr_matrix | np.ndarray,
+    library: np.ndarray,
+    perturbations: Sequence[Perturbation],
+    contexts: Sequence[str],
+    genes: Sequence[str],
+) -> EffectTable:
+    """Mean effects from cells, in one pass that keeps the counts sparse.
+
+    Parameters
+    ----------
+    counts
+        Counts, shape (n_cells, n_genes).
+    library
+        Library size of each cell, shape (n_cells,).
+    perturbations, contexts
+        Perturbation and context of each cell.
+    genes
+        Names of the genes.
+
+    Returns
+    -------
+    EffectTable
+        Every context needs control cells; contexts are known by them.
+
+    Raises
+    ------
+    ValueError
+        If a context with perturbed cells has no control cells.
+    """
+    keys = list(zip(contexts, perturbations, strict=True))
+    groups = sorted(set(keys))
+    index = {key: i for i, key in enumerate(groups)}
+    code = np.fromiter((index[key] for key in keys), np.int64, len(keys))
+    known = {c for c, p in groups if p.is_control}
+    missing = sorted({c for c, _ in groups} - known)
+    if missing:
+        raise ValueError(
+            f"No control cells in context {', '.join(map(repr, missing))}: an effect is a "
+            "difference from the control of the same context. Add control cells or remove it."
+        )
+    profile, variance, n_cells = _profiles(sp.csr_matrix(counts), np.asarray(library), code)
+    is_control = np.array([p.is_control for _, p in groups])
+    control_row = {c: i for i, (c, p) in enumerate(groups) if p.is_control}
+    _fill_lone_cells(variance, n_cells, groups, control_row)
+    own_control = np.array([control_row[c] for c, _ in groups])
+    effect = {s: (profile[s] - profile[s][own_control])[~is_control] for s in SCALES}
+    return EffectTable(
+        np.asarray(genes, dtype=object),
+        tuple(g for g in groups if not g[1].is_control),
+        n_cells[~is_control],
+        {s: effect[s].astype(np.float32) for s in SCALES},
+        {s: variance[s][~is_control].astype(np.float32) for s in SCALES},
+        {s: {c: profile[s][i].astype(np.float32) for c, i in control_row.items()} for s in SCALES},
+        {s: {c: variance[s][i].astype(np.float32) for c, i in control_row.items()} for s in SCALES},
+    )
+
+
+def _profiles(
+    counts: sp.csr_matrix, library: np.ndarray, code: np.ndarray
+) -> tuple[dict[Scale, np.ndarray], dict[Scale, np.ndarray], np.ndarray]:
+    """Profile and sampling variance of each group of cells, on both scales.
+
+    The pooled rate is the ratio r = ΣK / ΣL, with the ratio estimator's variance
+    Σ(K - rL)² / (ΣL)² · n/(n-1) (Cochran, Sampling Techniques, ch. 6), brought to the log scale by
+    the delta method.
+    """
+    n_groups, n_genes = int(code.max()) + 1, counts.shape[1]
+    n = np.bincount(code, minlength=n_groups)
+    sums = {name: np.zeros((n_groups, n_genes)) for name in ("y", "yy", "k", "kk", "kl")}
+    for start in range(0, counts.shape[0], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        block, size = counts[part].astype(np.float64), library[part]
+        member = sp.csr_matrix(
+            (np.ones(block.shape[0]), (code[part], np.arange(block.shape[0]))),
+            shape=(n_groups, block.shape[0]),
+        )
+        y = log1p_rates(block, size).astype(np.float64)
+        for name, cells in (
+            ("y", y), ("yy", y.multiply(y)), ("k", block), ("kk", block.multiply(block)),
+            ("kl", sp.diags(size) @ block),
+        ):  # fmt: skip
+            total = (member @ cells).tocoo()
+            sums[name][total.row, total.col] += total.data
+    total_library = np.bincount(code, library, n_groups)[:, None]
+    square_library = np.bincount(code, library**2, n_groups)[:, None]
+    cells = n[:, None]
+    spare = np.maximum(cells - 1, 1)
+    mean = sums["y"] / cells
+    rate = sums["k"] / total_library
+    scatter = sums["kk"] - 2 * rate * sums["kl"] + rate**2 * square_library
+    slope = PER / (1 + PER * rate)
+    profile = {"mean_log1p": mean, "log1p_mean": np.log1p(PER * rate)}
+    variance = {
+        "mean_log1p": np.maximum(sums["yy"] - cells * mean**2, 0) / spare / cells,
+        "log1p_mean": slope**2 * np.maximum(scatter, 0) / total_library**2 * cells / spare,
+    }
+    return profile, variance, n  # type: ignore[return-value]
+
+
+def _fill_lone_cells(
+    variance: dict[Scale, np.ndarray], n: np.ndarray, groups: list, control_row: dict[str, int]
+) -> None:
+    """A group of one cell shows no spread: take the control cells' of its context instead."""
+    for i in np.flatnonzero(n < 2):
+        control = control_row[groups[i][0]]
+        for scale in SCALES:
+            variance[scale][i] = variance[scale][control] * n[control] / n[i]
+
+
+def noise_corrected_error(
+    predicted: np.ndarray, measured: np.ndarray, noise: np.ndarray, keep: np.ndarray | None = None
+) -> np.ndarray:
+    r"""Squared error of predicted mean effects without the part that is sampling noise.
+
+    .. math:: \sum_g (\hat d_g - d_g)^2 - \sum_g v_g
+
+    Unbiased for the squared distance to the true effect if prediction and measurement share no
+    cells, controls included: measure against controls that training has not seen.
+
+    Parameters
+    ----------
+    predicted, measured, noise
+        Predicted and measured effects and the measurement's sampling variance,
+        shape (n_rows, n_genes).
+    keep
+        Mask of the genes that count, shape (n_rows, n_genes); all of them by default.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (n_rows,); can be negative for a prediction as good as the truth.
+    """
+    terms = (np.asarray(predicted, float) - measured) ** 2 - noise
+    return np.where(keep, terms, 0).sum(1) if keep is not None else terms.sum(1)
