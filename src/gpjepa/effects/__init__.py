@@ -1,3 +1,21 @@
-from ._scales import SCALES
+"""Mean effects: the table, noise-corrected error, the baselines and the anchor."""
 
-__all__ = ["SCALES"]
+from ._anchor import AnchorPrediction, EffectAnchor
+from ._baselines import Additive, MeanEffect, NoChange
+from ._scales import SCALES, Scale, expected_log1p, log1p_rates
+from ._table import EffectTable, effect_table, noise_corrected_error
+
+__all__ = [
+    "SCALES",
+    "Additive",
+    "AnchorPrediction",
+    "EffectAnchor",
+    "EffectTable",
+    "MeanEffect",
+    "NoChange",
+    "Scale",
+    "effect_table",
+    "expected_log1p",
+    "log1p_rates",
+    "noise_corrected_error",
+]
