@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ..effects._scales import PER, SCALES, expected_log1p
+from gpjepa.effects._scales import PER, SCALES, expected_log1p
 
 _N_TRANSCRIPTOME = 20_000
 _N_VIRTUAL = 512  # cells behind each true mean effect

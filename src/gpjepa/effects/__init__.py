@@ -2,10 +2,12 @@
 
 from ._anchor import AnchorPrediction, EffectAnchor
 from ._baselines import Additive, MeanEffect, NoChange
-from ._scales import SCALES, Scale, expected_log1p, log1p_rates
+from ._library import library_shift, library_shifts
+from ._scales import PER, SCALES, Scale, expected_log1p, log1p_rates
 from ._table import EffectTable, effect_table, noise_corrected_error
 
 __all__ = [
+    "PER",
     "SCALES",
     "Additive",
     "AnchorPrediction",
@@ -16,6 +18,8 @@ __all__ = [
     "Scale",
     "effect_table",
     "expected_log1p",
+    "library_shift",
+    "library_shifts",
     "log1p_rates",
     "noise_corrected_error",
 ]

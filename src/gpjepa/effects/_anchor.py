@@ -8,7 +8,8 @@ from typing import Self
 
 import numpy as np
 
-from ..perturbations import Perturbation
+from gpjepa.perturbations import Perturbation
+
 from ._scales import SCALES, Scale
 from ._table import EffectTable
 

@@ -11,7 +11,8 @@ from typing import Self
 
 import numpy as np
 
-from ..perturbations import Perturbation
+from gpjepa.perturbations import Perturbation
+
 from ._scales import Scale, check_scale
 from ._table import EffectTable
 
@@ -25,9 +26,7 @@ class _Baseline:
     def fit(self, effects: EffectTable) -> Self:
         """Learn from the effects of the training perturbations."""
         self.n_genes_ = len(effects.genes)
-        self.effect_ = {
-            row: e for row, e in zip(effects.rows, effects.effect[self.scale], strict=True)
-        }
+        self.effect_ = dict(zip(effects.rows, effects.effect[self.scale], strict=True))
         self.mean_ = {}
         for context in effects.contexts:
             mine = [e for (c, _), e in self.effect_.items() if c == context]

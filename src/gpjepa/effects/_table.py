@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from ..perturbations import Perturbation
+from gpjepa.perturbations import Perturbation
+
 from ._scales import PER, SCALES, Scale, log1p_rates
 
 _CHUNK = 4_000  # cells normalised at a time

@@ -77,7 +77,7 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Reads labels such as ``"KLF1+MAP2K6"`` into perturbations, as the user said they are written.
+    r"""Reads labels such as ``"KLF1+MAP2K6"`` into perturbations, as the user said they are written.
 
     Nothing is guessed: a label that looks as if it were written in another way is an error that
     proposes the call.
@@ -90,7 +90,7 @@ class LabelReader:
     separator
         What stands between the targets of a combination; None for labels that hold one target each.
     strip
-        Regular expression removed from every target, for guide suffixes: ``r"_g?\\d+$"``.
+        Regular expression removed from every target, for guide suffixes: ``r"_g?\d+$"``.
     """
 
     control: str | Sequence[str] = "control"
@@ -172,8 +172,19 @@ class LabelReader:
             raise ValueError(f"The label {label!r} has {n} targets and the dose {dose!r}.")
         return values * n if len(values) == 1 else values
 
-    def read_column(self, labels: pd.Series, doses: pd.Series | None = None) -> list[Perturbation]:
+    def read_column(
+        self, labels: pd.Series, doses: pd.Series | None = None, *, need_control: bool = True
+    ) -> list[Perturbation]:
         """Read a column of ``.obs``, one perturbation per cell.
+
+        Parameters
+        ----------
+        labels
+            Labels; no value may be missing.
+        doses
+            Doses, read as in :meth:`read`; those of control cells are ignored.
+        need_control
+            Whether at least one cell must be a control cell.
 
         Raises
         ------
@@ -188,7 +199,8 @@ class LabelReader:
             )
         text = labels.astype(str)
         unique = sorted(set(text))
-        self._check_control(unique, str(labels.name))
+        if need_control:
+            self._check_control(unique, str(labels.name))
         self._check_separator(unique, str(labels.name))
         if doses is None:
             read = {label: self.read(label) for label in unique}

@@ -1,0 +1,7 @@
+"""GPJEPA, its module and its training plans."""
+
+from ._gpjepa import GPJEPA
+from ._module import GPJEPAModule
+from ._plans import ActionPlan, PretrainPlan
+
+__all__ = ["GPJEPA", "ActionPlan", "GPJEPAModule", "PretrainPlan"]

@@ -1,0 +1,281 @@
+"""The cells of an AnnData as the model reads them, aligned to its genes by name."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+from lightning import LightningDataModule
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager
+from torch.utils.data import DataLoader, Dataset
+
+from gpjepa._checks import check_gene_names, check_library
+from gpjepa.effects import PER
+from gpjepa.perturbations import Perturbation
+
+from ._fields import BATCH_KEY, CONTEXT_KEY, LIBRARY_KEY, PERTURBATION_KEY
+
+logger = logging.getLogger(__name__)
+
+MAX_MISSING = 0.5
+"""Share of the model's genes that a query may lack."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells as the model reads them.
+
+    Attributes
+    ----------
+    counts
+        Shape (n_cells, n_genes), genes in the model's order.
+    library
+        Library sizes, shape (n_cells,).
+    perturbations, contexts
+        Perturbation and context of each cell; no perturbations for unlabelled cells.
+    batch
+        Code of the batch, shape (n_cells,); one past the last for a batch unknown to training.
+    names
+        Names of the cells.
+    visible
+        Mask of the genes that the data have, shape (n_genes,).
+    """
+
+    counts: sp.csr_matrix
+    library: np.ndarray
+    perturbations: list[Perturbation] | None
+    contexts: list[str]
+    batch: np.ndarray
+    names: np.ndarray
+    visible: np.ndarray
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    @property
+    def is_control(self) -> np.ndarray:
+        """Mask of the control cells."""
+        assert self.perturbations is not None
+        return np.fromiter((p.is_control for p in self.perturbations), bool, len(self))
+
+    def take(self, where: np.ndarray) -> Cells:
+        """Some of the cells."""
+        return Cells(
+            self.counts[where],
+            self.library[where],
+            None if self.perturbations is None else [self.perturbations[i] for i in where],
+            [self.contexts[i] for i in where],
+            self.batch[where],
+            self.names[where],
+            self.visible,
+        )
+
+    def tensors(self, where: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
+        """Some of the cells, dense: counts, library, log1p counts per 10,000, batch."""
+        counts = torch.from_numpy(self.counts[where].toarray().astype(np.float32, copy=False))
+        library = torch.from_numpy(self.library[where].astype(np.float32))
+        return {
+            "counts": counts,
+            "library": library,
+            "values": torch.log1p(counts * (PER / library).unsqueeze(1)),
+            "batch": torch.from_numpy(self.batch[where]),
+        }
+
+
+def read_cells(manager: AnnDataManager, visible: np.ndarray | None, n_batches: int) -> Cells:
+    """Read the cells behind a manager.
+
+    Parameters
+    ----------
+    manager
+        With the fields of :meth:`gpjepa.GPJEPA.setup_anndata`.
+    visible
+        Genes that the data have; None for all.
+    n_batches
+        Batches known to training.
+    """
+    adata = manager.adata
+    counts = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    counts = counts if isinstance(counts, sp.csr_matrix) else sp.csr_matrix(counts)
+    has = manager.data_registry
+    if LIBRARY_KEY in has:
+        library = np.asarray(manager.get_from_registry(LIBRARY_KEY), float).ravel()
+        check_library(library, counts, f"obs[{has[LIBRARY_KEY]['attr_key']!r}]")
+    else:
+        library = np.asarray(counts.sum(1), float).ravel()
+        check_library(library, counts, "the counts of the genes")
+    perturbations = None
+    if PERTURBATION_KEY in has:
+        listed = manager.get_state_registry(PERTURBATION_KEY)["values"]
+        table = [Perturbation(tuple(t), tuple(d)) for t, d in listed]
+        perturbations = [table[i] for i in _codes(manager, PERTURBATION_KEY)]
+    contexts = manager.get_state_registry(CONTEXT_KEY)["values"]
+    return Cells(
+        counts,
+        library,
+        perturbations,
+        [contexts[i] for i in _codes(manager, CONTEXT_KEY)],
+        np.minimum(_codes(manager, BATCH_KEY), n_batches),
+        adata.obs_names.to_numpy().astype(str),
+        np.ones(counts.shape[1], bool) if visible is None else visible,
+    )
+
+
+def _codes(manager: AnnDataManager, key: str) -> np.ndarray:
+    return np.asarray(manager.get_from_registry(key)).ravel()
+
+
+def align(
+    adata: AnnData, genes: Sequence[str], layer: str | None, obs_keys: Sequence[str | None]
+) -> tuple[AnnData, np.ndarray]:
+    """A light copy with the model's genes in the model's order; the input stays as it is.
+
+    Parameters
+    ----------
+    adata
+        Any AnnData.
+    genes
+        The model's genes.
+    layer
+        Where the model expects counts; taken from ``X`` if a query lacks it.
+    obs_keys
+        Columns of ``.obs`` to carry along.
+
+    Returns
+    -------
+    tuple
+        The copy, with missing genes as zeros, and a mask of the genes that were there.
+
+    Raises
+    ------
+    ValueError
+        If no gene, or less than half of them, is there.
+    """
+    check_gene_names(adata.var_names)
+    where = adata.var_names.get_indexer(pd.Index(genes))
+    visible = where >= 0
+    n_missing = int((~visible).sum())
+    if n_missing > MAX_MISSING * len(genes):
+        raise ValueError(
+            f"{n_missing} of the model's {len(genes)} genes are not in the data (at most "
+            f"{MAX_MISSING:.0%} may be missing). The model knows {list(genes[:3])} ..., the data "
+            f"have {list(adata.var_names[:3])} ...: are both gene symbols, of one species?"
+        )
+    if n_missing:
+        warnings.warn(
+            f"{n_missing} of the model's {len(genes)} genes are not in the data; they are hidden "
+            "from the encoder, not taken as zero.",
+            UserWarning,
+            stacklevel=4,
+        )
+    source = adata.X if layer is None or layer not in adata.layers else adata.layers[layer]
+    counts = sp.csr_matrix(source)
+    if n_missing or not np.array_equal(where, np.arange(adata.n_vars)):
+        pick = sp.csr_matrix(
+            (np.ones(int(visible.sum()), counts.dtype), (where[visible], np.flatnonzero(visible))),
+            shape=(adata.n_vars, len(genes)),
+        )
+        counts = sp.csr_matrix(counts @ pick)
+        counts.sort_indices()
+    kept = [k for k in dict.fromkeys(obs_keys) if k is not None and k in adata.obs]
+    light = AnnData(obs=adata.obs[kept].copy(), var=pd.DataFrame(index=pd.Index(genes)))
+    if layer is None:
+        light.X = counts
+    else:
+        light.layers[layer] = counts
+    return light, visible
+
+
+class _Rows(Dataset):
+    """Cells by lists of positions, with their latents where those are at hand."""
+
+    def __init__(self, cells: Cells, latent: torch.Tensor | None) -> None:
+        self.cells, self.latent = cells, latent
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, index: tuple[np.ndarray, torch.Tensor]) -> dict[str, torch.Tensor]:
+        where, rows = index
+        batch = {**self.cells.tensors(where), "rows": rows}
+        if self.latent is not None:
+            batch["latent"] = self.latent[where]
+        return batch
+
+
+class RandomBatches:
+    """Mini-batches of cells in random order, without the last, smaller one."""
+
+    def __init__(self, cells: np.ndarray, batch_size: int) -> None:
+        self.cells, self.batch_size = cells, min(batch_size, len(cells))
+
+    def __len__(self) -> int:
+        return len(self.cells) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        order = self.cells[torch.randperm(len(self.cells)).numpy()]
+        for i in range(len(self)):
+            yield order[i * self.batch_size : (i + 1) * self.batch_size], torch.empty(0)
+
+
+class CoherentBatches:
+    """Mini-batches of a few (context, perturbation) rows, each with as many control cells.
+
+    A batch lists the perturbed cells row by row, then the control cells of each row's context.
+
+    Parameters
+    ----------
+    rows, controls
+        Cells of each row, and the control cells of its context.
+    n_rows, n_cells
+        Rows in a batch, and cells per row.
+    n_batches
+        Batches in an epoch.
+    """
+
+    def __init__(
+        self, rows: list[np.ndarray], controls: list[np.ndarray], n_rows: int, n_cells: int,
+        n_batches: int,
+    ) -> None:  # fmt: skip
+        self.rows, self.controls = rows, controls
+        self.n_rows, self.n_cells, self.n_batches = min(n_rows, len(rows)), n_cells, n_batches
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        for _ in range(self.n_batches):
+            chosen = torch.randperm(len(self.rows))[: self.n_rows]
+            perturbed = [self._draw(self.rows[i]) for i in chosen]
+            control = [self._draw(self.controls[i]) for i in chosen]
+            yield np.concatenate(perturbed + control), chosen
+
+    def _draw(self, cells: np.ndarray) -> np.ndarray:
+        if len(cells) >= self.n_cells:
+            return cells[torch.randperm(len(cells))[: self.n_cells].numpy()]
+        return cells[torch.randint(len(cells), (self.n_cells,)).numpy()]
+
+
+class Batches(LightningDataModule):
+    """Feeds a training plan with the mini-batches of a sampler."""
+
+    def __init__(
+        self, cells: Cells, sampler: RandomBatches | CoherentBatches,
+        latent: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.cells, self.sampler, self.latent = cells, sampler, latent
+
+    def train_dataloader(self) -> DataLoader:
+        """One epoch."""
+        return DataLoader(
+            _Rows(self.cells, self.latent), sampler=self.sampler, batch_size=None, num_workers=0
+        )

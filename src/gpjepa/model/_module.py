@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from scvi.distributions import NegativeBinomial
+from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
+from torch import nn
+from torch.nn import functional as F
+
+from gpjepa.nn import (
+    BlockPredictor,
+    CountDecoder,
+    GaussianHead,
+    PerturbationEncoder,
+    ema_copy,
+    make_encoder,
+)
+from gpjepa.objectives import (
+    effective_rank,
+    energy_distance,
+    gaussian_kl,
+    mmd,
+    negative_binomial_nll,
+    optimal_transport_pairs,
+    random_blocks,
+    sliced_wasserstein,
+    vicreg,
+)
+
+MATCHINGS = ("prototype", "energy", "mmd", "sliced_wasserstein", "ot")
+
+
+class GPJEPAModule(BaseModuleClass):
+    r"""Encoder, predictor and decoder of GP-JEPA.
+
+    Stage A trains ``encoder`` and ``block_predictor`` against ``target_encoder``
+    (:meth:`jepa_loss`). Stages B and C train ``perturbation_encoder``, ``predictor``,
+    ``posterior`` and ``decoder`` on the states of the frozen encoder (:meth:`action_loss`):
+
+    .. math::
+        \pi: \hat z \sim \mathcal N(z_b + W_A A + T_\varphi(z_b, z_p), \sigma_\varphi^2),\qquad
+        q(z \mid x', z_b, z_p)
+
+    Parameters
+    ----------
+    n_genes, n_targets, n_known, n_batches
+        Genes, targets perturbed in training, all targets known, batches.
+    n_latent, n_hidden, n_action, n_features
+        Sizes of states, hidden layers, action embeddings and target features.
+    encoder
+        ``"mlp"`` or ``"perceiver"``.
+    rest
+        Whether library sizes are of whole cells, so that the genes hold a part only.
+    """
+
+    def __init__(
+        self, n_genes: int, n_targets: int, n_known: int, n_batches: int, *, n_latent: int = 64,
+        n_hidden: int = 256, n_action: int = 32, n_features: int = 16, encoder: Any = "mlp",
+        rest: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.n_genes = n_genes
+        self.encoder = make_encoder(encoder, n_genes, n_latent, n_hidden)
+        self.target_encoder = ema_copy(self.encoder)
+        self.block_predictor = BlockPredictor(n_genes, n_latent, n_hidden)
+        self.perturbation_encoder = PerturbationEncoder(n_targets, n_known, n_features, n_action)
+        self.predictor = GaussianHead(2 * n_latent + n_action, n_hidden, n_latent)
+        self.posterior = GaussianHead(3 * n_latent + n_action, n_hidden, n_latent)
+        self.decoder = CountDecoder(n_latent, n_hidden, n_genes, n_batches, rest)
+        # W_A, the least-squares image in latent space of a shift in mean log1p expression.
+        self.register_buffer("anchor_map", torch.zeros(n_genes, n_latent))
+
+    anchor_map: torch.Tensor
+
+    # The scvi-tools interface: a cell to its state to its counts.
+
+    def _get_inference_input(self, tensors: dict[str, torch.Tensor], **kwargs: Any) -> dict:
+        return {"values": tensors["values"], "visible": tensors.get("visible")}
+
+    def _get_generative_input(
+        self, tensors: dict[str, torch.Tensor], inference_outputs: dict, **kwargs: Any
+    ) -> dict:
+        return {
+            "z": inference_outputs["z"],
+            "library": tensors["library"],
+            "batch": tensors["batch"],
+        }
+
+    @auto_move_data
+    def inference(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> dict:
+        """State of cells from their log1p counts per 10,000."""
+        return {"z": self.encoder(values, visible)}
+
+    @auto_move_data
+    def generative(self, z: torch.Tensor, library: torch.Tensor, batch: torch.Tensor) -> dict:
+        """Distribution of the counts of cells in states ``z``."""
+        mean = self.decoder(z, batch) * library.unsqueeze(1)
+        return {"px": NegativeBinomial(mu=mean, theta=self.decoder.dispersion)}
+
+    def loss(self, tensors: dict, inference_outputs: dict, generative_outputs: dict) -> LossOutput:
+        """Negative log-likelihood of counts decoded from the cells' own states."""
+        px = generative_outputs["px"]
+        nll = negative_binomial_nll(tensors["counts"], px.mu, px.theta)
+        return LossOutput(loss=nll.mean(), reconstruction_loss=nll)
+
+    # Stage A
+
+    def jepa_loss(
+        self, values: torch.Tensor, *, n_blocks: int, hidden: float, vicreg_weight: float
+    ) -> dict[str, torch.Tensor]:
+        """Predict the teacher's embedding of hidden gene blocks from the visible genes.
+
+        Parameters
+        ----------
+        values
+            log1p counts per 10,000, shape (n_cells, n_genes).
+        n_blocks, hidden
+            Blocks, and the share of genes that they hide together.
+        vicreg_weight
+            Weight of VICReg on the context embeddings; 0 is off.
+        """
+        blocks = random_blocks(self.n_genes, n_blocks, hidden).to(values.device)
+        context = self.encoder(values, ~blocks.any(0))
+        predicted = self.block_predictor(context, blocks)
+        with torch.no_grad():
+            target = torch.stack([self.target_encoder(values, block) for block in blocks])
+            target = F.layer_norm(target, target.shape[-1:])
+        predict = F.smooth_l1_loss(predicted, target)
+        regulariser = vicreg(context)
+        return {
+            "loss": predict + vicreg_weight * regulariser,
+            "predict": predict.detach(),
+            "vicreg": regulariser.detach(),
+            "latent_std": context.detach().std(0).mean(),
+            "effective_rank": effective_rank(context.detach()),
+        }
+
+    # Stages B and C
+
+    @auto_move_data
+    def transition(
+        self, state: torch.Tensor, action: torch.Tensor, shift: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prior π: residual T of the mean, and log-variance, per cell.
+
+        Parameters
+        ----------
+        state
+            States of control cells, shape (n_cells, n_latent).
+        action
+            Embedding of the perturbation, shape (n_cells, n_action).
+        shift
+            Latent image of the anchor, shape (n_cells, n_latent).
+        """
+        return self.predictor(state, action, shift)
+
+    def action_loss(
+        self, tensors: dict[str, torch.Tensor], action: torch.Tensor, shift: torch.Tensor,
+        *, matching: str, weights: dict[str, float],
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Loss of one perturbation-coherent mini-batch.
+
+        Parameters
+        ----------
+        tensors
+            Perturbed cells row by row, then as many control cells: ``latent``, ``counts``,
+            ``library``, ``batch``.
+        action, shift
+            Action embedding and latent anchor of each row, shape (n_rows, ·).
+        matching
+            How control and perturbed cells are compared: see :meth:`gpjepa.GPJEPA.train`.
+        weights
+            Weights of ``vicreg``, ``nb`` and ``kl``; 0 is off.
+        """
+        n = len(tensors["latent"]) // 2
+        per_row = n // len(action)
+        target, base = tensors["latent"][:n], tensors["latent"][n:]
+        if matching == "ot":
+            pairs = [
+                i * per_row + optimal_transport_pairs(b, t)
+                for i, (b, t) in enumerate(
+                    zip(base.split(per_row), target.split(per_row), strict=True)
+                )
+            ]
+            order = torch.as_tensor([j for pair in pairs for j in pair], device=target.device)
+        else:
+            order = torch.arange(n, device=target.device)
+        target = target[order]
+        action = action.repeat_interleave(per_row, 0)
+        shift = shift.repeat_interleave(per_row, 0)
+
+        residual, log_variance = self.transition(base, action, shift)
+        prior = base + shift + residual
+        q_residual, q_log_variance = self.posterior(target, base, action, shift)
+        q_mean = prior.detach() + q_residual
+        z = q_mean + torch.randn_like(q_mean) * (0.5 * q_log_variance).exp()
+
+        compare = (prior, log_variance, target)
+        predict = F.smooth_l1_loss(q_mean, target) + self._prior_loss(*compare, per_row, matching)
+        kl = gaussian_kl(q_mean, q_log_variance, prior, log_variance).mean() / z.shape[1]
+        share = self.decoder(
+            torch.cat([z, base]), torch.cat([tensors["batch"][:n][order], tensors["batch"][n:]])
+        )
+        library = torch.cat([tensors["library"][:n][order], tensors["library"][n:]])
+        counts = torch.cat([tensors["counts"][:n][order], tensors["counts"][n:]])
+        nb = negative_binomial_nll(counts, share * library.unsqueeze(1), self.decoder.dispersion)
+        nb = nb.mean() / self.n_genes
+        spread = vicreg(z, spread=float(target.std(0).mean())) if weights["vicreg"] else kl * 0
+        loss = predict + weights["vicreg"] * spread + weights["nb"] * nb + weights["kl"] * kl
+        return {
+            "loss": loss,
+            "predict": predict.detach(),
+            "kl": kl.detach(),
+            "nb": nb.detach(),
+        }
+
+    @staticmethod
+    def _prior_loss(
+        prior: torch.Tensor, log_variance: torch.Tensor, target: torch.Tensor, per_row: int,
+        matching: str,
+    ) -> torch.Tensor:  # fmt: skip
+        if matching == "ot":
+            return F.smooth_l1_loss(prior, target)
+        if matching == "prototype":
+            means = [x.unflatten(0, (-1, per_row)).mean(1) for x in (prior, target)]
+            return F.smooth_l1_loss(*means)
+        distance = {"energy": energy_distance, "mmd": mmd, "sliced_wasserstein": sliced_wasserstein}
+        sample = prior + torch.randn_like(prior) * (0.5 * log_variance).exp()
+        rows = zip(sample.split(per_row), target.split(per_row), strict=True)
+        return torch.stack([distance[matching](x, y) for x, y in rows]).mean()
+
+    def freeze(self, stage: str) -> list[nn.Parameter]:
+        """Leave only the parameters of a stage trainable, and return them."""
+        parts = {
+            "pretrain": [self.encoder, self.block_predictor],
+            "action": [self.perturbation_encoder, self.predictor, self.posterior, self.decoder],
+        }[stage]
+        self.requires_grad_(False)
+        for part in parts:
+            part.requires_grad_(True)
+        return [p for part in parts for p in part.parameters()]

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from gpjepa.nn import ema_update
+
+from ._module import GPJEPAModule
+
+
+class _Plan(pl.LightningModule):
+    """AdamW with a short warm-up and cosine decay over the steps that are planned."""
+
+    def __init__(self, module: GPJEPAModule, stage: str, lr: float, weight_decay: float) -> None:
+        super().__init__()
+        self.module = module
+        self.parameters_ = module.freeze(stage)
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters_, lr=self.lr, weight_decay=self.weight_decay)
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=self.lr, total_steps=total + 1, pct_start=0.1
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _log(self, losses: dict[str, torch.Tensor], prefix: str, n_cells: int) -> torch.Tensor:
+        for name, value in losses.items():
+            self.log(
+                f"{prefix}_{name}", value.detach(), on_step=False, on_epoch=True,
+                batch_size=n_cells, prog_bar=name == "loss",
+            )  # fmt: skip
+        return losses["loss"]
+
+
+class PretrainPlan(_Plan):
+    """Stage A: masked context to the teacher's embedding of hidden gene blocks.
+
+    Parameters
+    ----------
+    module
+        The module.
+    n_blocks, hidden
+        Blocks of genes, and the share of genes they hide together.
+    momentum
+        EMA momentum of the teacher at the start; it rises to 1 along a cosine.
+    vicreg_weight
+        Weight of VICReg; 0 is off.
+    lr, weight_decay
+        Of AdamW.
+    """
+
+    def __init__(
+        self, module: GPJEPAModule, *, n_blocks: int = 4, hidden: float = 0.5,
+        momentum: float = 0.996, vicreg_weight: float = 1.0, lr: float = 1e-3,
+        weight_decay: float = 1e-4,
+    ) -> None:  # fmt: skip
+        super().__init__(module, "pretrain", lr, weight_decay)
+        self.n_blocks, self.hidden = n_blocks, hidden
+        self.momentum, self.vicreg_weight = momentum, vicreg_weight
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        losses = self.module.jepa_loss(
+            batch["values"], n_blocks=self.n_blocks, hidden=self.hidden,
+            vicreg_weight=self.vicreg_weight,
+        )  # fmt: skip
+        return self._log(losses, "pretrain", len(batch["values"]))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        done = self.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(done, 1.0))).item())
+        momentum = 1 - (1 - self.momentum) * cosine
+        ema_update(self.module.target_encoder, self.module.encoder, momentum)
+
+
+class ActionPlan(_Plan):
+    """Stages B and C: the predictor with its posterior, and the count decoder.
+
+    Parameters
+    ----------
+    module
+        The module, with a trained encoder.
+    targets, doses
+        Target indices and doses of each training row, shape (n_rows, n_max_targets).
+    shift
+        Latent image of each row's out-of-fold anchor, shape (n_rows, n_latent).
+    monitor
+        Gives the error on what is held out; logged as ``holdout_error`` after every epoch.
+    matching
+        See :meth:`gpjepa.GPJEPA.train`.
+    vicreg_weight, nb_weight, kl_weight
+        Weights of the losses; 0 is off.
+    lr, weight_decay
+        Of AdamW.
+    """
+
+    def __init__(
+        self, module: GPJEPAModule, targets: torch.Tensor, doses: torch.Tensor,
+        shift: torch.Tensor, monitor: Callable[[], float], *, matching: str = "prototype",
+        vicreg_weight: float = 0.05, nb_weight: float = 10.0, kl_weight: float = 0.1,
+        lr: float = 2e-3, weight_decay: float = 1e-4,
+    ) -> None:  # fmt: skip
+        super().__init__(module, "action", lr, weight_decay)
+        self.register_buffer("targets", targets, persistent=False)
+        self.register_buffer("doses", doses, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+        self.monitor, self.matching = monitor, matching
+        self.weights = {"vicreg": vicreg_weight, "nb": nb_weight, "kl": kl_weight}
+        self.best: tuple[float, dict[str, torch.Tensor]] | None = None
+
+    targets: torch.Tensor
+    doses: torch.Tensor
+    shift: torch.Tensor
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        rows = batch["rows"]
+        action = self.module.perturbation_encoder(self.targets[rows], self.doses[rows])
+        losses = self.module.action_loss(
+            batch, action, self.shift[rows], matching=self.matching, weights=self.weights
+        )
+        return self._log(losses, "train", len(batch["latent"]) // 2)
+
+    def on_train_epoch_end(self) -> None:
+        self.module.eval()
+        error = self.monitor()
+        self.module.train()
+        self.log("holdout_error", error, prog_bar=True)
+        if self.best is None or error < self.best[0]:
+            state = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+            self.best = (error, state)
+
+
+@contextmanager
+def finish_on_interrupt(trainer: pl.Trainer) -> Iterator[list[int]]:
+    """Let Ctrl-C end training after the current step; a second one interrupts at once.
+
+    Lightning answers the first by ``sys.exit``, which would lose the model. Yields a list that is
+    not empty once training was interrupted.
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        trainer.should_stop = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
