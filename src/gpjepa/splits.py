@@ -28,8 +28,9 @@ def hold_out(
 ) -> Holdout:
     """Choose what training holds out for early stopping and the gate.
 
-    Perturbations, singles and combinations in their proportion, if at least five can be spared
-    (a third of all at most); otherwise one context of at least three; otherwise cells.
+    Singles and combinations, a share of each kind and at least five where a kind has fifteen;
+    five of both together if only their sum has fifteen; otherwise one context of at least three;
+    otherwise cells.
 
     Parameters
     ----------
@@ -48,15 +49,16 @@ def hold_out(
     rng = np.random.default_rng(seed)
     perturbations = sorted({p for _, p in rows if not p.is_control})
     contexts = sorted({c for c, p in rows if not p.is_control})
-    n = max(MIN_UNITS, round(fraction * len(perturbations)))
-    if 3 * n <= len(perturbations):
-        singles = [p for p in perturbations if len(p.targets) == 1]
-        combinations = [p for p in perturbations if len(p.targets) > 1]
-        n_combinations = round(n * len(combinations) / len(perturbations))
+    singles = [p for p in perturbations if len(p.targets) == 1]
+    combinations = [p for p in perturbations if len(p.targets) > 1]
+    kinds = [kind for kind in (combinations, singles) if len(kind) >= 3 * MIN_UNITS]
+    if not kinds and len(perturbations) >= 3 * MIN_UNITS:
+        kinds = [perturbations]
+    if kinds:
         chosen = [
-            group[i]
-            for group, k in ((combinations, n_combinations), (singles, n - n_combinations))
-            for i in rng.permutation(len(group))[:k]
+            kind[i]
+            for kind in kinds
+            for i in rng.permutation(len(kind))[: max(MIN_UNITS, round(fraction * len(kind)))]
         ]
         return Holdout("perturbations", tuple(sorted(chosen)), f"{len(chosen)} perturbations")
     few = f"only {len(perturbations)} perturbations, too few to hold out {MIN_UNITS} of them"

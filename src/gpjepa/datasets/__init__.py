@@ -1,3 +1,7 @@
+"""Where cells come from: data sets by name, files, the simulator; and their preparation."""
+
+from ._load import available, load
+from ._prepare import prepare
 from ._simulate import simulate
 
-__all__ = ["simulate"]
+__all__ = ["available", "load", "prepare", "simulate"]
