@@ -46,11 +46,11 @@ class _Settings:
     regulators_per_regulator: int = 4
     regulators_per_gene: int = 5
     regulator_weight: float = 2.0
-    gene_weight: float = 0.5
+    gene_weight: float = 0.4
     n_hubs: int = 4
     hub_inputs: float = 0.45
     hub_input: float = 4.8
-    hub_weight: float = 0.8
+    hub_weight: float = 0.65
     hub_genes: float = 0.25
     hub_basal: float = -1.3
     push: float = 3.5

@@ -820,6 +820,16 @@ class GPJEPA(BaseModelClass):
             library, cells.names, draws,
         )  # fmt: skip
 
+    def control_cells(self) -> AnnData:
+        """The control cells among the training cells, all that predictions need of the data."""
+        cells = self._training_cells()
+        assert self.adata is not None
+        keep = self.adata[np.flatnonzero(cells.is_control)]
+        layer = self.registry_["field_registries"][REGISTRY_KEYS.X_KEY]["data_registry"]["attr_key"]
+        counts = keep.X if layer is None else keep.layers[layer]
+        own = [k for k in keep.obs if not str(k).startswith("_gpjepa_")]
+        return AnnData(counts.copy(), obs=keep.obs[own].copy(), var=keep.var[[]].copy())
+
     # Representations
 
     def get_latent_representation(

@@ -1,0 +1,29 @@
+"""Files and directories that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuse a target that exists, before any long work."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} already exists. Choose another --out, or pass --overwrite.")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, renamed to it at the end; for a file or a directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as part:
+        # Same suffix: writers choose a format by it.
+        draft = Path(part) / path.name
+        yield draft
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(draft, path)

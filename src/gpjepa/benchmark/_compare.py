@@ -1,0 +1,256 @@
+"""Hold perturbations or a context out, train, predict, and set the baselines beside it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from gpjepa.effects import Additive, EffectTable, MeanEffect, NoChange, effect_table
+from gpjepa.perturbations import LabelReader, Perturbation
+
+from ._metrics import METRICS, Measured, score
+
+if TYPE_CHECKING:
+    from gpjepa.model import GPJEPA
+
+REPLICATE = "replicate"
+MODEL = "GP-JEPA"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a held-out comparison found.
+
+    Attributes
+    ----------
+    model
+        The model, trained without what was held out.
+    predicted
+        Predicted cells of the held-out perturbations.
+    scores
+        One row per method × context × held-out perturbation, with every metric.
+    effects
+        Per method, predicted effects, shape (n_rows, n_genes); ``"measured"`` is the truth.
+    sd
+        Standard deviation of the model's mean effects, shape (n_rows, n_genes).
+    rows
+        The held-out (context, perturbation) of each row.
+    genes
+        Names of the genes.
+    """
+
+    model: GPJEPA
+    predicted: ad.AnnData
+    scores: pd.DataFrame
+    effects: dict[str, np.ndarray]
+    sd: np.ndarray
+    rows: list[tuple[str, str]]
+    genes: np.ndarray
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per method: error relative to no change (ratio of sums), means of the others."""
+        by_method = self.scores.groupby("method", sort=False)
+        error = by_method["squared_error"].sum()
+        table = by_method[[m for m in METRICS if m != "squared_error"]].mean()
+        table.insert(0, "relative_error", error / error["no change"])
+        return table
+
+
+def compare(
+    adata: ad.AnnData,
+    hold_out: Sequence[str] | None = None,
+    *,
+    hold_out_context: str | None = None,
+    seed: int = 0,
+    setup: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+) -> Comparison:
+    """Train without some perturbations, predict them, and set simple baselines beside it.
+
+    Control cells are split in half: training sees one half, what was measured is a difference
+    from the other, so that no method is rewarded for knowing the noise of the controls. Targeted
+    genes are left out of the scores.
+
+    Parameters
+    ----------
+    adata
+        Cells with raw counts.
+    hold_out
+        Labels of the perturbations to hold out, in all contexts.
+    hold_out_context
+        Context whose perturbed cells are held out instead; half of its controls stay.
+    seed
+        Seed of the halves and of training.
+    setup
+        Arguments of :meth:`gpjepa.GPJEPA.setup_anndata`.
+    train
+        Arguments of :meth:`gpjepa.GPJEPA.train`.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError
+        If a label or the context does not occur, or nothing is left to train on.
+    """
+    import scvi
+
+    from gpjepa.model import GPJEPA
+
+    setup = setup or {}
+    labels, contexts = _labels(adata, setup)
+    test = _held_out(labels, contexts, hold_out, hold_out_context)
+    rng = np.random.default_rng(seed)
+    kept, other = _control_halves(labels, contexts, rng)
+    scvi.settings.seed = seed
+    trained = adata[~test & ~other].copy()
+    GPJEPA.setup_anndata(trained, **setup)
+    model = GPJEPA(trained)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        model.train(**(train or {}))
+
+    wanted = sorted({labels[i] for i in np.flatnonzero(test)})
+    held_contexts = sorted({contexts[i] for i in np.flatnonzero(test)})
+    cells = adata[test | other].copy()
+    measured = _table(model, cells)
+    keep = np.array([(c in held_contexts and p in set(wanted)) for c, p in measured.rows])
+    measured = measured.subset(keep)
+    effects, sd = _predictions(model, measured)
+    effects[REPLICATE], replicate = _replicate(model, cells, measured, rng)
+    predicted = model.predict_perturbation(
+        adata[kept].copy(), wanted, context=held_contexts, seed=seed
+    )
+    return Comparison(
+        model, predicted, _scores(model, effects, measured, replicate),
+        {**effects, "measured": measured.effect["mean_log1p"]}, sd,
+        [(c, str(p)) for c, p in measured.rows], model.genes,
+    )  # fmt: skip
+
+
+def _labels(adata: ad.AnnData, setup: dict) -> tuple[list[Perturbation], list[str]]:
+    key = setup.get("perturbation_key", "perturbation")
+    for column in (key, setup.get("context_key")):
+        if column is not None and column not in adata.obs:
+            raise KeyError(f"{column!r} is not a column of adata.obs: {list(adata.obs.columns)}.")
+    control = setup.get("control", "control")
+    reader = LabelReader(control, setup.get("separator", "+"), setup.get("strip"))
+    dosage = setup.get("dosage_key")
+    labels = reader.read_column(adata.obs[key], None if dosage is None else adata.obs[dosage])
+    context = setup.get("context_key")
+    contexts = ["all"] * adata.n_obs if context is None else adata.obs[context].astype(str).tolist()
+    return labels, contexts
+
+
+def _held_out(
+    labels: list[Perturbation], contexts: list[str], hold_out: Sequence[str] | None,
+    context: str | None,
+) -> np.ndarray:  # fmt: skip
+    if (not hold_out) == (context is None):
+        raise ValueError("Say what to hold out: either perturbations or one context.")
+    perturbed = np.array([not p.is_control for p in labels])
+    if context is not None:
+        test = perturbed & np.array([c == context for c in contexts])
+        if not test.any():
+            raise ValueError(
+                f"No perturbed cells in context {context!r}; contexts are {sorted(set(contexts))}."
+            )
+    else:
+        reader = LabelReader()
+        wanted = {reader.read(label) for label in hold_out or ()}
+        missing = sorted(str(p) for p in wanted - set(labels))
+        if missing:
+            raise ValueError(f"Cannot hold out {missing}: no cell has that perturbation.")
+        test = np.array([p in wanted for p in labels])
+    if not (perturbed & ~test).any():
+        raise ValueError("Nothing is left to train on: every perturbed cell is held out.")
+    return test
+
+
+def _control_halves(
+    labels: list[Perturbation], contexts: list[str], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of the control cells that training sees, and of those it does not."""
+    halves = np.zeros((2, len(labels)), bool)
+    control = np.array([p.is_control for p in labels])
+    context = np.array(contexts, dtype=object)
+    for name in sorted(set(contexts)):
+        mine = rng.permutation(np.flatnonzero(control & (context == name)))
+        if len(mine) < 4:
+            raise ValueError(f"Context {name!r} has {len(mine)} control cells; at least 4 needed.")
+        halves[0, mine[: len(mine) // 2]] = True
+        halves[1, mine[len(mine) // 2 :]] = True
+    return halves[0], halves[1]
+
+
+def _table(model: GPJEPA, cells: ad.AnnData) -> EffectTable:
+    read = model._query_cells(cells)
+    assert read.perturbations is not None
+    return effect_table(read.counts, read.library, read.perturbations, read.contexts, model.genes)
+
+
+def _predictions(model: GPJEPA, measured: EffectTable) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    contexts, perturbations = [c for c, _ in measured.rows], [p for _, p in measured.rows]
+    training = model.anchor.effects_
+    own = [model.predict_effects(p, c) for c, p in measured.rows]
+    effects = {MODEL: np.stack([frame["effect"].to_numpy() for frame in own])}
+    for name, baseline in (
+        ("additive", Additive()), ("mean", MeanEffect()), ("no change", NoChange())
+    ):  # fmt: skip
+        effects[name] = baseline.fit(training).predict(perturbations, contexts)
+    return effects, np.stack([frame["sd"].to_numpy() for frame in own])
+
+
+def _replicate(
+    model: GPJEPA, cells: ad.AnnData, measured: EffectTable, rng: np.random.Generator
+) -> tuple[np.ndarray, EffectTable]:
+    """Half of the held-out cells as a prediction of the other half."""
+    read = model._query_cells(cells)
+    keys = pd.Series(list(zip(read.contexts, read.perturbations or [], strict=True)))
+    order = rng.permutation(len(keys))
+    rank = keys.iloc[order].groupby(keys.iloc[order]).cumcount().sort_index().to_numpy()
+    tables = []
+    for half in (0, 1):
+        part = read.take(np.flatnonzero(rank % 2 == half))
+        assert part.perturbations is not None
+        table = effect_table(
+            part.counts, part.library, part.perturbations, part.contexts, model.genes
+        )
+        where = {row: i for i, row in enumerate(table.rows)}
+        if set(measured.rows) - set(where):
+            raise ValueError("A held-out perturbation has a single cell; at least 2 are needed.")
+        tables.append(table.subset(np.array([where[row] for row in measured.rows])))
+    return tables[0].effect["mean_log1p"], tables[1]
+
+
+def _scores(
+    model: GPJEPA, effects: dict[str, np.ndarray], measured: EffectTable, replicate: EffectTable
+) -> pd.DataFrame:
+    scale = "mean_log1p"
+    rows = []
+    for method, predicted in effects.items():
+        truth = replicate if method == REPLICATE else measured
+        noise = truth.noise(scale)
+        for i, (context, perturbation) in enumerate(truth.rows):
+            scored = ~np.isin(model.genes, perturbation.targets)
+            what = Measured(
+                truth.effect[scale][i][scored], noise[i][scored],
+                truth.control[scale][context][scored],
+            )  # fmt: skip
+            rows.append(
+                {
+                    "method": method, "context": context, "perturbation": str(perturbation),
+                    "regime": model.anchor.regime(perturbation, context),
+                    **score(predicted[i][scored], what),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
