@@ -1,0 +1,30 @@
+import numpy as np
+import pytest
+from helpers import train_quickly
+
+import gpjepa
+
+
+@pytest.fixture(scope="session")
+def simulated():
+    """A small screen: 15 singles, 16 combinations, two contexts, two batches."""
+    return gpjepa.datasets.simulate(
+        2_500, 120, n_targets=15, n_combinations=16, n_contexts=2, n_batches=2, seed=1
+    )
+
+
+@pytest.fixture(scope="session")
+def held_out(simulated):
+    labels = simulated.obs["perturbation"].cat.categories
+    return [label for label in labels if "+" in label][-1]
+
+
+@pytest.fixture(scope="session")
+def model(simulated, held_out):
+    keep = (simulated.obs["perturbation"] != held_out).to_numpy()
+    return train_quickly(simulated[keep], context_key="context", batch_key="batch")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
