@@ -70,7 +70,7 @@ def test_expected_rates_hit_the_predicted_mean(model, simulated, held_out, gate)
 
 
 def test_effects_are_a_tidy_table(model, held_out):
-    frame = model.predict_effects([held_out, "TF000+control"] if False else [held_out])
+    frame = model.predict_effects([held_out])
     assert list(frame.columns) == [
         "perturbation", "context", "gene", "effect", "sd", "lower", "upper", "anchor", "regime",
     ]  # fmt: skip
@@ -121,9 +121,11 @@ def test_order_of_targets_cells_and_genes_does_not_matter(model, simulated, held
 
 def test_other_perturbations_in_the_list_do_not_matter(model, simulated, held_out):
     alone = model.predict_perturbation(simulated, held_out)
-    both = model.predict_perturbation(simulated, ["TF001", held_out] if False else
-                                      [model.anchor.effects_.perturbations[0], held_out])  # fmt: skip
-    same(alone, both[both.obs["perturbation"] == held_out])
+    other = str(model.anchor.effects_.perturbations[0])
+    both = model.predict_perturbation(simulated, [other, held_out])
+    mine = both[both.obs["perturbation"] == held_out]
+    assert list(mine.obs_names) == list(alone.obs_names)
+    assert (mine.X != alone.X).nnz == 0
 
 
 def test_seed_changes_the_sampled_cells_only(model, simulated, held_out):
@@ -213,8 +215,10 @@ def test_predicted_fold_changes_are_those_of_the_expected_rates(model, simulated
 
 
 def test_posterior_predictive_sample_feeds_scvi_criticism(model):
+    adata = model.adata.copy()
+    adata.layers["raw"] = adata.layers["counts"].astype(int)  # scvi-tools compares sparse floats
     check = scvi.criticism.PosteriorPredictiveCheck(
-        model.adata, {"gpjepa": model}, n_samples=2, count_layer_key="counts"
+        adata, {"gpjepa": model}, n_samples=2, count_layer_key="raw"
     )
     check.coefficient_of_variation("features")
     assert np.isfinite(check.metrics["cv_gene"]["gpjepa"]).mean() > 0.9
@@ -315,11 +319,9 @@ def test_a_library_size_of_the_whole_cell_is_used(simulated):
 def test_the_gate_can_be_set_and_is_0_without_evidence(model, simulated, held_out):
     with pytest.raises(ValueError, match="gate=0.5"):
         model.predict_effects(held_out, gate=0.5)
-    fitted = train_quickly(
-        simulated[simulated.obs["perturbation"].isin(["control", "TF000"])]
-        if "TF000" in set(simulated.obs["perturbation"])
-        else simulated[simulated.obs["perturbation"].isin(["control", held_out])]
-    )
+    few = simulated[simulated.obs["perturbation"].isin(["control", held_out])]
+    fitted = train_quickly(few)
+    assert fitted.gate_
     assert all(g["gate"] == 0 for g in fitted.gate_.values())
 
 
@@ -419,7 +421,7 @@ def test_library_size_smaller_than_the_counts(tiny):
 
 
 def test_unknown_targets_contexts_and_options(model, simulated):
-    with pytest.raises(UnknownTargetError, match=r"'TF00x' \(nearest: TF00"):
+    with pytest.raises(UnknownTargetError, match=r"'TF00x' \(nearest: TF0"):
         model.predict_perturbation(simulated, "TF00x")
     with pytest.raises(ValueError, match="Unknown context 'liver'"):
         model.predict_effects("TF001", contexts="liver")

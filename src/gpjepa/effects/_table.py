@@ -54,7 +54,8 @@ class EffectTable:
     def noise(self, scale: Scale) -> np.ndarray:
         """Sampling variance of each effect, the control's included, shape (n_rows, n_genes)."""
         shared = self.control_variance[scale]
-        return self.variance[scale] + np.stack([shared[c] for c, _ in self.rows])
+        own = self.variance[scale]
+        return own + np.array([shared[c] for c, _ in self.rows], own.dtype).reshape(own.shape)
 
     def subset(self, keep: np.ndarray) -> EffectTable:
         """The table with some of its rows and all of its controls."""
