@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from gpjepa.benchmark import Comparison
@@ -44,7 +45,9 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except (ValueError, KeyError, TypeError, OSError) as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            Console(stderr=True).print(f"[bold red]Error:[/] {text}", highlight=False)
+            Console(stderr=True).print(
+                f"[bold red]Error:[/] {escape(str(text))}", highlight=False, soft_wrap=True
+            )
             raise typer.Exit(1) from error
 
     return told

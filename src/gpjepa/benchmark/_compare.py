@@ -11,7 +11,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from gpjepa.effects import Additive, EffectTable, MeanEffect, NoChange, effect_table
+from gpjepa.effects import Additive, EffectTable, MeanEffect, NoChange, Scale, effect_table
 from gpjepa.perturbations import LabelReader, Perturbation
 
 from ._metrics import METRICS, Measured, score
@@ -235,7 +235,7 @@ def _replicate(
 def _scores(
     model: GPJEPA, effects: dict[str, np.ndarray], measured: EffectTable, replicate: EffectTable
 ) -> pd.DataFrame:
-    scale = "mean_log1p"
+    scale: Scale = "mean_log1p"
     rows = []
     for method, predicted in effects.items():
         truth = replicate if method == REPLICATE else measured

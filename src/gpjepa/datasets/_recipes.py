@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import anndata as ad
 import pandas as pd
@@ -95,7 +96,7 @@ class Recipe:
         return adata
 
 
-_ADAMSON = {
+_ADAMSON: dict[str, Any] = {
     "control": ("62(mod)", "63(mod)", "Gal4-4(mod)", "3x_neg_ctrl", "control"),
     "strip": r"_p(DS|BA|MJ)\d+(-\d)?$",
     "drop": ("*",),

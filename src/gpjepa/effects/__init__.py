@@ -3,7 +3,7 @@
 from ._anchor import AnchorPrediction, EffectAnchor
 from ._baselines import Additive, MeanEffect, NoChange
 from ._library import library_shift, library_shifts
-from ._scales import PER, SCALES, Scale, expected_log1p, log1p_rates
+from ._scales import PER, SCALES, Scale, check_scale, expected_log1p, log1p_rates
 from ._table import EffectTable, effect_table, noise_corrected_error
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "MeanEffect",
     "NoChange",
     "Scale",
+    "check_scale",
     "effect_table",
     "expected_log1p",
     "library_shift",

@@ -224,7 +224,7 @@ class _ScaleFit:
             parts = [(context, s) for s in perturbation.singles]
             if len(parts) < 2 or not all(part in self.single for part in parts):
                 continue
-            added = sum(self.single[part][0] for part in parts)
+            added = np.sum([self.single[part][0] for part in parts], axis=0)
             noise = self.noise[context, perturbation].sum()
             noise += sum(self.single[part][1].sum() for part in parts)
             misfit += ((effect - added) ** 2).sum() - noise

@@ -23,11 +23,11 @@ PER = 1e4
 _V = np.linspace(np.log(1e-7), np.log(40.0), 24)
 
 
-def check_scale(scale: str) -> Scale:
+def check_scale(scale: Scale) -> Scale:
     """Refuse anything but the two scales."""
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r} is not known; choose one of {list(SCALES)}.")
-    return scale  # type: ignore[return-value]
+    return scale
 
 
 def log1p_rates(counts: sp.csr_matrix, library: np.ndarray) -> sp.csr_matrix:

@@ -76,7 +76,7 @@ def effect_table(
     library: np.ndarray,
     perturbations: Sequence[Perturbation],
     contexts: Sequence[str],
-    genes: Sequence[str],
+    genes: Sequence[str] | np.ndarray,
 ) -> EffectTable:
     """Mean effects from cells, in one pass that keeps the counts sparse.
 

@@ -134,7 +134,10 @@ def _codes(manager: AnnDataManager, key: str) -> np.ndarray:
 
 
 def align(
-    adata: AnnData, genes: Sequence[str], layer: str | None, obs_keys: Sequence[str | None]
+    adata: AnnData,
+    genes: Sequence[str] | np.ndarray,
+    layer: str | None,
+    obs_keys: Sequence[str | None],
 ) -> tuple[AnnData, np.ndarray]:
     """A light copy with the model's genes in the model's order; the input stays as it is.
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -225,7 +226,9 @@ class GPJEPAModule(BaseModuleClass):
         if matching == "prototype":
             means = [x.unflatten(0, (-1, per_row)).mean(1) for x in (prior, target)]
             return F.smooth_l1_loss(*means)
-        distance = {"energy": energy_distance, "mmd": mmd, "sliced_wasserstein": sliced_wasserstein}
+        distance: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+            "energy": energy_distance, "mmd": mmd, "sliced_wasserstein": sliced_wasserstein,
+        }  # fmt: skip
         sample = prior + torch.randn_like(prior) * (0.5 * log_variance).exp()
         rows = zip(sample.split(per_row), target.split(per_row), strict=True)
         return torch.stack([distance[matching](x, y) for x, y in rows]).mean()

@@ -18,5 +18,5 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move the teacher's parameters to ``momentum * teacher + (1 - momentum) * student``."""
     for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
         old.lerp_(new, 1 - momentum)
-    for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
-        old.copy_(new)
+    for buffer, current in zip(teacher.buffers(), student.buffers(), strict=True):
+        buffer.copy_(current)

@@ -236,7 +236,7 @@ class LabelReader:
         for other in ("+", "_", ";", "|", ",", "&"):
             if other == self.separator:
                 continue
-            hits = []
+            hits: list[tuple[str, str | None]] = []
             for label in unique:
                 parts = [p.strip() for p in label.split(other)]
                 names = [p for p in parts if p.lower() in _CONTROL_NAMES or p in self.control]

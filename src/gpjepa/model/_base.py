@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager
+from scvi.data.fields import NumericalObsField
+from scvi.model.base import BaseModelClass
+
+from gpjepa.effects import EffectAnchor, EffectTable
+from gpjepa.perturbations import LabelReader, Perturbation, Vocabulary
+
+from ._cells import Cells, align, read_cells
+from ._fields import (
+    BATCH_KEY,
+    CONTEXT_KEY,
+    LIBRARY_KEY,
+    PERTURBATION_KEY,
+    CountsField,
+    LabelField,
+    PerturbationField,
+)
+from ._module import GPJEPAModule
+
+MIN_CELLS = 10
+"""Perturbations with fewer cells than this are named in a warning."""
+
+
+class Registered(BaseModelClass):
+    """Cells in and out: set-up, alignment by gene name, files."""
+
+    _module_cls = GPJEPAModule
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        n_latent: int = 64,
+        encoder: Literal["mlp", "perceiver"] = "mlp",
+        n_hidden: int = 256,
+    ) -> None:
+        super().__init__(adata, registry)
+        fields = self.registry_["field_registries"]
+        self.genes = np.asarray(fields[REGISTRY_KEYS.X_KEY]["state_registry"]["column_names"])
+        self.labelled = PERTURBATION_KEY in fields
+        self.n_batches = len(fields[BATCH_KEY]["state_registry"]["values"])
+        known = self._trained_perturbations() if self.labelled else []
+        self.vocabulary = Vocabulary([t for p in known for t in p.targets], list(self.genes))
+        self.module = GPJEPAModule(
+            len(self.genes), len(self.vocabulary.perturbed), len(self.vocabulary), self.n_batches,
+            n_latent=n_latent, n_hidden=n_hidden, encoder=encoder,
+            rest=bool(fields.get(LIBRARY_KEY, {}).get("data_registry")),
+        )  # fmt: skip
+        self._model_summary_string = (
+            f"GPJEPA with n_latent: {n_latent}, encoder: {encoder}, n_hidden: {n_hidden}, "
+            f"genes: {len(self.genes)}, perturbed targets: {len(self.vocabulary.perturbed)}."
+        )
+        self.is_pretrained_ = False
+        self.effects_: EffectTable | None = None
+        self.library_shifts_: dict[Perturbation, float] = {}
+        self.reference_: dict[str, dict[str, np.ndarray]] = {}
+        self.gene_share_ = np.ones(len(self.genes)) / len(self.genes)
+        self.gate_: dict[str, dict[str, Any]] = {}
+        self._anchor: EffectAnchor | None = None
+        self.history_: dict[str, pd.DataFrame] | None
+        self.module: GPJEPAModule
+        self.init_params_ = self._get_init_params(locals())
+
+    def _trained_perturbations(self) -> list[Perturbation]:
+        values = self.get_state_registry(PERTURBATION_KEY)["values"]
+        return [Perturbation(tuple(t), tuple(d)) for t, d in values]
+
+    # Data
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        *,
+        layer: str | None = None,
+        perturbation_key: str | None = "perturbation",
+        control: str | Sequence[str] = "control",
+        context_key: str | None = None,
+        batch_key: str | None = None,
+        dosage_key: str | None = None,
+        library_size_key: str | None = None,
+        separator: str | None = "+",
+        strip: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        r"""Say where the counts and the labels are.
+
+        Parameters
+        ----------
+        adata
+            Cells of training: raw counts of perturbed and control cells.
+        layer
+            Layer with raw counts; by default ``layers["counts"]`` if there, else ``X``.
+        perturbation_key
+            Column of ``obs`` with the perturbation of each cell, such as ``"KLF1+MAP2K6"``. None
+            for unlabelled cells: :meth:`pretrain` and :meth:`embed` only.
+        control
+            Label or labels of control cells.
+        context_key
+            Column of ``obs`` with the context: cell line, cell type, donor, treatment. Every
+            context needs control cells.
+        batch_key
+            Column of ``obs`` with the batch; the decoder has an offset for each.
+        dosage_key
+            Column of ``obs`` with the dose: a number, or one per target (``"0.5+1"``).
+        library_size_key
+            Column of ``obs`` with the counts of the whole cell, where the genes here are only
+            some. By default the sum over the genes.
+        separator
+            What stands between the targets of a combination; None if labels hold one target.
+        strip
+            Regular expression removed from targets, for guide suffixes: ``r"_g?\d+$"``.
+
+        Raises
+        ------
+        ValueError
+            If values are not counts, gene names repeat, the control label does not occur, labels
+            look as if written in another way, or a context has no control cells.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        if isinstance(control, str):
+            control = [control]
+        if layer is None and "counts" in adata.layers:
+            layer = "counts"
+        fields = cls._fields(
+            layer, perturbation_key, LabelReader(tuple(control), separator, strip), context_key,
+            batch_key, dosage_key, library_size_key,
+        )  # fmt: skip
+        manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
+        source_registry = kwargs.pop("source_registry", None)
+        manager.register_fields(adata, source_registry, **kwargs)
+        if source_registry is None and perturbation_key is not None:
+            cls._check_groups(manager)
+        cls.register_manager(manager)
+
+    @staticmethod
+    def _fields(
+        layer: str | None, perturbation_key: str | None, reader: LabelReader,
+        context_key: str | None, batch_key: str | None, dosage_key: str | None,
+        library_size_key: str | None,
+    ) -> list:  # fmt: skip
+        fields = [
+            CountsField(REGISTRY_KEYS.X_KEY, layer, is_count_data=True),
+            LabelField(CONTEXT_KEY, context_key),
+            LabelField(BATCH_KEY, batch_key),
+        ]
+        if perturbation_key is not None:
+            fields.append(PerturbationField(perturbation_key, reader, dosage_key))
+        if library_size_key is not None:
+            fields.append(NumericalObsField(LIBRARY_KEY, library_size_key))
+        return fields
+
+    @staticmethod
+    def _check_groups(manager: AnnDataManager) -> None:
+        """Every context needs control cells; small perturbations are named."""
+        values = manager.get_state_registry(PERTURBATION_KEY)["values"]
+        contexts = np.array(manager.get_state_registry(CONTEXT_KEY)["values"], dtype=object)
+        code = manager.get_from_registry(PERTURBATION_KEY).ravel()
+        context = manager.get_from_registry(CONTEXT_KEY).ravel()
+        control = [i for i, (targets, _) in enumerate(values) if not targets]
+        without = sorted(set(context) - set(context[np.isin(code, control)]))
+        if without:
+            raise ValueError(
+                f"No control cells in context {', '.join(map(repr, contexts[without]))}: an "
+                "effect is a difference from the control cells of the same context. Add control "
+                "cells, remove the context, or choose another context_key."
+            )
+        n = np.bincount(code, minlength=len(values))
+        small = [
+            f"{Perturbation(tuple(t), tuple(d))} ({n[i]})"
+            for i, (t, d) in enumerate(values)
+            if t and n[i] < MIN_CELLS
+        ]
+        if small:
+            warnings.warn(
+                f"{len(small)} perturbations have fewer than {MIN_CELLS} cells and weigh little: "
+                f"{', '.join(small[:20])}{' ...' if len(small) > 20 else ''}.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _training_cells(self) -> Cells:
+        if self.adata is None:
+            raise ValueError("The model was loaded without data: give an AnnData.")
+        self._validate_anndata(self.adata)
+        return read_cells(self.adata_manager, None, self.n_batches)
+
+    def _query_cells(self, adata: AnnData | None) -> Cells:
+        """Cells of any AnnData, aligned by gene name; the AnnData stays as it is."""
+        if adata is None or adata is self.adata:
+            return self._training_cells()
+        if not isinstance(adata, AnnData):
+            raise TypeError(f"Expected an AnnData, got {type(adata).__name__}.")
+        if adata.n_obs == 0:
+            raise ValueError("The AnnData holds no cells: the selection is empty.")
+        if not adata.obs_names.is_unique:
+            raise ValueError(
+                "Names of cells repeat; call adata.obs_names_make_unique() first (random streams "
+                "belong to cells by name)."
+            )
+        args = dict(self.registry_["setup_args"])
+        layer = self.registry_["field_registries"][REGISTRY_KEYS.X_KEY]["data_registry"]["attr_key"]
+        perturbation_key = args["perturbation_key"]
+        if perturbation_key not in adata.obs:
+            perturbation_key = None  # unlabelled cells can still be embedded
+        keys = [perturbation_key, args["context_key"], args["batch_key"], args["dosage_key"],
+                args["library_size_key"]]  # fmt: skip
+        light, visible = align(adata, self.genes, layer, keys)
+        control = args["control"]
+        reader = LabelReader(
+            (control,) if isinstance(control, str) else tuple(control),
+            args["separator"], args["strip"],
+        )  # fmt: skip
+        fields = self._fields(
+            layer, perturbation_key, reader, args["context_key"], args["batch_key"],
+            args["dosage_key"], args["library_size_key"],
+        )  # fmt: skip
+        manager = AnnDataManager(fields=fields)
+        manager.register_fields(light, self.registry_)
+        cells = read_cells(manager, visible, self.n_batches)
+        if not visible.all() and args["library_size_key"] is None:
+            # The missing genes hold part of the library size, which the data do not show.
+            share = self.gene_share_[visible].sum() / self.gene_share_.sum()
+            cells = Cells(
+                cells.counts, cells.library / share, cells.perturbations, cells.contexts,
+                cells.batch, cells.names, visible,
+            )  # fmt: skip
+        return cells
+
+    def control_cells(self) -> AnnData:
+        """The control cells among the training cells, all that predictions need of the data."""
+        cells = self._training_cells()
+        assert self.adata is not None
+        keep = self.adata[np.flatnonzero(cells.is_control)]
+        layer = self.registry_["field_registries"][REGISTRY_KEYS.X_KEY]["data_registry"]["attr_key"]
+        counts = keep.X if layer is None else keep.layers[layer]
+        own = [k for k in keep.obs if not str(k).startswith("_gpjepa_")]
+        return AnnData(counts.copy(), obs=keep.obs[own].copy(), var=keep.var[[]].copy())
+
+    # Files
+
+    def save(
+        self, dir_path: str, prefix: str | None = None, overwrite: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the model to a directory; nothing half written is left behind.
+
+        Parameters
+        ----------
+        dir_path
+            Directory; must not exist unless ``overwrite``.
+        prefix
+            Prepended to the names of the files.
+        overwrite
+            Replace the files of an existing directory.
+        **kwargs
+            As in :meth:`scvi.model.base.BaseModelClass.save`.
+        """
+        path = Path(dir_path)
+        if path.exists() and not overwrite:
+            raise ValueError(
+                f"{dir_path} already exists. Choose another directory, or pass overwrite=True."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as part:
+            super().save(part, prefix=prefix, overwrite=True, **kwargs)
+            path.mkdir(exist_ok=True)
+            for file in os.listdir(part):
+                os.replace(Path(part) / file, path / file)
+
+    @classmethod
+    def load(
+        cls, dir_path: str, adata: AnnData | Literal[False] | None = None,
+        prefix: str | None = None, **kwargs: Any,
+    ) -> Self:  # fmt: skip
+        """Load a saved model.
+
+        Parameters
+        ----------
+        dir_path
+            Directory that :meth:`save` wrote.
+        adata
+            Cells to attach, aligned by gene name; False for none.
+        prefix
+            Prefix of the names of the files.
+        **kwargs
+            As in :meth:`scvi.model.base.BaseModelClass.load`.
+
+        Raises
+        ------
+        ValueError
+            If the directory does not hold a whole model of this class.
+        """
+        file = Path(dir_path) / f"{prefix or ''}model.pt"
+        if not file.is_file():
+            raise ValueError(
+                f"{dir_path} is not the directory of a saved model: it has no file {file.name}."
+            )
+        try:
+            registry = cls.load_registry(str(dir_path), prefix)
+        except Exception as error:
+            raise ValueError(
+                f"{file} cannot be read as a model: it is truncated or of another kind "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        name = registry.get("model_name")
+        if name != cls.__name__:
+            raise ValueError(f"{dir_path} holds a model of class {name}, not {cls.__name__}.")
+        if isinstance(adata, AnnData):
+            adata = cls._as_trained(adata, registry)
+        return super().load(str(dir_path), adata, prefix=prefix, **kwargs)
+
+    @staticmethod
+    def _as_trained(adata: AnnData, registry: dict) -> AnnData:
+        """The AnnData itself if its genes are the model's in their order, else an aligned copy."""
+        counts = registry["field_registries"][REGISTRY_KEYS.X_KEY]
+        genes = np.asarray(counts["state_registry"]["column_names"])
+        if np.array_equal(adata.var_names.to_numpy().astype(str), genes.astype(str)):
+            return adata
+        return align(adata, genes, counts["data_registry"]["attr_key"], list(adata.obs))[0]

@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+
+from gpjepa.effects import (
+    PER,
+    SCALES,
+    EffectAnchor,
+    Scale,
+    check_scale,
+    expected_log1p,
+    library_shift,
+)
+from gpjepa.perturbations import LabelReader, Perturbation
+
+from . import _random
+from ._base import Registered
+from ._cells import Cells
+from ._results import PredictedCells, PredictedEffect, assemble
+
+_ENCODE = 512  # cells encoded at a time
+Gate = Literal["auto", 0, 1]
+
+
+class Predicting(Registered):
+    """From a perturbation to its mean effect, and to cells."""
+
+    # Prediction
+
+    @torch.inference_mode()
+    def _encode(self, cells: Cells, where: np.ndarray) -> torch.Tensor:
+        """States of cells, shape (n_cells, n_latent)."""
+        self.module.eval()
+        device = self.module.anchor_map.device
+        visible = None if cells.visible.all() else torch.from_numpy(cells.visible).to(device)
+        states = []
+        for start in range(0, len(where), _ENCODE):
+            values = cells.tensors(where[start : start + _ENCODE])["values"].to(device)
+            states.append(self.module.inference(values, visible)["z"].cpu())
+        return torch.cat(states).clone()
+
+    @property
+    def anchor(self) -> EffectAnchor:
+        """The closed-form predictor of mean effects, fitted on the training cells."""
+        if self.effects_ is None:
+            raise RuntimeError("The model is not trained on perturbations yet: call train() first.")
+        if self._anchor is None:
+            self._anchor = EffectAnchor().fit(self.effects_)
+        return self._anchor
+
+    def _parse(
+        self, perturbation: str | Perturbation | Sequence[str | Perturbation]
+    ) -> list[Perturbation]:
+        one = isinstance(perturbation, str | Perturbation)
+        wanted: list = [perturbation] if one else list(perturbation)
+        if not wanted:
+            raise ValueError("No perturbation was given.")
+        args = self.registry_["setup_args"]
+        control = args["control"]
+        names = (control,) if isinstance(control, str) else tuple(control)
+        # `strip` is for guide names in the data; a target is asked for by its own name.
+        reader = LabelReader((*names, "control"), args["separator"])
+        read = [reader.read(p) for p in wanted]
+        for p in read:
+            self.vocabulary.check(p)
+        return list(dict.fromkeys(read))
+
+    def _contexts(self, wanted: str | Sequence[str] | None, present: Sequence[str]) -> list[str]:
+        known = self.anchor.effects_.contexts
+        chosen = (
+            list(present) if wanted is None else [wanted] if isinstance(wanted, str) else wanted
+        )
+        unknown = sorted(set(chosen) - set(known))
+        if unknown:
+            raise ValueError(
+                f"Unknown context {', '.join(map(repr, unknown))}; known are {known}. A context is "
+                "known once its control cells are in the training data."
+            )
+        return list(chosen)
+
+    def _gate(self, regime: str, gate: Gate) -> float:
+        if gate == "auto":
+            return float(self.gate_.get(regime, {}).get("gate", 0))
+        if gate not in (0, 1):
+            raise ValueError(f"gate={gate!r}: choose 'auto', 0 (anchor) or 1 (network).")
+        return float(gate)
+
+    def _action(self, perturbations: Sequence[Perturbation]) -> torch.Tensor:
+        """Action embeddings, shape (n_perturbations, n_action)."""
+        targets, doses = self._target_indices(perturbations)
+        device = self.module.anchor_map.device
+        return self.module.perturbation_encoder(targets.to(device), doses.to(device))
+
+    def _target_indices(
+        self, perturbations: Sequence[Perturbation]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(1, *(len(p.targets) for p in perturbations), 1)
+        targets = torch.full((len(perturbations), width), -1)
+        doses = torch.zeros(len(perturbations), width)
+        for i, p in enumerate(perturbations):
+            for k, (target, dose) in enumerate(zip(p.targets, p.doses, strict=True)):
+                targets[i, k] = self.vocabulary.index[target]
+                doses[i, k] = dose
+        return targets, doses
+
+    @torch.inference_mode()
+    def _transition(
+        self, state: np.ndarray, noise: np.ndarray, perturbation: Perturbation, anchor: np.ndarray,
+        gate: float = 1.0,
+    ) -> np.ndarray:  # fmt: skip
+        """Perturbed states: z_b + W_A A + g (T + σ ε), shape (n_cells, n_latent)."""
+        device = self.module.anchor_map.device
+        base = torch.from_numpy(state).to(device)
+        shift = (torch.from_numpy(anchor).to(device) @ self.module.anchor_map).expand_as(base)
+        if gate:
+            action = self._action([perturbation]).expand(len(base), -1)
+            residual, log_variance = self.module.transition(base, action, shift)
+            epsilon = torch.from_numpy(noise).to(device)
+            shift = shift + gate * (residual + (0.5 * log_variance).exp() * epsilon)
+        return (base + shift).cpu().numpy()
+
+    @torch.inference_mode()
+    def _decode(self, state: np.ndarray, batch: np.ndarray) -> np.ndarray:
+        """Share of each gene in the library size, shape (n_cells, n_genes)."""
+        device = self.module.anchor_map.device
+        z, b = torch.from_numpy(state).to(device), torch.from_numpy(batch).to(device)
+        return self.module.decoder(z, b).cpu().numpy()
+
+    @property
+    def _dispersion(self) -> np.ndarray:
+        return self.module.decoder.dispersion.detach().cpu().numpy()
+
+    def _network_effect(
+        self, perturbation: Perturbation, context: str, anchor: np.ndarray,
+        scales: Sequence[Scale] = SCALES,
+    ) -> dict[Scale, np.ndarray]:  # fmt: skip
+        """N: mean effect of the network's decoded cells against its decoded control cells."""
+        control = self.reference_[context]
+        names = np.arange(len(control["state"])).astype(str)
+        noise = _random.normal(
+            names, np.zeros(len(names), int), control["state"].shape[1], "reference"
+        )
+        state = self._transition(control["state"], noise, perturbation, anchor)
+        before = self._decode(control["state"], control["batch"])
+        after = self._decode(state, control["batch"])
+        effect: dict[Scale, np.ndarray] = {}
+        if "log1p_mean" in scales:
+            effect["log1p_mean"] = np.log1p(PER * after.mean(0)) - np.log1p(PER * before.mean(0))
+        if "mean_log1p" in scales:
+            library = control["library"]
+            moved = library * np.exp(library_shift(self.library_shifts_, perturbation))
+            effect["mean_log1p"] = expected_log1p(
+                after * moved[:, None], self._dispersion, moved
+            ).mean(0) - expected_log1p(before * library[:, None], self._dispersion, library).mean(0)
+        return effect
+
+    def _effect(
+        self, perturbation: Perturbation, context: str, gate: Gate = "auto"
+    ) -> PredictedEffect:
+        """D = A + g (N - A), on both scales."""
+        anchor = self.anchor
+        both = {s: anchor.predict([perturbation], [context], s) for s in SCALES}
+        regime = both["mean_log1p"].regime[0]
+        mean = {s: both[s].mean[0] for s in SCALES}
+        g = 0.0 if perturbation.is_control else self._gate(regime, gate)
+        effect: dict[str, np.ndarray] = {s: mean[s] for s in SCALES}
+        if g:
+            network = self._network_effect(perturbation, context, mean["mean_log1p"])
+            effect = {s: mean[s] + g * (network[s] - mean[s]) for s in SCALES}
+        return PredictedEffect(
+            str(perturbation), context, regime, g,
+            {s: effect[s].astype(np.float32) for s in SCALES},
+            {s: mean[s] for s in SCALES},
+            {s: both[s].variance[0] for s in SCALES},
+            anchor.effects_.control["log1p_mean"][context],
+        )  # fmt: skip
+
+    def predict_effects(
+        self,
+        perturbations: str | Perturbation | Sequence[str | Perturbation],
+        contexts: str | Sequence[str] | None = None,
+        *,
+        scale: Scale = "mean_log1p",
+        gate: Gate = "auto",
+    ) -> pd.DataFrame:
+        """Mean effects, with their uncertainty.
+
+        Parameters
+        ----------
+        perturbations
+            One perturbation or several, such as ``["KLF1", "KLF1+MAP2K6"]``.
+        contexts
+            Contexts; all that training knows by default.
+        scale
+            ``"mean_log1p"``: mean over cells of log1p counts per 10,000; ``"log1p_mean"``: log1p
+            of the pooled rate per 10,000.
+        gate
+            ``"auto"``, 0 (the anchor alone) or 1 (the network).
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per perturbation × context × gene: ``perturbation, context, gene, effect, sd,
+            lower, upper, anchor, regime``; ``effect`` is the difference from the control of the
+            context, ``lower`` and ``upper`` a 95% interval of the mean effect.
+
+        Raises
+        ------
+        UnknownTargetError
+            If nothing is known about a target; names the nearest known names.
+        """
+        check_scale(scale)
+        wanted = self._parse(perturbations)
+        chosen = self._contexts(contexts, self.anchor.effects_.contexts)
+        frames = [self._effect(p, c, gate).frame(self.genes, scale) for p in wanted for c in chosen]
+        return pd.concat(frames, ignore_index=True)
+
+    def predict_perturbation(
+        self,
+        adata: AnnData | None,
+        perturbation: str | Perturbation | Sequence[str | Perturbation],
+        *,
+        context: str | Sequence[str] | None = None,
+        n_samples: int | None = None,
+        return_mean: bool = False,
+        seed: int = 0,
+        gate: Gate = "auto",
+    ) -> AnnData:
+        """Predict the cells that a perturbation makes of control cells.
+
+        Parameters
+        ----------
+        adata
+            Cells; the control cells among them are taken. None for the training cells.
+        perturbation
+            One perturbation or several, such as ``"KLF1+MAP2K6"``.
+        context
+            Contexts; by default all whose control cells are in ``adata``.
+        n_samples
+            Predicted cells per perturbation and context; by default one per control cell.
+        return_mean
+            Put expected counts into ``X`` instead of sampled ones.
+        seed
+            Seed; the same seed gives the same cells, in whatever order cells and genes come.
+        gate
+            ``"auto"``, 0 (control cells moved by the anchor) or 1 (the network).
+
+        Returns
+        -------
+        anndata.AnnData
+            ``X`` sampled counts; ``layers["expected"]`` expected counts per 10,000 and
+            ``layers["expected_sd"]`` their standard deviation from that of the mean effect;
+            ``obsm["X_gpjepa"]`` states; ``obs`` perturbation, context, control cell, library size;
+            ``uns["rank_genes_groups"]`` the predicted differential expression in scanpy's format;
+            ``uns["gpjepa"]`` units, regime, gate, shares of anchor and network, seed, versions.
+
+        Raises
+        ------
+        UnknownTargetError
+            If nothing is known about a target; names the nearest known names.
+        ValueError
+            If ``adata`` has no control cells of a wanted context.
+        """
+        wanted = self._parse(perturbation)
+        if n_samples is not None and n_samples < 1:
+            raise ValueError(f"n_samples={n_samples}: expected at least 1, or None.")
+        self._gate("", gate)
+        cells = self._query_cells(adata)
+        if cells.perturbations is None:
+            key = self.registry_["setup_args"]["perturbation_key"]
+            raise ValueError(f"The AnnData has no column obs[{key!r}] that marks control cells.")
+        control = np.flatnonzero(cells.is_control)
+        if not len(control):
+            raise ValueError(
+                "The AnnData has no control cells; predictions start from them. Pass the training "
+                "AnnData, or control cells of your own."
+            )
+        at: dict[str, list[int]] = {}
+        for i in control:
+            at.setdefault(cells.contexts[i], []).append(int(i))
+        chosen = self._contexts(context, sorted(at))
+        absent = [c for c in chosen if c not in at]
+        if absent:
+            raise ValueError(f"The AnnData has no control cells of context {absent}.")
+        groups = []
+        for c in chosen:
+            mine = cells.take(np.array(at[c]))
+            where, draws = _random.choose(mine.names, n_samples, seed)
+            mine = mine.take(where)
+            state = self._encode(mine, np.arange(len(mine))).numpy()
+            for p in wanted:
+                effect = self._effect(p, c, gate)
+                groups.append(self._predict_cells(mine, state, draws, p, effect, seed, return_mean))
+        order = {str(p): i for i, p in enumerate(wanted)}
+        groups.sort(key=lambda g: order[g.effect.perturbation])
+        units = "expected counts" if return_mean else "sampled counts"
+        key = self.registry_["setup_args"]["context_key"]
+        return assemble(groups, self.genes, seed, units, key)
+
+    def _predict_cells(
+        self, cells: Cells, state: np.ndarray, draws: np.ndarray, perturbation: Perturbation,
+        effect: PredictedEffect, seed: int, return_mean: bool,
+    ) -> PredictedCells:  # fmt: skip
+        stream = (seed, effect.perturbation)
+        noise = _random.normal(cells.names, draws, state.shape[1], *stream)
+        moved = self._transition(
+            state, noise, perturbation, effect.anchor["mean_log1p"], effect.gate
+        )
+        # Without the network, control cells keep their own rates and only the mean is moved.
+        share = self._decode(moved if effect.gate else state, cells.batch)
+        expected = PER * share.astype(float)
+        expected *= effect.target_rate / np.maximum(expected.mean(0), 1e-12)
+        library = cells.library * np.exp(library_shift(self.library_shifts_, perturbation))
+        mean = expected * (library / PER)[:, None]
+        counts = mean if return_mean else _random.negative_binomial(
+            mean, self._dispersion, cells.names, draws, *stream
+        )  # fmt: skip
+        return PredictedCells(
+            effect, sp.csr_matrix(counts, dtype=np.float32), expected.astype(np.float32), moved,
+            library, cells.names, draws,
+        )  # fmt: skip
+
+    # Representations
+
+    def get_latent_representation(
+        self, adata: AnnData | None = None, indices: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """States of cells.
+
+        Parameters
+        ----------
+        adata
+            Cells, aligned by gene name; the training cells by default.
+        indices
+            Cells to take; all by default.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (n_cells, n_latent).
+        """
+        self._check_if_trained(warn=True)
+        cells = self._query_cells(adata)
+        where = np.arange(len(cells)) if indices is None else np.asarray(indices)
+        if where.dtype == bool:
+            where = np.flatnonzero(where)
+        if not len(where):
+            raise ValueError("No cells were selected.")
+        # Batches in the order of the names: the same cells give the same numbers to the last bit.
+        order = np.argsort(cells.names[where], kind="stable")
+        result = np.empty((len(where), self.module.anchor_map.shape[1]), np.float32)
+        result[order] = self._encode(cells, where[order]).numpy()
+        return result
+
+    def embed(self, adata: AnnData) -> None:
+        """Write the states of cells to ``adata.obsm["X_gpjepa"]``."""
+        adata.obsm["X_gpjepa"] = self.get_latent_representation(adata)
+
+    @torch.inference_mode()
+    def get_perturbation_representation(self) -> pd.DataFrame:
+        """Action embeddings of the training perturbations.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per perturbation, shape (n_perturbations, n_action).
+        """
+        perturbations = self.anchor.effects_.perturbations
+        embedding = self._action(perturbations).cpu().numpy()
+        return pd.DataFrame(embedding, index=[str(p) for p in perturbations])
+
+    def posterior_predictive_sample(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 1,
+        batch_size: int | None = None,
+    ) -> Any:
+        """Counts drawn from each cell's own state, for :mod:`scvi.criticism`.
+
+        Parameters
+        ----------
+        adata
+            Cells; the training cells by default.
+        indices
+            Cells to take; all by default.
+        n_samples
+            Draws per cell.
+        batch_size
+            Cells decoded at a time.
+
+        Returns
+        -------
+        sparse.GCXS
+            Shape (n_cells, n_genes), with a third axis (n_samples,) if there are several.
+        """
+        import sparse
+
+        self._check_if_trained(warn=True)
+        cells = self._query_cells(adata)
+        where = np.arange(len(cells)) if indices is None else np.asarray(indices)
+        draws = []
+        for k in range(n_samples):
+            parts = []
+            for start in range(0, len(where), batch_size or _ENCODE):
+                part = where[start : start + (batch_size or _ENCODE)]
+                share = self._decode(self._encode(cells, part).numpy(), cells.batch[part])
+                counts = _random.negative_binomial(
+                    share * cells.library[part, None], self._dispersion, cells.names[part],
+                    np.full(len(part), k), "posterior",
+                )  # fmt: skip
+                parts.append(sparse.GCXS.from_numpy(counts))
+            draws.append(sparse.concatenate(parts))
+        return draws[0] if n_samples == 1 else sparse.stack(draws, axis=2)

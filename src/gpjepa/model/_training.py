@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from scvi.train import TrainRunner
+
+from gpjepa.effects import SCALES, EffectAnchor, EffectTable, Scale, effect_table, library_shifts
+from gpjepa.perturbations import Perturbation
+from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
+
+from . import _random
+from ._cells import Batches, Cells, CoherentBatches, RandomBatches
+from ._module import MATCHINGS
+from ._plans import ActionPlan, PretrainPlan, finish_on_interrupt
+from ._prediction import Predicting
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 512  # cells held dense at a time
+_N_REFERENCE = 256  # control cells of a context behind the network's mean effect
+_N_MAP = 2_000  # cells behind the latent image of the anchor
+_CELLS_PER_ROW = 32
+_BATCHES_PER_EPOCH = 25
+
+
+class Trainable(Predicting):
+    """Stage A, then the closed form, then stages B and C."""
+
+    # Training
+
+    def pretrain(
+        self,
+        max_epochs: int | None = None,
+        *,
+        batch_size: int = 256,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        plan_kwargs: dict | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Stage A alone: learn cell states by predicting the embedding of hidden genes.
+
+        Works on unlabelled cells (``perturbation_key=None``). :meth:`train` then starts from here.
+
+        Parameters
+        ----------
+        max_epochs
+            Epochs; by default as many as make about 1,000 steps.
+        batch_size
+            Cells in a mini-batch.
+        accelerator, devices
+            As in scvi-tools.
+        plan_kwargs
+            Options of :class:`gpjepa.model.PretrainPlan`.
+        **trainer_kwargs
+            Options of :class:`scvi.train.Trainer`.
+        """
+        cells = self._training_cells()
+        self._pretrain(
+            cells, np.arange(len(cells)), max_epochs, batch_size, plan_kwargs,
+            accelerator=accelerator, devices=devices, **trainer_kwargs,
+        )  # fmt: skip
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        pretrain_epochs: int | None = None,
+        *,
+        matching: str = "prototype",
+        batch_size: int = 256,
+        early_stopping: bool = True,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        plan_kwargs: dict | None = None,
+        pretrain_kwargs: dict | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Fit the anchor, then the encoder (stage A), then predictor and decoder (stages B, C).
+
+        A share of the perturbations is held out from the network (fewer than five: a context,
+        else cells) for early stopping and for the gate; the anchor that predictions use is fitted
+        on everything. Ctrl-C ends training early and leaves a model that predicts.
+
+        Parameters
+        ----------
+        max_epochs
+            Epochs of stages B and C, 25 steps each; 40 by default.
+        pretrain_epochs
+            Epochs of stage A; by default as many as make about 1,000 steps, and none if
+            :meth:`pretrain` was called.
+        matching
+            How unpaired control and perturbed cells are compared: ``"prototype"`` (means),
+            ``"energy"``, ``"mmd"``, ``"sliced_wasserstein"`` (sets), or ``"ot"`` (entropic optimal
+            transport pairs after removing the mean shift).
+        batch_size
+            Cells in a mini-batch of stage A, and perturbed cells in one of stages B and C.
+        early_stopping
+            Stop when the error on what is held out has not improved for 8 epochs; the best epoch
+            is kept in any case.
+        accelerator, devices
+            As in scvi-tools.
+        plan_kwargs, pretrain_kwargs
+            Options of :class:`gpjepa.model.ActionPlan` and :class:`gpjepa.model.PretrainPlan`.
+        **trainer_kwargs
+            Options of :class:`scvi.train.Trainer`.
+        """
+        if not self.labelled:
+            raise ValueError(
+                "The cells have no perturbations (perturbation_key=None): call pretrain(), or set "
+                "the AnnData up with perturbation_key."
+            )
+        if matching not in MATCHINGS:
+            raise ValueError(f"matching={matching!r} is not known; choose one of {MATCHINGS}.")
+        cells = self._training_cells()
+        trainer_kwargs |= {"accelerator": accelerator, "devices": devices}
+        holdout, out = self._hold_out(cells)
+        logger.info("Held out for early stopping and the gate: %s.", holdout.reason)
+        self._fit_closed_form(cells)
+        interrupted = False
+        if pretrain_epochs is not None or not self.is_pretrained_:
+            interrupted = self._pretrain(
+                cells, np.flatnonzero(~out), pretrain_epochs, batch_size, pretrain_kwargs,
+                **trainer_kwargs,
+            )  # fmt: skip
+        state = self._prepare_action(cells, out)
+        history = self.history_ or {}
+        stage = _ActionStage(self, cells, out, holdout, state)
+        if not interrupted and stage.rows:
+            plan = stage.plan(matching, plan_kwargs or {})
+            callbacks = list(trainer_kwargs.pop("callbacks", []))
+            if early_stopping:
+                callbacks.append(
+                    EarlyStopping("holdout_error", patience=8, check_on_train_epoch_end=True)
+                )
+            epochs = 40 if max_epochs is None else max_epochs
+            self._run(
+                plan, stage.batches(batch_size), epochs, callbacks=callbacks, **trainer_kwargs
+            )
+            if plan.best is not None:
+                self.module.load_state_dict(plan.best[1])
+            self.module.eval()
+            self.gate_ = stage.gates()
+        self.history_ = {**history, **(self.history_ or {})}
+        self.is_trained_ = True
+
+    def _run(self, plan: Any, batches: Batches, epochs: int, **trainer_kwargs: Any) -> bool:
+        """Run a plan; True if it was interrupted."""
+        self.module.train()
+        trainer_kwargs = {"log_every_n_steps": 1, **trainer_kwargs}
+        self.is_trained_ = False  # or scvi-tools would keep only the metrics that it knows already
+        runner = TrainRunner(self, plan, batches, max_epochs=epochs, **trainer_kwargs)
+        with finish_on_interrupt(runner.trainer) as interrupted:
+            runner()
+        self.module.eval()
+        self.module.requires_grad_(True)
+        if interrupted:
+            warnings.warn(
+                "Training was interrupted; the model keeps what it has learned so far.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return bool(interrupted)
+
+    def _pretrain(
+        self, cells: Cells, where: np.ndarray, max_epochs: int | None, batch_size: int,
+        plan_kwargs: dict | None, **trainer_kwargs: Any,
+    ) -> bool:  # fmt: skip
+        self._fit_standardisation(cells, where)
+        sampler = RandomBatches(where, batch_size)
+        epochs = max(2, round(1_000 / len(sampler))) if max_epochs is None else max_epochs
+        interrupted = False
+        if epochs:
+            plan = PretrainPlan(self.module, **(plan_kwargs or {}))
+            interrupted = self._run(plan, Batches(cells, sampler), epochs, **trainer_kwargs)
+            # The teacher is the smoother of the two; from here on it is the encoder.
+            self.module.encoder.load_state_dict(self.module.target_encoder.state_dict())
+            self._warn_of_collapse()
+        self.is_pretrained_ = self.is_trained_ = True
+        return interrupted
+
+    def _fit_standardisation(self, cells: Cells, where: np.ndarray) -> None:
+        """Mean and spread of each gene over the training cells, and its share of the counts."""
+        total = square = share = np.zeros(len(self.genes))
+        for start in range(0, len(where), _CHUNK):
+            batch = cells.tensors(where[start : start + _CHUNK])
+            values = batch["values"].double()
+            total = total + values.sum(0).numpy()
+            square = square + values.square().sum(0).numpy()
+            share = share + (batch["counts"] / batch["library"][:, None]).sum(0).numpy()
+        mean = total / len(where)
+        spread = np.sqrt(np.maximum(square / len(where) - mean**2, 0))
+        self.gene_share_ = np.maximum(share / len(where), 1e-8)
+        encoders = (self.module.encoder, self.module.target_encoder)
+        for encoder in encoders:
+            encoder.center.copy_(torch.from_numpy(mean))
+            encoder.scale.copy_(torch.from_numpy(np.maximum(spread, 0.1)))
+        with torch.no_grad():
+            rest = [max(1 - self.gene_share_.sum(), 1e-4)] if self.module.decoder.rest else []
+            logits = np.log(np.append(self.gene_share_, rest))
+            self.module.decoder.out.bias.copy_(torch.from_numpy(logits))
+
+    def _warn_of_collapse(self) -> None:
+        history = self.history_ or {}
+        if "pretrain_effective_rank" not in history:
+            return
+        rank = float(history["pretrain_effective_rank"].iloc[-1].item())
+        spread = float(history["pretrain_latent_std"].iloc[-1].item())
+        if rank < 2 or spread < 0.05:
+            warnings.warn(
+                f"The encoder has collapsed (effective rank {rank:.1f}, spread {spread:.2g}): raise "
+                "vicreg_weight in pretrain_kwargs, or lower the learning rate.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _hold_out(self, cells: Cells) -> tuple[Holdout, np.ndarray]:
+        assert cells.perturbations is not None
+        holdout = hold_out(sorted(set(zip(cells.contexts, cells.perturbations, strict=True))))
+        if holdout.kind != "cells":
+            return holdout, exclude(cells.perturbations, cells.contexts, holdout)
+        groups = pd.Series(list(zip(cells.contexts, cells.perturbations, strict=True)))
+        return holdout, (groups.groupby(groups).cumcount() % 10 == 9).to_numpy()
+
+    def _fit_closed_form(self, cells: Cells) -> None:
+        assert cells.perturbations is not None
+        self.effects_ = effect_table(
+            cells.counts, cells.library, cells.perturbations, cells.contexts, self.genes
+        )
+        self._anchor = None
+        self.library_shifts_ = library_shifts(cells.library, cells.perturbations, cells.contexts)
+
+    def _prepare_action(self, cells: Cells, out: np.ndarray) -> torch.Tensor:
+        """States of all cells, the latent image of the anchor, features, reference controls."""
+        state = self._encode(cells, np.arange(len(cells)))
+        inside = np.flatnonzero(~out)
+        some = inside[_random.stream("map").permutation(len(inside))[:_N_MAP]]
+        values = cells.tensors(some)["values"].numpy()
+        self.module.anchor_map.copy_(_ridge(values, state[some].numpy()))
+        features = _gene_loadings(values, self.module.perturbation_encoder.features.shape[1])
+        table = torch.zeros_like(self.module.perturbation_encoder.features)
+        for g, gene in enumerate(self.genes):
+            table[self.vocabulary.index[gene]] = features[g]
+        self.module.perturbation_encoder.features.copy_(table)
+
+        is_control = cells.is_control
+        contexts = np.array(cells.contexts, dtype=object)
+        self.reference_ = {}
+        for context in sorted(set(cells.contexts)):
+            mine = np.flatnonzero(is_control & (contexts == context))
+            chosen, _ = _random.choose(cells.names[mine], min(_N_REFERENCE, len(mine)), 0)
+            mine = mine[chosen]
+            self.reference_[context] = {
+                "state": state[mine].numpy(),
+                "library": cells.library[mine],
+                "batch": cells.batch[mine],
+            }
+        return state
+
+
+class _ActionStage:
+    """Stages B and C on the training rows, and what is decided on the held-out ones."""
+
+    def __init__(
+        self, model: Trainable, cells: Cells, out: np.ndarray, holdout: Holdout, state: torch.Tensor
+    ) -> None:
+        assert cells.perturbations is not None
+        assert model.effects_ is not None
+        self.model, self.cells, self.holdout, self.state = model, cells, holdout, state
+        keys = list(zip(cells.contexts, cells.perturbations, strict=True))
+        members: dict[tuple[str, Perturbation], list[int]] = {}
+        for i in np.flatnonzero(~out):
+            members.setdefault(keys[i], []).append(int(i))
+        self.members = {key: np.array(found) for key, found in members.items()}
+        self.inside = self._table(np.flatnonzero(~out))
+        self.rows = self.inside.rows
+        if holdout.kind == "cells":
+            self.outside = self._table(np.flatnonzero(out)) if out.any() else self.inside
+        else:
+            held = {keys[i] for i in np.flatnonzero(out)}
+            self.outside = model.effects_.subset(np.array([r in held for r in model.effects_.rows]))
+        # What the anchor would have said had the held-out rows never been measured.
+        self.anchor = EffectAnchor().fit(self.inside)
+        pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
+        self.predicted = {s: self.anchor.predict(*pairs, s) for s in SCALES}
+
+    def _table(self, where: np.ndarray) -> EffectTable:
+        part = self.cells.take(where)
+        assert part.perturbations is not None
+        control = {
+            c for c, p in zip(part.contexts, part.perturbations, strict=True) if p.is_control
+        }
+        keep = np.array([c in control for c in part.contexts], bool)
+        part = part.take(np.flatnonzero(keep))
+        assert part.perturbations is not None
+        return effect_table(
+            part.counts, part.library, part.perturbations, part.contexts, self.model.genes
+        )
+
+    def plan(self, matching: str, plan_kwargs: dict) -> ActionPlan:
+        module = self.model.module
+        perturbations = [p for _, p in self.rows]
+        targets, doses = self.model._target_indices(perturbations)
+        trained = torch.zeros_like(module.perturbation_encoder.trained)
+        trained[targets[targets >= 0].unique()] = 1
+        module.perturbation_encoder.trained.copy_(trained)
+        anchor = torch.from_numpy(self.anchor.out_of_fold("mean_log1p"))
+        shift = anchor.to(module.anchor_map.device) @ module.anchor_map
+        return ActionPlan(
+            module, targets, doses, shift, self.error, matching=matching, **plan_kwargs
+        )
+
+    def batches(self, batch_size: int) -> Batches:
+        controls = {c: self.members[c, Perturbation()] for c, _ in self.rows}
+        sampler = CoherentBatches(
+            [self.members[row] for row in self.rows],
+            [controls[c] for c, _ in self.rows],
+            max(1, batch_size // _CELLS_PER_ROW), _CELLS_PER_ROW, _BATCHES_PER_EPOCH,
+        )  # fmt: skip
+        return Batches(self.cells, sampler, self.state)
+
+    def _networks(self, scale: Scale) -> np.ndarray:
+        """N of the held-out rows, shape (n_rows, n_genes)."""
+        rows = zip(self.outside.rows, self.predicted["mean_log1p"].mean, strict=True)
+        return np.stack([self.model._network_effect(p, c, a, [scale])[scale] for (c, p), a in rows])
+
+    def error(self) -> float:
+        """Squared error of the network on the held-out rows, over that of no change."""
+        measured = self.outside.effect["log1p_mean"]
+        wrong = ((self._networks("log1p_mean") - measured) ** 2).sum()
+        return float(wrong / max((measured**2).sum(), 1e-12))
+
+    def gates(self) -> dict[str, dict[str, Any]]:
+        """Per regime: 1 where the network beats the anchor on at least five held-out rows."""
+        measured = self.outside.effect["mean_log1p"]
+        network = ((self._networks("mean_log1p") - measured) ** 2).sum(1)
+        anchor = ((self.predicted["mean_log1p"].mean - measured) ** 2).sum(1)
+        regimes = np.array(self.predicted["mean_log1p"].regime)
+        gates = {}
+        for regime in sorted(set(regimes)):
+            mine = regimes == regime
+            enough = mine.sum() >= MIN_UNITS and self.holdout.kind == "perturbations"
+            gates[str(regime)] = {
+                "gate": int(enough and network[mine].sum() < anchor[mine].sum()),
+                "n_rows": int(mine.sum()),
+                "error_network": float(network[mine].sum()),
+                "error_anchor": float(anchor[mine].sum()),
+            }
+        return gates
+
+
+def _ridge(values: np.ndarray, state: np.ndarray) -> torch.Tensor:
+    """Ridge regression of states on expression, in its dual, shape (n_genes, n_latent)."""
+    x = values - values.mean(0)
+    z = state - state.mean(0)
+    gram = (x @ x.T).astype(float)
+    gram[np.diag_indices_from(gram)] += max(0.1 * np.trace(gram) / len(gram), 1e-6)
+    return torch.from_numpy((x.T @ np.linalg.solve(gram, z)).astype(np.float32))
+
+
+def _gene_loadings(values: np.ndarray, n: int) -> torch.Tensor:
+    """Loadings of genes on the first principal components of cells, unit spread per component."""
+    from sklearn.utils.extmath import randomized_svd
+
+    x = values - values.mean(0)
+    k = min(n, *x.shape)
+    _, singular, components = randomized_svd(x, k, random_state=0)
+    loadings = (components * singular[:, None]).T / np.sqrt(len(x))
+    loadings = loadings / np.maximum(loadings.std(0), 1e-8)
+    padded = np.zeros((values.shape[1], n), np.float32)
+    padded[:, :k] = np.clip(loadings, -5, 5)
+    return torch.from_numpy(padded)
