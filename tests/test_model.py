@@ -526,7 +526,7 @@ def test_training_never_makes_the_matrix_dense(tmp_path):
     import sys
 
     script = """
-import resource, threading, time, os
+import threading, time, os
 import numpy as np, scipy.sparse as sp, anndata as ad, pandas as pd, warnings
 warnings.filterwarnings("ignore")
 import gpjepa, gpjepa.model, scanpy, pertpy, ot, sklearn.utils.extmath
@@ -538,18 +538,18 @@ labels = np.array(["control"] + [f"T{i}" for i in range(30)])
 obs = pd.DataFrame({"perturbation": labels[rng.integers(0, 31, n)]}, index=[f"c{i}" for i in range(n)])
 adata = ad.AnnData(counts, obs=obs)
 size = counts.data.nbytes + counts.indices.nbytes + counts.indptr.nbytes
-gpjepa.GPJEPA.setup_anndata(adata)
 page = os.sysconf("SC_PAGESIZE")
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page
 # A tiny run first: what libraries allocate on first use belongs to the imports.
 small = adata[:400].copy(); gpjepa.GPJEPA.setup_anndata(small)
 gpjepa.GPJEPA(small).train(max_epochs=1, pretrain_epochs=1, enable_progress_bar=False); del small
+gpjepa.GPJEPA.setup_anndata(adata)
 before = peak = resident(); done = False
 def watch():
     global peak
     while not done:
         peak = max(peak, resident()); time.sleep(0.02)
-thread = threading.Thread(target=watch); thread.start()
+thread = threading.Thread(target=watch, daemon=True); thread.start()
 model = gpjepa.GPJEPA(adata)
 model.train(max_epochs=2, pretrain_epochs=1, enable_progress_bar=False)
 done = True; thread.join()

@@ -215,15 +215,14 @@ def _replicate(
 ) -> tuple[np.ndarray, EffectTable]:
     """Half of the held-out cells as a prediction of the other half."""
     read = model._query_cells(cells)
-    keys = pd.Series(list(zip(read.contexts, read.perturbations or [], strict=True)))
+    perturbations = read.perturbations or []
+    keys = pd.Series(list(zip(read.contexts, perturbations, strict=True)))
     order = rng.permutation(len(keys))
     rank = keys.iloc[order].groupby(keys.iloc[order]).cumcount().sort_index().to_numpy()
     tables = []
     for half in (0, 1):
-        part = read.take(np.flatnonzero(rank % 2 == half))
-        assert part.perturbations is not None
         table = effect_table(
-            part.counts, part.library, part.perturbations, part.contexts, model.genes
+            read.counts, read.library, perturbations, read.contexts, model.genes, rank % 2 == half
         )
         where = {row: i for i, row in enumerate(table.rows)}
         if set(measured.rows) - set(where):

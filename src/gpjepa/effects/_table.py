@@ -10,7 +10,7 @@ from gpjepa.perturbations import Perturbation
 
 from ._scales import PER, SCALES, Scale, log1p_rates
 
-_CHUNK = 4_000  # cells normalised at a time
+_CHUNK = 1_000  # cells normalised at a time
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def effect_table(
     perturbations: Sequence[Perturbation],
     contexts: Sequence[str],
     genes: Sequence[str] | np.ndarray,
+    keep: np.ndarray | None = None,
 ) -> EffectTable:
     """Mean effects from cells, in one pass that keeps the counts sparse.
 
@@ -90,6 +91,8 @@ def effect_table(
         Perturbation and context of each cell.
     genes
         Names of the genes.
+    keep
+        Mask of the cells that count, shape (n_cells,); all of them by default.
 
     Returns
     -------
@@ -102,9 +105,10 @@ def effect_table(
         If a context with perturbed cells has no control cells.
     """
     keys = list(zip(contexts, perturbations, strict=True))
-    groups = sorted(set(keys))
+    where = np.arange(len(keys)) if keep is None else np.flatnonzero(keep)
+    groups = sorted({keys[i] for i in where})
     index = {key: i for i, key in enumerate(groups)}
-    code = np.fromiter((index[key] for key in keys), np.int64, len(keys))
+    code = np.fromiter((index[keys[i]] for i in where), np.int64, len(where))
     known = {c for c, p in groups if p.is_control}
     missing = sorted({c for c, _ in groups} - known)
     if missing:
@@ -112,7 +116,7 @@ def effect_table(
             f"No control cells in context {', '.join(map(repr, missing))}: an effect is a "
             "difference from the control of the same context. Add control cells or remove it."
         )
-    profile, variance, n_cells = _profiles(sp.csr_matrix(counts), np.asarray(library), code)
+    profile, variance, n_cells = _profiles(sp.csr_matrix(counts), np.asarray(library), where, code)
     is_control = np.array([p.is_control for _, p in groups])
     control_row = {c: i for i, (c, p) in enumerate(groups) if p.is_control}
     _fill_lone_cells(variance, n_cells, groups, control_row)
@@ -130,7 +134,7 @@ def effect_table(
 
 
 def _profiles(
-    counts: sp.csr_matrix, library: np.ndarray, code: np.ndarray
+    counts: sp.csr_matrix, library: np.ndarray, where: np.ndarray, code: np.ndarray
 ) -> tuple[dict[Scale, np.ndarray], dict[Scale, np.ndarray], np.ndarray]:
     """Profile and sampling variance of each group of cells, on both scales.
 
@@ -141,9 +145,9 @@ def _profiles(
     n_groups, n_genes = int(code.max()) + 1, counts.shape[1]
     n = np.bincount(code, minlength=n_groups)
     sums = {name: np.zeros((n_groups, n_genes)) for name in ("y", "yy", "k", "kk", "kl")}
-    for start in range(0, counts.shape[0], _CHUNK):
+    for start in range(0, len(where), _CHUNK):
         part = slice(start, start + _CHUNK)
-        block, size = counts[part].astype(np.float64), library[part]
+        block, size = counts[where[part]].astype(np.float64), library[where[part]]
         member = sp.csr_matrix(
             (np.ones(block.shape[0]), (code[part], np.arange(block.shape[0]))),
             shape=(n_groups, block.shape[0]),
@@ -155,8 +159,8 @@ def _profiles(
         ):  # fmt: skip
             total = (member @ cells).tocoo()
             sums[name][total.row, total.col] += total.data
-    total_library = np.bincount(code, library, n_groups)[:, None]
-    square_library = np.bincount(code, library**2, n_groups)[:, None]
+    total_library = np.bincount(code, library[where], n_groups)[:, None]
+    square_library = np.bincount(code, library[where] ** 2, n_groups)[:, None]
     cells = n[:, None]
     spare = np.maximum(cells - 1, 1)
     mean = sums["y"] / cells

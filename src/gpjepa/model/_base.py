@@ -72,7 +72,6 @@ class Registered(BaseModelClass):
         self.gate_: dict[str, dict[str, Any]] = {}
         self._anchor: EffectAnchor | None = None
         self.history_: dict[str, pd.DataFrame] | None
-        self.module: GPJEPAModule
         self.init_params_ = self._get_init_params(locals())
 
     def _trained_perturbations(self) -> list[Perturbation]:

@@ -178,11 +178,10 @@ class GPJEPAModule(BaseModuleClass):
         per_row = n // len(action)
         target, base = tensors["latent"][:n], tensors["latent"][n:]
         if matching == "ot":
+            sets = [x.unflatten(0, (-1, per_row)) for x in (base, target)]
             pairs = [
                 i * per_row + optimal_transport_pairs(b, t)
-                for i, (b, t) in enumerate(
-                    zip(base.split(per_row), target.split(per_row), strict=True)
-                )
+                for i, (b, t) in enumerate(zip(*sets, strict=True))
             ]
             order = torch.as_tensor([j for pair in pairs for j in pair], device=target.device)
         else:
@@ -230,15 +229,16 @@ class GPJEPAModule(BaseModuleClass):
             "energy": energy_distance, "mmd": mmd, "sliced_wasserstein": sliced_wasserstein,
         }  # fmt: skip
         sample = prior + torch.randn_like(prior) * (0.5 * log_variance).exp()
-        rows = zip(sample.split(per_row), target.split(per_row), strict=True)
-        return torch.stack([distance[matching](x, y) for x, y in rows]).mean()
+        sets = [x.unflatten(0, (-1, per_row)) for x in (sample, target)]
+        return torch.stack([distance[matching](x, y) for x, y in zip(*sets, strict=True)]).mean()
 
     def freeze(self, stage: str) -> list[nn.Parameter]:
         """Leave only the parameters of a stage trainable, and return them."""
-        parts = {
+        stages: dict[str, list[nn.Module]] = {
             "pretrain": [self.encoder, self.block_predictor],
             "action": [self.perturbation_encoder, self.predictor, self.posterior, self.decoder],
-        }[stage]
+        }
+        parts = stages[stage]
         self.requires_grad_(False)
         for part in parts:
             part.requires_grad_(True)

@@ -58,8 +58,9 @@ class Predicting(Registered):
     def _parse(
         self, perturbation: str | Perturbation | Sequence[str | Perturbation]
     ) -> list[Perturbation]:
-        one = isinstance(perturbation, str | Perturbation)
-        wanted: list = [perturbation] if one else list(perturbation)
+        if isinstance(perturbation, str | Perturbation):
+            perturbation = [perturbation]
+        wanted = list(perturbation)
         if not wanted:
             raise ValueError("No perturbation was given.")
         args = self.registry_["setup_args"]

@@ -277,10 +277,10 @@ class _ActionStage:
         for i in np.flatnonzero(~out):
             members.setdefault(keys[i], []).append(int(i))
         self.members = {key: np.array(found) for key, found in members.items()}
-        self.inside = self._table(np.flatnonzero(~out))
+        self.inside = self._table(~out)
         self.rows = self.inside.rows
         if holdout.kind == "cells":
-            self.outside = self._table(np.flatnonzero(out)) if out.any() else self.inside
+            self.outside = self._table(out) if out.any() else self.inside
         else:
             held = {keys[i] for i in np.flatnonzero(out)}
             self.outside = model.effects_.subset(np.array([r in held for r in model.effects_.rows]))
@@ -289,17 +289,13 @@ class _ActionStage:
         pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
         self.predicted = {s: self.anchor.predict(*pairs, s) for s in SCALES}
 
-    def _table(self, where: np.ndarray) -> EffectTable:
-        part = self.cells.take(where)
-        assert part.perturbations is not None
-        control = {
-            c for c, p in zip(part.contexts, part.perturbations, strict=True) if p.is_control
-        }
-        keep = np.array([c in control for c in part.contexts], bool)
-        part = part.take(np.flatnonzero(keep))
-        assert part.perturbations is not None
+    def _table(self, keep: np.ndarray) -> EffectTable:
+        cells = self.cells
+        assert cells.perturbations is not None
+        control = set(np.array(cells.contexts, dtype=object)[keep & cells.is_control])
+        keep = keep & np.fromiter((c in control for c in cells.contexts), bool, len(cells))
         return effect_table(
-            part.counts, part.library, part.perturbations, part.contexts, self.model.genes
+            cells.counts, cells.library, cells.perturbations, cells.contexts, self.model.genes, keep
         )
 
     def plan(self, matching: str, plan_kwargs: dict) -> ActionPlan:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def ema_copy(student: nn.Module) -> nn.Module:
+
+def ema_copy(student: Module) -> Module:
     """A frozen copy that only :func:`ema_update` changes."""
     teacher = copy.deepcopy(student)
     teacher.requires_grad_(False)

@@ -100,10 +100,9 @@ class GaussianHead(nn.Module):
 
     def __init__(self, n_in: int, n_hidden: int, n_latent: int) -> None:
         super().__init__()
-        out = nn.Linear(n_hidden, 2 * n_latent)
-        nn.init.zeros_(out.weight)
-        nn.init.zeros_(out.bias)
-        self.net = nn.Sequential(*_mlp(n_in, n_hidden, n_hidden)[:-1], out)
+        self.net = _mlp(n_in, n_hidden, 2 * n_latent)
+        for parameter in self.net[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance, each of shape (n_cells, n_latent)."""
