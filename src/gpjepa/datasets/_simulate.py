@@ -6,7 +6,8 @@ a cell is at the steady state of
 .. math:: x_t = b_{c,t} + \sum_s W_{st}\,(\sigma(x_s) - r_s) + u_t + \varepsilon_t,
    \qquad a_t = \sigma(x_t),
 
-with the basal input :math:`b_{c}` of context *c* and the resting activities :math:`r`, the push :math:`u_t` of the perturbation times the
+with the basal input :math:`b_{c}` of context *c*, the resting activities :math:`r`, the push
+:math:`u_t` of the perturbation times the
 cell's own efficiency (0 in escapers), and the state :math:`\varepsilon` of the cell. Because the
 activity saturates, combinations interact. The log rate of gene *g* is
 :math:`\beta_{c,g} + \sum_t V_{tg} (a_t - r_t)` plus the direct effect on the targeted gene itself; counts
@@ -41,19 +42,19 @@ class _Settings:
     log_library_mean: float = 9.48  # whole cell, Norman 2019: median 13,523 counts
     log_library_sd: float = 0.41
     log_expression_sd: float = 2.0
-    inverse_dispersion: float = 2.0
+    inverse_dispersion: float = 5.0
     n_regulators: int = 100
     regulators_per_regulator: int = 4
-    regulators_per_gene: int = 5
+    regulators_per_gene: int = 1
     regulator_weight: float = 2.0
-    gene_weight: float = 0.4
+    gene_weight: float = 0.2
     n_hubs: int = 4
-    hub_inputs: float = 0.45
+    hub_inputs: float = 0.6
     hub_input: float = 4.8
-    hub_weight: float = 0.65
-    hub_genes: float = 0.25
+    hub_weight: float = 0.6
+    hub_genes: float = 0.12
     hub_basal: float = -1.3
-    push: float = 3.5
+    push: float = 4.5
     log_fold_direct: float = 1.5
     escapers: float = 0.1
     efficiency: tuple[float, float] = (5.0, 2.0)
@@ -106,7 +107,7 @@ def _draw_network(
     sign = np.where(rng.random((n, hubs.size)) < 0.8, 1, -1)
     acts = rng.random((n, hubs.size)) < s.hub_inputs
     regulation[:, hubs] = s.hub_input * sign * acts * rng.gamma(1, 1, (n, hubs.size))
-    regulation[hubs, hubs] = 0
+    regulation[hubs] = 0  # hubs act on genes alone: loops through them would make cells bistable
     chosen = rng.random((hubs.size, n_genes)) < s.hub_genes
     response[hubs] += (s.hub_weight * chosen * rng.standard_t(4, chosen.shape)).astype(np.float32)
 
@@ -333,6 +334,7 @@ def simulate(
         "settings": {**asdict(s), "efficiency": list(s.efficiency), "mode": mode, "seed": seed},
         "network": {
             "regulators": genes[network.regulators].astype(object),
+            "panel_share": network.panel_share,
             "regulation": network.regulation,
             "response": network.response,
             "basal": network.basal,
