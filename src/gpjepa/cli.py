@@ -108,6 +108,12 @@ def demo(
         console.print(f"[bold]Run {seed + 1} of {seeds}[/] (seed {seed})")
         results.append(_run(adata, hold_out, hold_out_context, setup, seed))
         console.print(_rich_table([results[-1]], f"Seed {seed}"))
+        for regime, gate in results[-1].model.gate_.items():
+            console.print(
+                f"Gate of {regime}: {gate['gate']}. Squared error inside training, {gate['n_rows']} "
+                f"held out: anchor {gate['error_anchor']:.1f}, network {gate['error_network']:.1f}.",
+                soft_wrap=True,
+            )
     if seeds > 1:
         console.print(_rich_table(results, f"Mean over {seeds} seeds"))
     with written_whole(out) as draft:

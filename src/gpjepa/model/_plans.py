@@ -70,6 +70,7 @@ class PretrainPlan(_Plan):
         self.momentum, self.vicreg_weight = momentum, vicreg_weight
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Loss of one mini-batch."""
         losses = self.module.jepa_loss(
             batch["values"], n_blocks=self.n_blocks, hidden=self.hidden,
             vicreg_weight=self.vicreg_weight,
@@ -123,6 +124,7 @@ class ActionPlan(_Plan):
     shift: torch.Tensor
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Loss of one mini-batch."""
         rows = batch["rows"]
         action = self.module.perturbation_encoder(self.targets[rows], self.doses[rows])
         losses = self.module.action_loss(
