@@ -212,8 +212,60 @@ def test_doses_between_measured_ones_are_interpolated():
     anchor = EffectAnchor().fit(table)
     doses = ["A@0.5", "A@1", "A@2", "A@3", "A@10"]
     predicted = anchor.predict([read(d) for d in doses], ["c"] * 5, "mean_log1p").mean[:, 0]
-    assert (np.diff(predicted[:4]) > 0).all()
-    assert predicted[4] == predicted[3]
+    share = (np.log1p(2) - np.log1p(1)) / (np.log1p(3) - np.log1p(1))
+    below = np.log1p(0.5) / np.log1p(1)
+    np.testing.assert_allclose(predicted, [below, 1, 1 + share, 2, 2], rtol=1e-6)
+    assert anchor.regime(read("A@2"), "c") == "new dose"
+
+
+def test_doses_of_one_target_are_not_several_targets(rng):
+    """Five doses of one drug say as little about another drug as one dose does."""
+    effect = rng.normal(size=40)
+    table = table_of({("c", f"A@{d}"): effect for d in (1, 2, 3, 4, 5)}, noise=1e-6)
+    other = EffectAnchor().fit(table).predict([read("B")], ["c"], "mean_log1p").mean[0]
+    np.testing.assert_allclose(other, 0.5 * effect, rtol=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 30])
+@pytest.mark.parametrize("size", [0.0, 0.1, 0.5])
+def test_intervals_of_singles_and_sums_cover_the_truth(rng, n, size):
+    """Also where there is no signal at all, and where one noisy control is shared by everything."""
+    inside = {"single": [], "sum": []}
+    for _ in range(20):
+        truth = {f"T{i:02d}": rng.normal(0, size, 200) for i in range(n)}
+        shared = rng.normal(0, 0.2, 200)
+        rows = {("c", t): e + rng.normal(0, 0.2, 200) - shared for t, e in truth.items()}
+        table = table_of(rows, noise=0.2**2)
+        anchor = EffectAnchor().fit(table)
+        single = anchor.predict([read("T00")], ["c"], "mean_log1p")
+        z = (single.mean[0] - truth["T00"]) / np.sqrt(single.variance[0])
+        inside["single"].append(np.abs(z) < 1.96)
+        if n > 1:
+            pair = anchor.predict([read("T00+T01")], ["c"], "mean_log1p")
+            z = (pair.mean[0] - truth["T00"] - truth["T01"]) / np.sqrt(pair.variance[0])
+            inside["sum"].append(np.abs(z) < 1.96)
+    assert np.mean(inside["single"]) > 0.9
+    assert n == 1 or np.mean(inside["sum"]) > 0.9
+
+
+def test_pure_noise_is_shrunk_away_with_few_perturbations(rng):
+    for n in (1, 2, 5):
+        kept = []
+        for _ in range(20):
+            table = table_of({("c", f"T{i}"): rng.normal(0, 0.1, 500) for i in range(n)}, noise=0.0)
+            for scale in SCALES:
+                table.variance[scale][:] = 0.1**2
+            mean = EffectAnchor().fit(table).predict([read("T0")], ["c"], "mean_log1p").mean[0]
+            kept.append((mean**2).sum() / (table.effect["mean_log1p"][0] ** 2).sum())
+        assert np.mean(kept) < 0.05
+
+
+def test_a_combination_measured_elsewhere_does_not_hide_its_singles_here():
+    singles = {("x", "A"): [1.0, 0.0, 3.0], ("x", "B"): [0.0, 3.0, 0.0]}
+    table = table_of(singles | {("y", "A+B"): [9.0, 9.0, 9.0]}, contexts=("x", "y"))
+    predicted = EffectAnchor().fit(table).predict([read("A+B")], ["x"], "mean_log1p")
+    np.testing.assert_allclose(predicted.mean[0], [1, 3, 3], atol=1e-6)
+    assert predicted.regime == ["seen2"]
 
 
 def test_out_of_fold_rows_do_not_know_themselves(rng):

@@ -17,6 +17,13 @@ def test_kinds_with_enough_perturbations_spare_five_each():
     assert sum(len(p.targets) == 2 for p in held.units) == 5
 
 
+def test_doses_of_one_target_leave_together():
+    labels = [f"T{i:02d}@{d}" for i in range(15) for d in (1, 10)]
+    held = hold_out([("a", LabelReader().read(x)) for x in labels])
+    assert len({p.targets for p in held.units}) == 5
+    assert len(held.units) == 10
+
+
 def test_order_of_the_rows_does_not_matter():
     assert hold_out(rows(20, 16)) == hold_out(rows(20, 16)[::-1])
 

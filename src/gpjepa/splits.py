@@ -49,19 +49,21 @@ def hold_out(
     rng = np.random.default_rng(seed)
     perturbations = sorted({p for _, p in rows if not p.is_control})
     contexts = sorted({c for c, p in rows if not p.is_control})
-    singles = [p for p in perturbations if len(p.targets) == 1]
-    combinations = [p for p in perturbations if len(p.targets) > 1]
+    units = sorted({p.targets for p in perturbations})  # doses of the same targets stay together
+    singles = [u for u in units if len(u) == 1]
+    combinations = [u for u in units if len(u) > 1]
     kinds = [kind for kind in (combinations, singles) if len(kind) >= 3 * MIN_UNITS]
-    if not kinds and len(perturbations) >= 3 * MIN_UNITS:
-        kinds = [perturbations]
+    if not kinds and len(units) >= 3 * MIN_UNITS:
+        kinds = [units]
     if kinds:
-        chosen = [
+        out = {
             kind[i]
             for kind in kinds
             for i in rng.permutation(len(kind))[: max(MIN_UNITS, round(fraction * len(kind)))]
-        ]
-        return Holdout("perturbations", tuple(sorted(chosen)), f"{len(chosen)} perturbations")
-    few = f"only {len(perturbations)} perturbations, too few to hold out {MIN_UNITS} of them"
+        }
+        chosen = [p for p in perturbations if p.targets in out]
+        return Holdout("perturbations", tuple(chosen), f"{len(chosen)} perturbations")
+    few = f"only {len(units)} perturbations; {3 * MIN_UNITS} are needed to hold {MIN_UNITS} out"
     if len(contexts) >= 3:
         context = contexts[int(rng.integers(len(contexts)))]
         return Holdout("contexts", (context,), f"context {context!r} ({few})")
