@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from helpers import real_file
 
 import gpjepa
+from gpjepa._files import written_whole
 from gpjepa.datasets._recipes import RECIPES
 from gpjepa.effects import effect_table
 from gpjepa.perturbations import LabelReader
@@ -201,7 +202,8 @@ def test_prepare_learns_nothing_from_test_cells(simulated, rng):
     assert list(before.var_names) == list(after.var_names)
     whole = np.asarray(simulated.layers["counts"].sum(1)).ravel()
     np.testing.assert_array_equal(before.obs["library_size"], whole[whole >= 500])
-    assert {"TF001"} & set(before.var_names) or before.n_vars >= 30
+    targets = {t for p in simulated.obs["perturbation"].unique() for t in p.split("+")}
+    assert targets - {"control"} <= set(before.var_names)  # kept beside the chosen genes
 
 
 @pytest.mark.parametrize(
@@ -224,3 +226,33 @@ def test_prepare_refuses_an_empty_selection(simulated):
         gpjepa.datasets.prepare(simulated, np.zeros(simulated.n_obs, bool))
     with pytest.raises(ValueError, match="lower min_counts"):
         gpjepa.datasets.prepare(simulated, min_counts=10**9)
+
+
+def test_overwriting_a_directory_keeps_what_else_is_in_it(tmp_path):
+    out = tmp_path / "data"
+    (out / "model").mkdir(parents=True)
+    (out / "cells.h5ad").write_text("mine")
+    (out / "model" / "model.pt").write_text("old")
+    with written_whole(out) as draft:
+        (draft / "model").mkdir(parents=True)
+        (draft / "model" / "model.pt").write_text("new")
+    assert (out / "cells.h5ad").read_text() == "mine"
+    assert (out / "model" / "model.pt").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_comparison_reads_labels_as_declared_and_refuses_early(simulated, monkeypatch):
+    monkeypatch.setattr(gpjepa.GPJEPA, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    adata = simulated.copy()
+    adata.obs["guide"] = adata.obs["perturbation"].astype(str).str.replace("+", "_")
+    pair = next(p for p in adata.obs["guide"] if "_" in p)
+    setup = {"perturbation_key": "guide", "separator": "_"}
+    with pytest.raises(ValueError, match="no cell has that perturbation"):
+        gpjepa.benchmark.compare(adata, ["TF000_TF099"], setup=setup)
+    adata.obs["guide"] = adata.obs["guide"].replace(pair, "DRUG")
+    with pytest.raises(gpjepa.perturbations.UnknownTargetError, match="'DRUG'"):
+        gpjepa.benchmark.compare(adata, ["DRUG"], setup=setup)
+    adata.obs["guide"] = adata.obs["perturbation"].astype(str)
+    adata.obs.loc[adata.obs["guide"] == "control", "guide"] = ["TF000", *["control"] * 249]
+    with pytest.raises(ValueError, match="a single cell shows no sampling error"):
+        gpjepa.benchmark.compare(adata, ["TF000"], setup=setup | {"separator": "+"})

@@ -10,10 +10,12 @@ import pytest
 import scanpy as sc
 import scipy.sparse as sp
 import scvi
+import torch
 from helpers import real_file, train_quickly
 
 import gpjepa
 from gpjepa import GPJEPA
+from gpjepa.model._training import _ActionStage
 from gpjepa.perturbations import UnknownTargetError
 from gpjepa.splits import hold_out
 
@@ -46,15 +48,15 @@ def test_predicted_cells_are_counts_with_their_expectation(predicted, model, sim
     assert info["units"]["X"] == "sampled counts"
 
 
-def test_sampled_counts_follow_the_expected_rates(predicted):
-    rate = predicted.layers["expected"].mean(0)
-    sampled = np.asarray(
-        predicted.X.multiply(1e4 / predicted.obs["library_size"].to_numpy()[:, None]).mean(0)
-    ).ravel()
-    error = np.sqrt(predicted.layers["expected"].var(0) + rate * 20 + rate**2) / np.sqrt(
-        predicted.n_obs
-    )
-    assert (np.abs(sampled - rate) < 5 * error + 0.5).mean() > 0.97
+def test_sampled_counts_follow_the_expected_rates(predicted, model):
+    """Sums of counts against the mean and the variance of the negative binomial."""
+    library = predicted.obs["library_size"].to_numpy()[:, None]
+    mean = predicted.layers["expected"] * library / 1e4
+    variance = mean + mean**2 / model.module.decoder.dispersion.detach().numpy()
+    z = (np.asarray(predicted.X.sum(0)).ravel() - mean.sum(0)) / np.sqrt(variance.sum(0))
+    assert np.abs(z).max() < 5
+    assert abs(z.mean()) < 0.3
+    assert 0.8 < z.std() < 1.2
 
 
 @pytest.mark.parametrize("gate", [0, 1])
@@ -280,6 +282,65 @@ def test_history_and_hold_out(model):
     assert hold_out(rows).kind == "perturbations"
 
 
+def _stage(fitted):
+    cells = fitted._training_cells()
+    holdout, out = fitted._hold_out(cells)
+    return _ActionStage(fitted, cells, out, holdout, torch.zeros(len(cells), 16))
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_the_gate_opens_only_where_the_network_helps_on_five_units(model, monkeypatch, helps):
+    stage = _stage(model)
+    truth = stage.outside.effect["mean_log1p"]
+    network = truth if helps else truth + 9
+    monkeypatch.setattr(stage, "_networks", lambda scale: network)
+    gates = stage.gates()
+    assert gates
+    regimes = {}
+    for (_, p), regime in zip(
+        stage.outside.rows, stage.predicted["mean_log1p"].regime, strict=True
+    ):
+        regimes.setdefault(regime, set()).add(p.targets)
+    assert max(map(len, regimes.values())) >= 5 > min(map(len, regimes.values()))
+    for regime, gate in gates.items():
+        assert gate["gate"] == (helps and len(regimes[regime]) >= 5)
+
+
+def test_the_gate_does_not_count_targeted_genes(model, monkeypatch):
+    stage = _stage(model)
+    network = stage.predicted["mean_log1p"].mean.copy()
+    for i, (_, p) in enumerate(stage.outside.rows):
+        network[i, np.isin(model.genes, p.targets)] += 100
+    monkeypatch.setattr(stage, "_networks", lambda scale: network)
+    for gate in stage.gates().values():
+        assert gate["error_network"] == pytest.approx(gate["error_anchor"])
+
+
+def test_the_gate_knows_no_library_sizes_of_held_out_cells(simulated, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        _ActionStage, "gates", lambda self: seen.append(dict(self.model.library_shifts_)) or {}
+    )
+    fitted = train_quickly(simulated, train={"max_epochs": 1})
+    holdout, _ = fitted._hold_out(fitted._training_cells())
+    assert holdout.kind == "perturbations"
+    assert not set(holdout.units) & set(seen[0])
+    assert set(holdout.units) <= set(fitted.library_shifts_)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("n_cells", [8, 9, 12])
+def test_small_screens_train(tiny, n_cells, steps):
+    """Few perturbations of few cells: something is held out if it can be, and nothing crashes."""
+    labels = ["control", *[p for p in tiny.obs["perturbation"].cat.categories if "+" not in p][:4]]
+    keep = np.concatenate([np.flatnonzero(tiny.obs["perturbation"] == p)[:n_cells] for p in labels])
+    fitted = train_quickly(
+        tiny[keep],
+        train={"max_epochs": 1, "pretrain_epochs": steps, "batch_size": n_cells * 5 // 3},
+    )
+    assert fitted.predict_effects(labels[1])["effect"].notna().all()
+
+
 @pytest.mark.parametrize("matching", ["energy", "mmd", "sliced_wasserstein", "ot"])
 def test_every_matching_trains(tiny, matching):
     fitted = train_quickly(tiny, train={"max_epochs": 1, "matching": matching})
@@ -457,11 +518,24 @@ def test_queries_that_cannot_be_used(model, simulated, held_out):
         model.get_latent_representation(simulated.X)
 
 
-def test_missing_genes_are_hidden_and_counted(model, simulated, held_out):
+def test_missing_genes_are_hidden_and_counted(model, simulated, held_out, tmp_path):
     fewer = simulated[:, :100].copy()
     with pytest.warns(UserWarning, match="20 of the model's 120 genes"):
         cells = model.predict_perturbation(fewer, held_out)
     assert cells.n_vars == 120
+    with pytest.warns(UserWarning, match="hidden"):
+        hidden = model.get_latent_representation(fewer)
+    zeros = simulated.copy()
+    zeros.X = zeros.layers["counts"] = (
+        zeros.layers["counts"] @ sp.diags((np.arange(120) < 100).astype(np.float32))
+    ).tocsr()
+    assert np.abs(hidden - model.get_latent_representation(zeros)).max() > 0.1
+    model.save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="hidden"):
+        attached = GPJEPA.load(tmp_path / "model", fewer)
+    np.testing.assert_array_equal(attached.get_latent_representation(), hidden)
+    with pytest.raises(ValueError, match="lacks 20 of the model's genes"):
+        attached.train()
     with pytest.raises(ValueError, match="90 of the model's 120 genes are not in the data"):
         model.predict_perturbation(simulated[:, :30].copy(), held_out)
     other = simulated.copy()

@@ -70,6 +70,22 @@ def test_doses_of_control_cells_say_nothing():
     assert [str(p) for p in read] == ["control", "A@0.5", "A"]
 
 
+def test_guides_of_the_control_are_control():
+    column = pd.Series(["NT_g1", "NT_g2", "STAT1_g1", "STAT1_g2"], name="guide")
+    reader = LabelReader("NT", strip=r"_g\d+$")
+    assert [str(p) for p in reader.read_column(column)] == ["control"] * 2 + ["STAT1"] * 2
+    joined = LabelReader("NT", separator=None, strip=r"g\d+$")
+    column = pd.Series(["NT", "NTg2", "STAT1g1"], name="guide")
+    assert [str(p) for p in joined.read_column(column)] == ["control"] * 2 + ["STAT1"]
+
+
+@pytest.mark.parametrize("dose", [1e6, 1 / 3, 0.001, 2.0])
+@pytest.mark.parametrize("separator", ["+", "_"])
+def test_written_labels_can_be_read_back(dose, separator):
+    perturbation = Perturbation.of(["A", "B"], [dose, 1.0])
+    assert LabelReader(separator=separator).read(perturbation.label(separator)) == perturbation
+
+
 def test_repeated_targets_are_refused():
     with pytest.raises(ValueError, match="repeat"):
         Perturbation.of(["A", "A"])
@@ -77,8 +93,8 @@ def test_repeated_targets_are_refused():
 
 def test_unknown_targets_are_named_with_their_neighbours():
     vocabulary = Vocabulary(["KLF1", "MAP2K6"], ["ACTB", "KLF10"])
-    assert "ACTB" in vocabulary
-    assert not vocabulary.is_perturbed("ACTB")
+    assert vocabulary.perturbed == ("KLF1", "MAP2K6")
+    assert len(vocabulary) == 4
     vocabulary.check(LabelReader().read("KLF1+ACTB"))
     with pytest.raises(UnknownTargetError, match=r"'KLF2' \(nearest: KLF1"):
         vocabulary.check(LabelReader().read("KLF2+MAP2K6"))

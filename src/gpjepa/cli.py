@@ -94,6 +94,8 @@ def demo(
     from gpjepa._files import check_free, written_whole
 
     check_free(out, overwrite)
+    if data is None and (hold_out or hold_out_context is not None):
+        raise ValueError("--hold-out is for your own data; say which: gpjepa demo DATA ...")
     if data is not None and not hold_out and hold_out_context is None:
         raise ValueError(
             "Say what to hold out of your data: --hold-out A+B, or --hold-out-context."
@@ -150,7 +152,7 @@ def _rich_table(results: list[Comparison], title: str) -> Any:
     names = [name for name in METRICS if name != "squared_error"]
     for name in names:
         table.add_column(METRICS[name].label, justify="right")
-    mean = sum(r.table.fillna(float("nan")) for r in results) / len(results)
+    mean = sum(r.table for r in results) / len(results)
     for method, row in mean.iterrows():
         values = [row["relative_error"], *(row[name] for name in names)]
         style = "bold" if method == "GP-JEPA" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,19 +108,22 @@ def compare(
     from gpjepa.model import GPJEPA
 
     setup = setup or {}
-    labels, contexts = _labels(adata, setup)
-    test = _held_out(labels, contexts, hold_out, hold_out_context)
+    reader = _reader(setup)
+    labels, contexts = _labels(adata, setup, reader)
+    test = _held_out(labels, contexts, reader, hold_out, hold_out_context)
     rng = np.random.default_rng(seed)
     kept, other = _control_halves(labels, contexts, rng)
     scvi.settings.seed = seed
     trained = adata[~test & ~other].copy()
     GPJEPA.setup_anndata(trained, **setup)
     model = GPJEPA(trained)
+    wanted = sorted({labels[i] for i in np.flatnonzero(test)})
+    for perturbation in wanted:
+        model.vocabulary.check(perturbation)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         model.train(**(train or {}))
 
-    wanted = sorted({labels[i] for i in np.flatnonzero(test)})
     held_contexts = sorted({contexts[i] for i in np.flatnonzero(test)})
     cells = adata[test | other].copy()
     measured = _table(model, cells)
@@ -137,13 +141,18 @@ def compare(
     )  # fmt: skip
 
 
-def _labels(adata: ad.AnnData, setup: dict) -> tuple[list[Perturbation], list[str]]:
+def _reader(setup: dict) -> LabelReader:
+    control = setup.get("control", "control")
+    return LabelReader(control, setup.get("separator", "+"), setup.get("strip"))
+
+
+def _labels(
+    adata: ad.AnnData, setup: dict, reader: LabelReader
+) -> tuple[list[Perturbation], list[str]]:
     key = setup.get("perturbation_key", "perturbation")
     for column in (key, setup.get("context_key")):
         if column is not None and column not in adata.obs:
             raise KeyError(f"{column!r} is not a column of adata.obs: {list(adata.obs.columns)}.")
-    control = setup.get("control", "control")
-    reader = LabelReader(control, setup.get("separator", "+"), setup.get("strip"))
     dosage = setup.get("dosage_key")
     labels = reader.read_column(adata.obs[key], None if dosage is None else adata.obs[dosage])
     context = setup.get("context_key")
@@ -152,8 +161,8 @@ def _labels(adata: ad.AnnData, setup: dict) -> tuple[list[Perturbation], list[st
 
 
 def _held_out(
-    labels: list[Perturbation], contexts: list[str], hold_out: Sequence[str] | None,
-    context: str | None,
+    labels: list[Perturbation], contexts: list[str], reader: LabelReader,
+    hold_out: Sequence[str] | None, context: str | None,
 ) -> np.ndarray:  # fmt: skip
     if (not hold_out) == (context is None):
         raise ValueError("Say what to hold out: either perturbations or one context.")
@@ -165,12 +174,15 @@ def _held_out(
                 f"No perturbed cells in context {context!r}; contexts are {sorted(set(contexts))}."
             )
     else:
-        reader = LabelReader()
         wanted = {reader.read(label) for label in hold_out or ()}
         missing = sorted(str(p) for p in wanted - set(labels))
         if missing:
             raise ValueError(f"Cannot hold out {missing}: no cell has that perturbation.")
         test = np.array([p in wanted for p in labels])
+    n_cells = Counter((labels[i], contexts[i]) for i in np.flatnonzero(test))
+    lone = sorted(f"{p} in {c}" for (p, c), n in n_cells.items() if n < 2)
+    if lone:
+        raise ValueError(f"Cannot hold out {lone}: a single cell shows no sampling error.")
     if not (perturbed & ~test).any():
         raise ValueError("Nothing is left to train on: every perturbed cell is held out.")
     return test
@@ -225,8 +237,6 @@ def _replicate(
             read.counts, read.library, perturbations, read.contexts, model.genes, rank % 2 == half
         )
         where = {row: i for i, row in enumerate(table.rows)}
-        if set(measured.rows) - set(where):
-            raise ValueError("A held-out perturbation has a single cell; at least 2 are needed.")
         tables.append(table.subset(np.array([where[row] for row in measured.rows])))
     return tables[0].effect["mean_log1p"], tables[1]
 

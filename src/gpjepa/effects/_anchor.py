@@ -10,7 +10,7 @@ import numpy as np
 
 from gpjepa.perturbations import Perturbation
 
-from ._scales import SCALES, Scale
+from ._scales import Scale, check_scale
 from ._table import EffectTable
 
 MIN_ROWS = 5
@@ -61,9 +61,12 @@ class EffectAnchor:
     """
 
     def fit(self, effects: EffectTable) -> Self:
-        """Fit on measured effects, on both scales."""
+        """Fit on measured effects; each scale when it is first asked for."""
         self.effects_ = effects
-        self._fits = {scale: _ScaleFit(effects, scale) for scale in SCALES}
+        self._fits: dict[Scale, _ScaleFit] = {}
+        self._rows = set(effects.rows)
+        self._measured = {p for _, p in effects.rows}
+        self._contexts = {c for c, _ in effects.rows}
         return self
 
     def predict(
@@ -76,6 +79,8 @@ class EffectAnchor:
         KeyError
             If a context has no control cells in the table.
         """
+        if scale not in self._fits:
+            self._fits[scale] = _ScaleFit(self.effects_, check_scale(scale))
         fit = self._fits[scale]
         unknown = sorted(set(contexts) - set(self.effects_.contexts))
         if unknown:
@@ -91,16 +96,14 @@ class EffectAnchor:
 
     def regime(self, perturbation: Perturbation, context: str) -> str:
         """What training knew of the perturbation in the context."""
-        rows = set(self.effects_.rows)
-        measured = {p for _, p in rows}
         if perturbation.is_control:
             return "control"
-        if (context, perturbation) in rows:
+        if (context, perturbation) in self._rows:
             return "seen"
-        alone = {p.targets[0] for p in measured if len(p.targets) == 1}
-        here = {p.targets[0] for c, p in rows if c == context and len(p.targets) == 1}
+        alone = {p.targets[0] for p in self._measured if len(p.targets) == 1}
+        here = {p.targets[0] for c, p in self._rows if c == context and len(p.targets) == 1}
         if not here.issuperset(perturbation.targets) and (
-            perturbation in measured or context not in {c for c, _ in rows}
+            perturbation in self._measured or context not in self._contexts
         ):
             return "new context"
         if len(perturbation.targets) == 1:

@@ -102,7 +102,7 @@ def effect_table(
     Raises
     ------
     ValueError
-        If a context with perturbed cells has no control cells.
+        If a context has fewer than two control cells.
     """
     keys = list(zip(contexts, perturbations, strict=True))
     where = np.arange(len(keys)) if keep is None else np.flatnonzero(keep)
@@ -111,16 +111,26 @@ def effect_table(
     code = np.fromiter((index[keys[i]] for i in where), np.int64, len(where))
     known = {c for c, p in groups if p.is_control}
     missing = sorted({c for c, _ in groups} - known)
+    lone = [
+        c for (c, p), n in zip(groups, np.bincount(code), strict=True) if p.is_control and n < 2
+    ]
+    if lone:
+        raise ValueError(
+            f"A single control cell in context {', '.join(map(repr, lone))} shows no sampling "
+            "error; at least 2 are needed. Add control cells or remove the context."
+        )
     if missing:
         raise ValueError(
             f"No control cells in context {', '.join(map(repr, missing))}: an effect is a "
             "difference from the control of the same context. Add control cells or remove it."
         )
-    profile, variance, n_cells = _profiles(sp.csr_matrix(counts), np.asarray(library), where, code)
-    is_control = np.array([p.is_control for _, p in groups])
+    profile, variance, n_cells = _profiles(
+        sp.csr_matrix(counts), np.asarray(library), where, code, len(groups)
+    )
+    is_control = np.array([p.is_control for _, p in groups], bool)
     control_row = {c: i for i, (c, p) in enumerate(groups) if p.is_control}
     _fill_lone_cells(variance, n_cells, groups, control_row)
-    own_control = np.array([control_row[c] for c, _ in groups])
+    own_control = np.array([control_row[c] for c, _ in groups], int)
     effect = {s: (profile[s] - profile[s][own_control])[~is_control] for s in SCALES}
     return EffectTable(
         np.asarray(genes, dtype=object),
@@ -134,7 +144,11 @@ def effect_table(
 
 
 def _profiles(
-    counts: sp.csr_matrix, library: np.ndarray, where: np.ndarray, code: np.ndarray
+    counts: sp.csr_matrix,
+    library: np.ndarray,
+    where: np.ndarray,
+    code: np.ndarray,
+    n_groups: int,
 ) -> tuple[dict[Scale, np.ndarray], dict[Scale, np.ndarray], np.ndarray]:
     """Profile and sampling variance of each group of cells, on both scales.
 
@@ -142,7 +156,7 @@ def _profiles(
     Σ(K - rL)² / (ΣL)² · n/(n-1) (Cochran, Sampling Techniques, ch. 6), brought to the log scale by
     the delta method.
     """
-    n_groups, n_genes = int(code.max()) + 1, counts.shape[1]
+    n_genes = counts.shape[1]
     n = np.bincount(code, minlength=n_groups)
     sums = {name: np.zeros((n_groups, n_genes)) for name in ("y", "yy", "k", "kk", "kl")}
     for start in range(0, len(where), _CHUNK):

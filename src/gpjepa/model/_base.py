@@ -4,6 +4,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -71,6 +72,7 @@ class Registered(BaseModelClass):
         self.gene_share_ = np.ones(len(self.genes)) / len(self.genes)
         self.gate_: dict[str, dict[str, Any]] = {}
         self._anchor: EffectAnchor | None = None
+        self._visible: np.ndarray | None = None  # genes that attached data have; None for all
         self.history_: dict[str, pd.DataFrame] | None
         self.init_params_ = self._get_init_params(locals())
 
@@ -165,7 +167,7 @@ class Registered(BaseModelClass):
 
     @staticmethod
     def _check_groups(manager: AnnDataManager) -> None:
-        """Every context needs control cells; small perturbations are named."""
+        """Every context needs control cells; small groups are named."""
         values = manager.get_state_registry(PERTURBATION_KEY)["values"]
         contexts = np.array(manager.get_state_registry(CONTEXT_KEY)["values"], dtype=object)
         code = manager.get_from_registry(PERTURBATION_KEY).ravel()
@@ -178,30 +180,56 @@ class Registered(BaseModelClass):
                 "effect is a difference from the control cells of the same context. Add control "
                 "cells, remove the context, or choose another context_key."
             )
+        n_control = np.bincount(context[np.isin(code, control)], minlength=len(contexts))
+        lone = [contexts[c] for c in np.flatnonzero(n_control == 1)]
+        if lone:
+            raise ValueError(
+                f"A single control cell in context {', '.join(map(repr, lone))}: at least 2 are "
+                "needed, better 50. Add control cells or remove the context."
+            )
         n = np.bincount(code, minlength=len(values))
         small = [
             f"{Perturbation(tuple(t), tuple(d))} ({n[i]})"
             for i, (t, d) in enumerate(values)
             if t and n[i] < MIN_CELLS
         ]
+        few = [f"control of {contexts[c]} ({m})" for c, m in enumerate(n_control) if m < MIN_CELLS]
+        small = [*few, *small]
         if small:
             warnings.warn(
-                f"{len(small)} perturbations have fewer than {MIN_CELLS} cells and weigh little: "
+                f"{len(small)} groups of cells have fewer than {MIN_CELLS} cells and weigh little: "
                 f"{', '.join(small[:20])}{' ...' if len(small) > 20 else ''}.",
                 UserWarning,
                 stacklevel=4,
             )
 
     def _training_cells(self) -> Cells:
+        if self._visible is not None:
+            raise ValueError(
+                f"The attached AnnData lacks {int((~self._visible).sum())} of the model's genes: "
+                "it can be queried, not trained on."
+            )
+        return self._attached_cells()
+
+    def _attached_cells(self) -> Cells:
         if self.adata is None:
             raise ValueError("The model was loaded without data: give an AnnData.")
         self._validate_anndata(self.adata)
-        return read_cells(self.adata_manager, None, self.n_batches)
+        return self._read(self.adata_manager, self._visible)
+
+    def _read(self, manager: AnnDataManager, visible: np.ndarray | None) -> Cells:
+        cells = read_cells(manager, visible, self.n_batches)
+        if cells.visible.all() or self.registry_["setup_args"]["library_size_key"] is not None:
+            return cells
+        # The missing genes hold part of the library size, which the data do not show.
+        share = self.gene_share_[cells.visible].sum() / self.gene_share_.sum()
+        return replace(cells, library=cells.library / share)
 
     def _query_cells(self, adata: AnnData | None) -> Cells:
         """Cells of any AnnData, aligned by gene name; the AnnData stays as it is."""
-        if adata is None or adata is self.adata:
-            return self._training_cells()
+        adata = self.adata if adata is None else adata
+        if adata is None:
+            raise ValueError("The model was loaded without data: give an AnnData.")
         if not isinstance(adata, AnnData):
             raise TypeError(f"Expected an AnnData, got {type(adata).__name__}.")
         if adata.n_obs == 0:
@@ -211,7 +239,15 @@ class Registered(BaseModelClass):
                 "Names of cells repeat; call adata.obs_names_make_unique() first (random streams "
                 "belong to cells by name)."
             )
+        if adata is self.adata:
+            return self._attached_cells()
         args = dict(self.registry_["setup_args"])
+        for name in ("context_key", "batch_key"):
+            if args[name] is not None and args[name] not in adata.obs:
+                raise KeyError(
+                    f"{name}={args[name]!r} is not a column of adata.obs, which has "
+                    f"{list(map(str, adata.obs.columns))}."
+                )
         layer = self.registry_["field_registries"][REGISTRY_KEYS.X_KEY]["data_registry"]["attr_key"]
         perturbation_key = args["perturbation_key"]
         if perturbation_key not in adata.obs:
@@ -230,15 +266,7 @@ class Registered(BaseModelClass):
         )  # fmt: skip
         manager = AnnDataManager(fields=fields)
         manager.register_fields(light, self.registry_)
-        cells = read_cells(manager, visible, self.n_batches)
-        if not visible.all() and args["library_size_key"] is None:
-            # The missing genes hold part of the library size, which the data do not show.
-            share = self.gene_share_[visible].sum() / self.gene_share_.sum()
-            cells = Cells(
-                cells.counts, cells.library / share, cells.perturbations, cells.contexts,
-                cells.batch, cells.names, visible,
-            )  # fmt: skip
-        return cells
+        return self._read(manager, visible)
 
     def control_cells(self) -> AnnData:
         """The control cells among the training cells, all that predictions need of the data."""
@@ -318,15 +346,22 @@ class Registered(BaseModelClass):
         name = registry.get("model_name")
         if name != cls.__name__:
             raise ValueError(f"{dir_path} holds a model of class {name}, not {cls.__name__}.")
+        visible = None
         if isinstance(adata, AnnData):
-            adata = cls._as_trained(adata, registry)
-        return super().load(str(dir_path), adata, prefix=prefix, **kwargs)
+            adata, visible = cls._as_trained(adata, registry)
+        model = super().load(str(dir_path), adata, prefix=prefix, **kwargs)
+        model._visible = visible
+        return model
 
     @staticmethod
-    def _as_trained(adata: AnnData, registry: dict) -> AnnData:
-        """The AnnData itself if its genes are the model's in their order, else an aligned copy."""
+    def _as_trained(adata: AnnData, registry: dict) -> tuple[AnnData, np.ndarray | None]:
+        """The AnnData itself if its genes are the model's in their order, else an aligned copy.
+
+        With a mask of the model's genes that it has, None for all.
+        """
         counts = registry["field_registries"][REGISTRY_KEYS.X_KEY]
         genes = np.asarray(counts["state_registry"]["column_names"])
         if np.array_equal(adata.var_names.to_numpy().astype(str), genes.astype(str)):
-            return adata
-        return align(adata, genes, counts["data_registry"]["attr_key"], list(adata.obs))[0]
+            return adata, None
+        light, visible = align(adata, genes, counts["data_registry"]["attr_key"], list(adata.obs))
+        return light, None if visible.all() else visible

@@ -42,7 +42,10 @@ class CountsField(LayerField):
                 f"layer={self.attr_key!r} is not in adata.layers, which has "
                 f"{sorted(map(str, adata.layers))}."
             )
-        check_counts(self.get_field_data(adata), where)
+        data = self.get_field_data(adata)
+        if data is None:
+            raise ValueError("X is empty; give the layer with raw counts, e.g. layer='counts'.")
+        check_counts(data, where)
 
 
 class _CodesField(BaseAnnDataField):

@@ -27,7 +27,11 @@ class _Plan(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters_, lr=self.lr, weight_decay=self.weight_decay)
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.lr, total_steps=total + 1, pct_start=0.1
+            # Ten steps would make torch's warm-up zero steps long, by which it divides.
+            optimizer,
+            max_lr=self.lr,
+            total_steps=max(total + 1, 11),
+            pct_start=0.1,
         )
         return {
             "optimizer": optimizer,
@@ -53,7 +57,8 @@ class PretrainPlan(_Plan):
     n_blocks, hidden
         Blocks of genes, and the share of genes they hide together.
     momentum
-        EMA momentum of the teacher at the start; it rises to 1 along a cosine.
+        EMA momentum of the teacher at the start, at most 1 - 10/steps: in a short run the teacher
+        would else stay near its random start. It rises to 1 along a cosine.
     vicreg_weight
         Weight of VICReg; 0 is off.
     lr, weight_decay
@@ -78,9 +83,11 @@ class PretrainPlan(_Plan):
         return self._log(losses, "pretrain", len(batch["values"]))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        done = self.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        done = self.global_step / total
+        start = max(min(self.momentum, 1 - 10 / total), 0.0)
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(done, 1.0))).item())
-        momentum = 1 - (1 - self.momentum) * cosine
+        momentum = 1 - (1 - start) * cosine
         ema_update(self.module.target_encoder, self.module.encoder, momentum)
 
 

@@ -73,11 +73,17 @@ class Predicting(Registered):
             self.vocabulary.check(p)
         return list(dict.fromkeys(read))
 
+    def _label(self, perturbation: Perturbation) -> str:
+        """As the user writes it."""
+        return perturbation.label(self.registry_["setup_args"]["separator"] or "+")
+
     def _contexts(self, wanted: str | Sequence[str] | None, present: Sequence[str]) -> list[str]:
         known = self.anchor.effects_.contexts
         chosen = (
             list(present) if wanted is None else [wanted] if isinstance(wanted, str) else wanted
         )
+        if not len(chosen):
+            raise ValueError(f"No context was given; known are {known}.")
         unknown = sorted(set(chosen) - set(known))
         if unknown:
             raise ValueError(
@@ -176,7 +182,7 @@ class Predicting(Registered):
             network = self._network_effect(perturbation, context, mean["mean_log1p"])
             effect = {s: mean[s] + g * (network[s] - mean[s]) for s in SCALES}
         return PredictedEffect(
-            str(perturbation), context, regime, g,
+            self._label(perturbation), context, regime, g,
             {s: effect[s].astype(np.float32) for s in SCALES},
             {s: mean[s] for s in SCALES},
             {s: both[s].variance[0] for s in SCALES},
@@ -299,7 +305,7 @@ class Predicting(Registered):
             for p in wanted:
                 effect = self._effect(p, c, gate)
                 groups.append(self._predict_cells(mine, state, draws, p, effect, seed, return_mean))
-        order = {str(p): i for i, p in enumerate(wanted)}
+        order = {self._label(p): i for i, p in enumerate(wanted)}
         groups.sort(key=lambda g: order[g.effect.perturbation])
         units = "expected counts" if return_mean else "sampled counts"
         key = self.registry_["setup_args"]["context_key"]
@@ -349,11 +355,7 @@ class Predicting(Registered):
         """
         self._check_if_trained(warn=True)
         cells = self._query_cells(adata)
-        where = np.arange(len(cells)) if indices is None else np.asarray(indices)
-        if where.dtype == bool:
-            where = np.flatnonzero(where)
-        if not len(where):
-            raise ValueError("No cells were selected.")
+        where = _positions(len(cells), indices)
         # Batches in the order of the names: the same cells give the same numbers to the last bit.
         order = np.argsort(cells.names[where], kind="stable")
         result = np.empty((len(where), self.module.anchor_map.shape[1]), np.float32)
@@ -375,7 +377,7 @@ class Predicting(Registered):
         """
         perturbations = self.anchor.effects_.perturbations
         embedding = self._action(perturbations).cpu().numpy()
-        return pd.DataFrame(embedding, index=[str(p) for p in perturbations])
+        return pd.DataFrame(embedding, index=[self._label(p) for p in perturbations])
 
     def posterior_predictive_sample(
         self,
@@ -406,7 +408,7 @@ class Predicting(Registered):
 
         self._check_if_trained(warn=True)
         cells = self._query_cells(adata)
-        where = np.arange(len(cells)) if indices is None else np.asarray(indices)
+        where = _positions(len(cells), indices)
         draws = []
         for k in range(n_samples):
             parts = []
@@ -420,3 +422,12 @@ class Predicting(Registered):
                 parts.append(sparse.GCXS.from_numpy(counts))
             draws.append(sparse.concatenate(parts))
         return draws[0] if n_samples == 1 else sparse.stack(draws, axis=2)
+
+
+def _positions(n_cells: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    """Positions of the cells that positions or a mask choose."""
+    where = np.arange(n_cells) if indices is None else np.asarray(indices)
+    where = np.flatnonzero(where) if where.dtype == bool else where
+    if not len(where):
+        raise ValueError("No cells were selected.")
+    return where

@@ -81,11 +81,14 @@ def assemble(
     groups: list[PredictedCells], genes: np.ndarray, seed: int, units: str, context_key: str | None
 ) -> AnnData:
     """Put predicted cells into one AnnData."""
-    obs = pd.concat([_obs(g, context_key) for g in groups], ignore_index=True)
-    obs.index = obs["control_cell"] + "|" + obs["perturbation"]
-    again = obs["draw"] > 0
-    obs.index = obs.index.where(~again, obs.index + "|" + obs["draw"].astype(str))
-    obs = obs.drop(columns="draw")
+    obs = pd.concat([_obs(g) for g in groups], ignore_index=True)
+    columns = (obs["control_cell"], obs["perturbation"], obs.pop("draw"))
+    obs.index = pd.Index(
+        [
+            f"{cell}|{p}" + (f"|{draw}" if draw else "")
+            for cell, p, draw in zip(*columns, strict=True)
+        ]
+    )
     labels = list(dict.fromkeys(obs["perturbation"]))
     obs["perturbation"] = pd.Categorical(obs["perturbation"], labels)
     obs["context"] = obs["context"].astype("category")
@@ -125,7 +128,7 @@ def assemble(
     return adata
 
 
-def _obs(group: PredictedCells, context_key: str | None) -> pd.DataFrame:
+def _obs(group: PredictedCells) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "perturbation": group.effect.perturbation,

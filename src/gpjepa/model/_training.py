@@ -46,7 +46,8 @@ class Trainable(Predicting):
     ) -> None:
         """Stage A alone: learn cell states by predicting the embedding of hidden genes.
 
-        Works on unlabelled cells (``perturbation_key=None``). :meth:`train` then starts from here.
+        Works on unlabelled cells (``perturbation_key=None``). Of labelled ones, those that
+        :meth:`train` holds out are left out here too. :meth:`train` then starts from here.
 
         Parameters
         ----------
@@ -62,8 +63,9 @@ class Trainable(Predicting):
             Options of :class:`scvi.train.Trainer`.
         """
         cells = self._training_cells()
+        out = self._hold_out(cells)[1] if self.labelled else np.zeros(len(cells), bool)
         self._pretrain(
-            cells, np.arange(len(cells)), max_epochs, batch_size, plan_kwargs,
+            cells, np.flatnonzero(~out), max_epochs, batch_size, plan_kwargs,
             accelerator=accelerator, devices=devices, **trainer_kwargs,
         )  # fmt: skip
 
@@ -83,7 +85,7 @@ class Trainable(Predicting):
     ) -> None:
         """Fit the anchor, then the encoder (stage A), then predictor and decoder (stages B, C).
 
-        A share of the perturbations is held out from the network (fewer than five: a context,
+        A share of the perturbations is held out from the network (fewer than fifteen: a context,
         else cells) for early stopping and for the gate; the anchor that predictions use is fitted
         on everything. Ctrl-C ends training early and leaves a model that predicts.
 
@@ -121,7 +123,7 @@ class Trainable(Predicting):
         trainer_kwargs |= {"accelerator": accelerator, "devices": devices}
         holdout, out = self._hold_out(cells)
         logger.info("Held out for early stopping and the gate: %s.", holdout.reason)
-        self._fit_closed_form(cells)
+        self._fit_closed_form(cells, out)
         interrupted = False
         if pretrain_epochs is not None or not self.is_pretrained_:
             interrupted = self._pretrain(
@@ -146,6 +148,8 @@ class Trainable(Predicting):
                 self.module.load_state_dict(plan.best[1])
             self.module.eval()
             self.gate_ = stage.gates()
+        assert cells.perturbations is not None
+        self.library_shifts_ = library_shifts(cells.library, cells.perturbations, cells.contexts)
         self.history_ = {**history, **(self.history_ or {})}
         self.is_trained_ = True
 
@@ -227,13 +231,16 @@ class Trainable(Predicting):
         groups = pd.Series(list(zip(cells.contexts, cells.perturbations, strict=True)))
         return holdout, (groups.groupby(groups).cumcount() % 10 == 9).to_numpy()
 
-    def _fit_closed_form(self, cells: Cells) -> None:
+    def _fit_closed_form(self, cells: Cells, out: np.ndarray) -> None:
+        """Effects of all cells; library shifts without what is held out, until training ends."""
         assert cells.perturbations is not None
         self.effects_ = effect_table(
             cells.counts, cells.library, cells.perturbations, cells.contexts, self.genes
         )
         self._anchor = None
-        self.library_shifts_ = library_shifts(cells.library, cells.perturbations, cells.contexts)
+        self.library_shifts_ = library_shifts(
+            cells.library, cells.perturbations, cells.contexts, ~out
+        )
 
     def _prepare_action(self, cells: Cells, out: np.ndarray) -> torch.Tensor:
         """States of all cells, the latent image of the anchor, features, reference controls."""
@@ -280,7 +287,9 @@ class _ActionStage:
         self.inside = self._table(~out)
         self.rows = self.inside.rows
         if holdout.kind == "cells":
-            self.outside = self._table(out) if out.any() else self.inside
+            self.outside = self._table(out)
+            if not self.outside.rows:
+                self.outside = self.inside
         else:
             held = {keys[i] for i in np.flatnonzero(out)}
             self.outside = model.effects_.subset(np.array([r in held for r in model.effects_.rows]))
@@ -288,12 +297,17 @@ class _ActionStage:
         self.anchor = EffectAnchor().fit(self.inside)
         pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
         self.predicted = {s: self.anchor.predict(*pairs, s) for s in SCALES}
+        # A perturbation that hits its target is no success of a prediction.
+        self.scored = np.array(
+            [~np.isin(model.genes, p.targets) for _, p in self.outside.rows], bool
+        )
 
     def _table(self, keep: np.ndarray) -> EffectTable:
         cells = self.cells
         assert cells.perturbations is not None
-        control = set(np.array(cells.contexts, dtype=object)[keep & cells.is_control])
-        keep = keep & np.fromiter((c in control for c in cells.contexts), bool, len(cells))
+        control = pd.Series(cells.contexts)[keep & cells.is_control].value_counts()
+        enough = set(control.index[control > 1])
+        keep = keep & np.fromiter((c in enough for c in cells.contexts), bool, len(cells))
         return effect_table(
             cells.counts, cells.library, cells.perturbations, cells.contexts, self.model.genes, keep
         )
@@ -328,19 +342,20 @@ class _ActionStage:
     def error(self) -> float:
         """Squared error of the network on the held-out rows, over that of no change."""
         measured = self.outside.effect["log1p_mean"]
-        wrong = ((self._networks("log1p_mean") - measured) ** 2).sum()
-        return float(wrong / max((measured**2).sum(), 1e-12))
+        wrong = ((self._networks("log1p_mean") - measured) ** 2)[self.scored].sum()
+        return float(wrong / max((measured**2)[self.scored].sum(), 1e-12))
 
     def gates(self) -> dict[str, dict[str, Any]]:
-        """Per regime: 1 where the network beats the anchor on at least five held-out rows."""
+        """Per regime: 1 where the network beats the anchor on at least five held-out units."""
         measured = self.outside.effect["mean_log1p"]
-        network = ((self._networks("mean_log1p") - measured) ** 2).sum(1)
-        anchor = ((self.predicted["mean_log1p"].mean - measured) ** 2).sum(1)
+        network = ((self._networks("mean_log1p") - measured) ** 2 * self.scored).sum(1)
+        anchor = ((self.predicted["mean_log1p"].mean - measured) ** 2 * self.scored).sum(1)
         regimes = np.array(self.predicted["mean_log1p"].regime)
         gates = {}
         for regime in sorted(set(regimes)):
             mine = regimes == regime
-            enough = mine.sum() >= MIN_UNITS and self.holdout.kind == "perturbations"
+            units = {self.outside.rows[i][1].targets for i in np.flatnonzero(mine)}
+            enough = len(units) >= MIN_UNITS and self.holdout.kind == "perturbations"
             gates[str(regime)] = {
                 "gate": int(enough and network[mine].sum() < anchor[mine].sum()),
                 "n_rows": int(mine.sum()),

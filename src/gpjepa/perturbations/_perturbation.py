@@ -67,12 +67,17 @@ class Perturbation:
             Perturbation((t,), (d,)) for t, d in zip(self.targets, self.doses, strict=True)
         )
 
-    def __str__(self) -> str:
+    def label(self, separator: str = "+") -> str:
+        """The perturbation as a :class:`LabelReader` with this separator reads it back."""
         if self.is_control:
             return "control"
-        return "+".join(
-            t if d == 1.0 else f"{t}@{d:g}" for t, d in zip(self.targets, self.doses, strict=True)
+        return separator.join(
+            t if d == 1.0 else f"{t}@{np.format_float_positional(d, trim='-')}"
+            for t, d in zip(self.targets, self.doses, strict=True)
         )
+
+    def __str__(self) -> str:
+        return self.label()
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ class LabelReader:
     separator
         What stands between the targets of a combination; None for labels that hold one target each.
     strip
-        Regular expression removed from every target, for guide suffixes: ``r"_g?\d+$"``.
+        Regular expression removed from every target, for guide suffixes: ``r"_g?\d+$"``; control
+        guides are recognised by what is left.
     """
 
     control: str | Sequence[str] = "control"
@@ -137,29 +143,36 @@ class LabelReader:
             raise TypeError(f"A perturbation is a string such as 'KLF1+MAP2K6', not {label!r}.")
         if label.strip() in self.control:
             return Perturbation()
-        parts = [p.strip() for p in (label.split(self.separator) if self.separator else [label])]
+        parts = self._parts(label)
         amounts = self._doses(label, dose, len(parts))
         targets: dict[str, float] = {}
-        for part, amount in zip(parts, amounts, strict=True):
-            if part in self.control:
+        for (name, written), amount in zip(parts, amounts, strict=True):
+            if name in self.control:
                 continue
-            name, at, written = part.rpartition("@")
-            if at:
+            if written:
                 try:
                     amount = float(written)
                 except ValueError:
                     raise ValueError(
                         f"In the label {label!r}, {written!r} after '@' is not a dose."
                     ) from None
-            else:
-                name = part
-            name = re.sub(self.strip, "", name) if self.strip else name
             if not name:
                 raise ValueError(f"The label {label!r} has an empty target; expected e.g. 'A+B'.")
             if name in targets and targets[name] != amount:
                 raise ValueError(f"The label {label!r} gives two doses for {name!r}.")
             targets[name] = amount  # two guides for the same target are that target
         return Perturbation.of(targets, targets.values())
+
+    def _parts(self, label: str) -> list[tuple[str, str]]:
+        """Target and dose of each part of a label, as written, without guide suffixes."""
+        found = []
+        for part in label.split(self.separator) if self.separator else [label]:
+            name, at, dose = part.strip().rpartition("@")
+            name = name if at else dose
+            if self.strip and name not in self.control:
+                name = re.sub(self.strip, "", name)
+            found.append((name, dose if at else ""))
+        return found
 
     def _doses(self, label: str, dose: str | float | None, n: int) -> list[float]:
         if dose is None:
@@ -201,13 +214,14 @@ class LabelReader:
         unique = sorted(set(text))
         if need_control:
             self._check_control(unique, str(labels.name))
-        self._check_separator(unique, str(labels.name))
+        plain = {(self.separator or "").join(name for name, _ in self._parts(u)) for u in unique}
+        self._check_separator(sorted(plain), str(labels.name))
         if doses is None:
             read = {label: self.read(label) for label in unique}
             return [read[label] for label in text]
         # The dose of a control cell (0, NaN, "none") says nothing.
         return [
-            Perturbation() if label in self.control else self.read(label, dose)
+            Perturbation() if self._is_control(label) else self.read(label, dose)
             for label, dose in zip(text, doses, strict=True)
         ]
 
@@ -227,8 +241,8 @@ class LabelReader:
         )
 
     def _is_control(self, label: str) -> bool:
-        parts = label.split(self.separator) if self.separator else [label]
-        return label in self.control or all(p.strip() in self.control for p in parts)
+        names = [name for name, _ in self._parts(label)]
+        return label in self.control or all(name in self.control for name in names)
 
     def _check_separator(self, unique: list[str], column: str) -> None:
         """Refuse labels that are combinations of other labels, joined by an undeclared separator."""

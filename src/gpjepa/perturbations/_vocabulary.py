@@ -26,20 +26,11 @@ class Vocabulary:
 
     def __init__(self, perturbed: Iterable[str], featured: Sequence[str] = ()) -> None:
         self.perturbed = tuple(sorted(set(perturbed)))
-        self._perturbed = set(self.perturbed)
-        self._featured = set(featured)
-        names = (*self.perturbed, *sorted(self._featured - self._perturbed))
+        names = (*self.perturbed, *sorted(set(featured) - set(self.perturbed)))
         self.index = {name: i for i, name in enumerate(names)}
-
-    def __contains__(self, target: object) -> bool:
-        return target in self.index
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def is_perturbed(self, target: str) -> bool:
-        """Whether the target was perturbed in training, alone or in a combination."""
-        return target in self._perturbed
 
     def check(self, perturbation: Perturbation) -> None:
         """Refuse targets about which nothing is known.
