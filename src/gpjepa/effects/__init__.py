@@ -1,26 +1,57 @@
 """Mean effects: the table, noise-corrected error, the baselines and the anchor."""
 
-from ._anchor import AnchorPrediction, EffectAnchor
-from ._baselines import Additive, MeanEffect, NoChange
+from ._anchor import AnchorPrediction, EffectAnchor, Explanation
+from ._baselines import (
+    Additive,
+    Baseline,
+    LargerSingle,
+    MatchingMean,
+    MeanEffect,
+    NoChange,
+    ShrunkenAdditive,
+)
+from ._features import coexpression_features, effect_features, gene_loadings
 from ._library import library_shift, library_shifts
+from ._regression import KernelRidge, LinearModel, NearestPerturbation, ShrunkenMean, UnseenTargets
 from ._scales import PER, SCALES, Scale, check_scale, expected_log1p, log1p_rates
+from ._stack import Experts, Shrunken, Stack, fit_stack, shrink
 from ._table import EffectTable, effect_table, noise_corrected_error
+from ._transfer import Transfer
 
 __all__ = [
     "PER",
     "SCALES",
     "Additive",
     "AnchorPrediction",
+    "Baseline",
     "EffectAnchor",
     "EffectTable",
+    "Experts",
+    "Explanation",
+    "KernelRidge",
+    "LargerSingle",
+    "LinearModel",
+    "MatchingMean",
     "MeanEffect",
+    "NearestPerturbation",
     "NoChange",
     "Scale",
+    "Shrunken",
+    "ShrunkenAdditive",
+    "ShrunkenMean",
+    "Stack",
+    "Transfer",
+    "UnseenTargets",
     "check_scale",
+    "coexpression_features",
+    "effect_features",
     "effect_table",
     "expected_log1p",
+    "fit_stack",
+    "gene_loadings",
     "library_shift",
     "library_shifts",
     "log1p_rates",
     "noise_corrected_error",
+    "shrink",
 ]

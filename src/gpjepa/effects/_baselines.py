@@ -1,7 +1,9 @@
 """Baselines: each is a row of the benchmark, and what the anchor is made of.
 
 All share ``fit(effects)`` and ``predict(perturbations, contexts)``, with one effect per pair,
-shape (n_pairs, n_genes).
+shape (n_pairs, n_genes). A prediction is a weighted sum of the training effects, and ``weights``
+shows the weights: what an estimate is made of, which noise is in it, and which noise it shares with
+another, can all be read off them.
 """
 
 from __future__ import annotations
@@ -14,71 +16,149 @@ import numpy as np
 from gpjepa.perturbations import Perturbation
 
 from ._scales import Scale, check_scale
+from ._stack import shrink
 from ._table import EffectTable
 
 
-class _Baseline:
-    """A predictor of mean effects on one scale."""
+class Baseline:
+    """A predictor of mean effects on one scale.
+
+    Parameters
+    ----------
+    scale
+        ``"mean_log1p"`` or ``"log1p_mean"``.
+    """
 
     def __init__(self, scale: Scale = "mean_log1p") -> None:
         self.scale = check_scale(scale)
 
     def fit(self, effects: EffectTable) -> Self:
         """Learn from the effects of the training perturbations."""
-        self.n_genes_ = len(effects.genes)
-        self.effect_ = dict(zip(effects.rows, effects.effect[self.scale], strict=True))
-        self.mean_ = {}
-        for context in effects.contexts:
-            mine = [e for (c, _), e in self.effect_.items() if c == context]
-            if mine:
-                self.mean_[context] = np.mean(mine, axis=0)
+        self.effects_ = effects
+        self._row = {row: i for i, row in enumerate(effects.rows)}
+        self._in_context: dict[str, list[int]] = {}
+        for i, (context, _) in enumerate(effects.rows):
+            self._in_context.setdefault(context, []).append(i)
+        self._fit()
         return self
 
-    def predict(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
-        """Predict one effect per pair of perturbation and context."""
-        pairs = zip(perturbations, contexts, strict=True)
-        return np.stack([self._predict(p, c) for p, c in pairs])
+    def _fit(self) -> None:
+        pass
 
-    def _predict(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        raise AssertionError("each baseline says how it predicts")
+    def weights(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
+        """Weight of each training effect in each prediction, shape (n_pairs, n_rows)."""
+        pairs = list(zip(perturbations, contexts, strict=True))
+        found = [self._zeros() if p.is_control else self._weights(p, c) for p, c in pairs]
+        return np.array(found).reshape(len(pairs), len(self._row))
+
+    def predict(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
+        """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes)."""
+        return self.weights(perturbations, contexts) @ self.effects_.effect[self.scale]
+
+    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def _zeros(self) -> np.ndarray:
+        return np.zeros(len(self._row))
+
+    def _one(self, row: tuple[str, Perturbation]) -> np.ndarray:
+        weights = self._zeros()
+        weights[self._row[row]] = 1
+        return weights
 
     def _mean(self, context: str) -> np.ndarray:
-        if context in self.mean_:
-            return self.mean_[context]
-        if self.mean_:  # a context without perturbed cells: the mean over the others
-            return np.mean(list(self.mean_.values()), axis=0)
-        return np.zeros(self.n_genes_)
+        """Mean effect of the context; of one without perturbed cells, the mean over the others."""
+        chosen = [context] if context in self._in_context else list(self._in_context)
+        weights = self._zeros()
+        for c in chosen:
+            weights[self._in_context[c]] = 1 / len(self._in_context[c]) / len(chosen)
+        return weights
+
+    def _elsewhere(self, perturbation: Perturbation) -> list[int]:
+        return [i for (_, p), i in self._row.items() if p == perturbation]
+
+    def _single(self, single: Perturbation, context: str) -> np.ndarray:
+        """Measured here, or its mean over other contexts, or the mean effect (scPerturBench)."""
+        if (context, single) in self._row:
+            return self._one((context, single))
+        elsewhere = self._elsewhere(single)
+        if not elsewhere:
+            return self._mean(context)
+        weights = self._zeros()
+        weights[elsewhere] = 1 / len(elsewhere)
+        return weights
 
 
-class NoChange(_Baseline):
+class NoChange(Baseline):
     """Every perturbed profile is the control profile."""
 
-    def _predict(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        return np.zeros(self.n_genes_)
+    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        return self._zeros()
 
 
-class MeanEffect(_Baseline):
-    """Every effect is the mean of the training effects of its context."""
+class MeanEffect(Baseline):
+    """Every effect is the mean of the training effects of its context.
 
-    def _predict(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        return self._mean(context) if not perturbation.is_control else np.zeros(self.n_genes_)
+    The perturbed mean of Systema (Viñas Torné et al. 2025), one vote per perturbation; the strong
+    baseline of Kernfeld et al. 2025 and Ahlmann-Eltze et al. 2025 for unseen genes.
+    """
+
+    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        return self._mean(context)
 
 
-class Additive(_Baseline):
+class Additive(Baseline):
     """Effects of single perturbations add up (Ahlmann-Eltze, Huber, Anders 2025).
 
     A single that was not measured in the context takes its mean over the other contexts, and
-    one that was measured nowhere the mean effect (as in scPerturBench).
+    one that was measured nowhere the mean effect (as in scPerturBench, Wei et al. 2025).
     """
 
-    def _predict(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        total = np.zeros(self.n_genes_)
-        for single in perturbation.singles:
-            elsewhere = [e for (_, p), e in self.effect_.items() if p == single]
-            if (context, single) in self.effect_:
-                total += self.effect_[context, single]
-            elif elsewhere:
-                total += np.mean(elsewhere, axis=0)
-            else:
-                total += self._mean(context)
-        return total
+    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        return np.sum([self._single(s, context) for s in perturbation.singles], axis=0)
+
+
+class ShrunkenAdditive(Additive):
+    """Additive over singles that are shrunk as whole vectors (James and Stein 1961).
+
+    Each towards no change or the mean effect of its context, whichever has the smaller estimated
+    risk: :func:`gpjepa.effects.shrink`.
+    """
+
+    def _fit(self) -> None:
+        self._shrunken: dict[int, np.ndarray] = {}
+        for rows in self._in_context.values():
+            singles = [i for i in rows if len(self.effects_.rows[i][1].targets) == 1]
+            if not singles:
+                continue
+            mean = np.zeros((len(singles), len(self._row)))
+            mean[:, singles] = 1 / len(singles)
+            result = shrink(self.effects_, singles, [np.zeros_like(mean), mean], self.scale)
+            self._shrunken |= dict(zip(singles, result.weights, strict=True))
+
+    def _single(self, single: Perturbation, context: str) -> np.ndarray:
+        raw = super()._single(single, context)
+        return np.sum([raw[i] * self._shrunken.get(i, self._one(self.effects_.rows[i]))
+                       for i in np.flatnonzero(raw)], axis=0) if raw.any() else raw  # fmt: skip
+
+
+class LargerSingle(Additive):
+    """A combination does what the stronger of its singles does (full masking)."""
+
+    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        singles = np.stack([self._single(s, context) for s in perturbation.singles])
+        effects = singles @ self.effects_.effect[self.scale]
+        # Sizes without noise, or the single with the fewest cells would look strongest.
+        variance = self.effects_.profile_variance(self.scale).sum(1)
+        noise = self.effects_.on_profiles(singles) ** 2 @ variance
+        return singles[int(np.argmax((effects**2).sum(1) - noise))]
+
+
+class MatchingMean(Additive):
+    """A combination is the mean of its singles (Systema, Viñas Torné et al. 2025).
+
+    A single that was not measured takes the mean effect.
+    """
+
+    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        return super()._weights(perturbation, context) / len(perturbation.targets)

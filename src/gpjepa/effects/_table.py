@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 import scipy.sparse as sp
@@ -51,11 +53,52 @@ class EffectTable:
         """The perturbations measured, each once."""
         return sorted({p for _, p in self.rows})
 
+    @cached_property
+    def fingerprints(self) -> frozenset[bytes]:
+        """A digest of each perturbed profile: two tables that share some share cells."""
+        # The variance of a profile is made of its own cells alone, whatever the controls are.
+        by_name = np.argsort(self.genes.astype(str), kind="stable")
+        own = self.variance["mean_log1p"][:, by_name]
+        return frozenset(blake2b(row.tobytes(), digest_size=16).digest() for row in own)
+
     def noise(self, scale: Scale) -> np.ndarray:
         """Sampling variance of each effect, the control's included, shape (n_rows, n_genes)."""
         shared = self.control_variance[scale]
         own = self.variance[scale]
         return own + np.array([shared[c] for c, _ in self.rows], own.dtype).reshape(own.shape)
+
+    def control_profiles(self, scale: Scale) -> np.ndarray:
+        """Profiles of the control cells of each context, shape (n_contexts, n_genes)."""
+        return np.stack(list(self.control[scale].values())).astype(float)
+
+    def profile_variance(self, scale: Scale) -> np.ndarray:
+        """Sampling variance of the perturbed profiles, then of the control profiles.
+
+        Their errors are independent. Shape (n_rows + n_contexts, n_genes).
+        """
+        shared = np.stack(list(self.control_variance[scale].values()))
+        return np.concatenate([self.variance[scale], shared]).astype(float)
+
+    def on_profiles(self, weights: np.ndarray, controls: np.ndarray | None = None) -> np.ndarray:
+        """Weights of profiles in weighted sums of effects and control profiles.
+
+        Parameters
+        ----------
+        weights
+            Weight of each effect, shape (n, n_rows).
+        controls
+            Weight of each control profile, shape (n, n_contexts); none by default.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (n, n_rows + n_contexts), columns as in :meth:`profile_variance`.
+        """
+        index = {c: i for i, c in enumerate(self.contexts)}
+        of_context = np.zeros((len(self.rows), len(index)))
+        of_context[np.arange(len(self.rows)), [index[c] for c, _ in self.rows]] = 1
+        on_controls = -weights @ of_context
+        return np.hstack([weights, on_controls if controls is None else on_controls + controls])
 
     def subset(self, keep: np.ndarray) -> EffectTable:
         """The table with some of its rows and all of its controls."""

@@ -1,0 +1,86 @@
+"""Target features that are made of effects or of control cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.sparse as sp
+
+from gpjepa.perturbations import TargetFeatures
+
+from ._baselines import ShrunkenAdditive
+from ._scales import Scale, log1p_rates
+from ._table import EffectTable
+
+
+def effect_features(
+    effects: EffectTable, scale: Scale = "mean_log1p", name: str = "effects elsewhere"
+) -> TargetFeatures:
+    """Effects of the same targets in another data set, shrunk and averaged over its contexts.
+
+    Targets are alike by the cosine of their effects there. A target whose effect there is no more
+    than noise is not covered.
+
+    Parameters
+    ----------
+    effects
+        Effects of the other data set; its genes need not be those of the data to be predicted.
+    scale
+        Scale of the effects.
+    name
+        What explanations call these features.
+    """
+    singles = [row for row in effects.rows if len(row[1].targets) == 1]
+    model = ShrunkenAdditive(scale).fit(effects)
+    found = model.predict([p for _, p in singles], [c for c, _ in singles])
+    targets = sorted({p.targets[0] for _, p in singles})
+    member = np.array([[p.targets[0] == t for _, p in singles] for t in targets], float)
+    mean = member / member.sum(1, keepdims=True) @ found
+    return TargetFeatures(targets, mean, name, source=effects.fingerprints)
+
+
+def gene_loadings(values: np.ndarray, n_components: int) -> np.ndarray:
+    """Loadings of genes on the first principal components of cells, scaled by their spread.
+
+    Parameters
+    ----------
+    values
+        Log-normalised expression, shape (n_cells, n_genes).
+    n_components
+        At most so many columns are returned.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (n_genes, k); their products approximate the covariance of the genes.
+    """
+    from sklearn.utils.extmath import randomized_svd
+
+    x = values - values.mean(0)
+    k = min(n_components, *x.shape)
+    _, singular, components = randomized_svd(x, k, random_state=0)
+    return (components * singular[:, None]).T / np.sqrt(len(x))
+
+
+def coexpression_features(
+    counts: sp.csr_matrix, library: np.ndarray, genes: Sequence[str] | np.ndarray,
+    n_components: int = 50, name: str = "co-expression",
+) -> TargetFeatures:  # fmt: skip
+    """Co-expression in control cells: genes are alike if they vary together from cell to cell.
+
+    Parameters
+    ----------
+    counts
+        Counts of the control cells of training, shape (n_cells, n_genes).
+    library
+        Library size of each cell.
+    genes
+        Names of the genes.
+    n_components
+        Principal components of the cells that stand for their covariance.
+    name
+        What explanations call these features.
+    """
+    values = log1p_rates(sp.csr_matrix(counts), np.asarray(library)).toarray()
+    return TargetFeatures(list(map(str, genes)), gene_loadings(values, n_components), name)

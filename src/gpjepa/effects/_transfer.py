@@ -1,0 +1,126 @@
+"""Carrying the effect of a perturbation over from other contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from gpjepa.perturbations import Perturbation
+
+from ._baselines import Baseline
+from ._scales import Scale
+from ._stack import Experts, fit_stack
+
+Form = Literal["mean", "similar", "log_rate", "state"]
+_PSEUDO = 0.1  # counts per 10,000 added to rates before their ratio is taken
+
+
+class Transfer(Baseline):
+    """The effect that the same perturbation has in the other contexts.
+
+    Parameters
+    ----------
+    form
+        ``"mean"``: the mean over the other contexts. ``"similar"``: their mean, weighted by
+        exp(-distance of control profiles / smallest distance). ``"log_rate"``: their mean log
+        ratio of rates, put on this context's control. ``"state"``: their mean, plus a slope,
+        fitted across the training contexts, times (their mean control - this control): perturbed
+        states are more alike than the controls they started from.
+    scale
+        Scale of the effects.
+    """
+
+    def __init__(self, form: Form = "mean", scale: Scale = "mean_log1p") -> None:
+        super().__init__(scale)
+        if form not in get_args(Form):
+            raise ValueError(f"form={form!r} is not known; choose one of {get_args(Form)}.")
+        self.form = form
+
+    def _fit(self) -> None:
+        self.slope_ = 0.0
+        experts = transfer_experts(self)
+        if self.form == "state" and experts.rows:
+            fitted = fit_stack(self.effects_, self.scale, experts, np.array([1.0, 0.0]), 2)
+            self.slope_ = float(fitted.weights[1])
+
+    def sources(self, perturbation: Perturbation, context: str) -> list[int]:
+        """Rows of the perturbation in other contexts."""
+        return [i for i in self._elsewhere(perturbation) if self.effects_.rows[i][0] != context]
+
+    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        rows = self.sources(perturbation, context)
+        weights = self._zeros()
+        if rows:
+            weights[rows] = self._alike(rows, context) if self.form == "similar" else 1 / len(rows)
+        return weights
+
+    def _alike(self, rows: list[int], context: str) -> np.ndarray:
+        control = self.effects_.control[self.scale]
+        names = [self.effects_.rows[i][0] for i in rows]
+        distance = np.array([((control[c] - control[context]) ** 2).sum() for c in names], float)
+        near = np.exp(-distance / max(distance.min(), 1e-12))
+        return near / near.sum()
+
+    def state_weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        """Weights of the control profiles in (mean control elsewhere - control here)."""
+        return _state(self, self.sources(perturbation, context), context)
+
+    def predict(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
+        """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes)."""
+        pairs = list(zip(perturbations, contexts, strict=True))
+        if self.form == "log_rate":
+            return np.stack([self._log_rate(p, c) for p, c in pairs])
+        predicted = super().predict(perturbations, contexts)
+        if self.form == "state":
+            states = np.stack([self.state_weights(p, c) for p, c in pairs])
+            predicted = predicted + self.slope_ * states @ self.effects_.control_profiles(
+                self.scale
+            )
+        return predicted
+
+    def _log_rate(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        control = self.effects_.control[self.scale]
+        here = np.expm1(control[context].astype(float)) + _PSEUDO
+        ratios = []
+        for i in self.sources(perturbation, context):
+            before = control[self.effects_.rows[i][0]].astype(float)
+            after = np.maximum(before + self.effects_.effect[self.scale][i], 0)
+            ratios.append(np.log((np.expm1(after) + _PSEUDO) / (np.expm1(before) + _PSEUDO)))
+        if not ratios:
+            return np.zeros(len(self.effects_.genes))
+        moved = np.maximum(here * np.exp(np.mean(ratios, axis=0)) - _PSEUDO, 0)
+        return np.log1p(moved) - control[context]
+
+
+def transfer_experts(transfer: Transfer) -> Experts:
+    """Mean of the other contexts, and difference of states, for every row measured elsewhere."""
+    effects = transfer.effects_
+    rows, weights, controls = [], [], []
+    for i, (context, perturbation) in enumerate(effects.rows):
+        sources = transfer.sources(perturbation, context)
+        if not sources:
+            continue
+        mean = np.zeros(len(effects.rows))
+        mean[sources] = 1 / len(sources)
+        rows.append(i)
+        weights.append([mean, np.zeros_like(mean)])
+        controls.append([np.zeros(len(effects.contexts)), _state(transfer, sources, context)])
+    shape = (2, len(rows), len(effects.rows))
+    return Experts(
+        rows,
+        np.swapaxes(weights, 0, 1) if rows else np.zeros(shape),
+        [effects.rows[i][0] for i in rows],
+        np.swapaxes(controls, 0, 1) if rows else np.zeros((2, 0, len(effects.contexts))),
+    )
+
+
+def _state(transfer: Transfer, sources: list[int], context: str) -> np.ndarray:
+    effects = transfer.effects_
+    weights = np.zeros(len(effects.contexts))
+    if sources:
+        for i in sources:
+            weights[effects.contexts.index(effects.rows[i][0])] += 1 / len(sources)
+        weights[effects.contexts.index(context)] -= 1
+    return weights

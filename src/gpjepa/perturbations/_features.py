@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+
+class TargetFeatures:
+    """What is known of targets besides their effects, so that unseen ones can be predicted.
+
+    Two targets are alike by the cosine of their features. A target whose features are all 0 is not
+    covered.
+
+    Parameters
+    ----------
+    targets
+        Names of the targets, without repeats.
+    values
+        Features, shape (n_targets, n_features); dense or SciPy sparse.
+    name
+        What explanations and errors call these features.
+    source
+        Fingerprints of the measured profiles that the features are made of, so that they are not
+        used to predict those same profiles.
+
+    Raises
+    ------
+    ValueError
+        If names repeat, shapes do not fit, or values are not finite.
+    """
+
+    def __init__(
+        self, targets: Sequence[str], values: np.ndarray | sp.spmatrix, name: str = "features",
+        source: frozenset[bytes] = frozenset(),
+    ) -> None:  # fmt: skip
+        names = [str(t) for t in targets]
+        rows = sp.csr_matrix(values, dtype=float)
+        if rows.shape[0] != len(names):
+            raise ValueError(f"{name}: {len(names)} targets came with {rows.shape[0]} rows.")
+        if len(set(names)) < len(names):
+            repeats = sorted({t for t in names if names.count(t) > 1})[:3]
+            raise ValueError(f"{name}: targets occur more than once, such as {repeats}.")
+        if not np.isfinite(rows.data).all():
+            raise ValueError(f"{name}: features hold NaN or infinite values; fill or drop them.")
+        self.name, self.source = name, source
+        self.index = {t: i for i, t in enumerate(names)}
+        length = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
+        self._covered = length > 0
+        self._rows = sp.csr_matrix(sp.diags(1 / np.where(length > 0, length, 1)) @ rows)
+
+    def __repr__(self) -> str:
+        n, m = self._rows.shape
+        return (
+            f"TargetFeatures {self.name!r}: {int(self._covered.sum())} of {n} targets, {m} features"
+        )
+
+    def covers(self, target: str) -> bool:
+        """Whether anything is known of the target."""
+        return target in self.index and bool(self._covered[self.index[target]])
+
+    def coverage(self, targets: Iterable[str]) -> pd.Series:
+        """Number of features that each target has, 0 where nothing is known.
+
+        Returns
+        -------
+        pandas.Series
+            Indexed by target.
+        """
+        n = np.diff(self._rows.indptr)
+        found = {t: int(n[self.index[t]]) if self.covers(t) else 0 for t in targets}
+        return pd.Series(found, name=self.name, dtype=int)
+
+    def kernel(self, targets: Sequence[str], others: Sequence[str]) -> np.ndarray:
+        """Cosine of the features of each pair, 0 where one is not covered.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (n_targets, n_others).
+        """
+        return (self._take(targets) @ self._take(others).T).toarray()
+
+    def _take(self, targets: Sequence[str]) -> sp.csr_matrix:
+        known = [(i, self.index[t]) for i, t in enumerate(targets) if t in self.index]
+        at = np.array(known, int).reshape(-1, 2)
+        pick = sp.csr_matrix(
+            (np.ones(len(at)), (at[:, 0], at[:, 1])), shape=(len(targets), self._rows.shape[0])
+        )
+        return sp.csr_matrix(pick @ self._rows)
+
+    @classmethod
+    def from_table(cls, table: pd.DataFrame, name: str = "table") -> TargetFeatures:
+        """Any table, one row per target: embeddings of text, proteins or a foundation model.
+
+        Columns are brought to mean 0 and standard deviation 1 over the table: cosines of raw
+        embeddings are all close to 1.
+        """
+        values = table.to_numpy(float)
+        spread = values.std(0)
+        values = (values - values.mean(0)) / np.where(spread > 0, spread, 1)
+        return cls(table.index.astype(str).tolist(), values, name)
+
+    @classmethod
+    def from_gene_sets(
+        cls, gene_sets: str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]],
+        name: str = "gene sets",
+    ) -> TargetFeatures:  # fmt: skip
+        """Membership in gene sets, each divided by the square root of the set's size.
+
+        That is the covariance of effects if every set has an effect of its own with a variance of
+        one over its size: small sets say more.
+
+        Parameters
+        ----------
+        gene_sets
+            One or several GMT files, or genes by name of the set.
+        name
+            What explanations call these features.
+        """
+        if isinstance(gene_sets, Mapping):
+            sets = {str(k): set(v) for k, v in gene_sets.items()}
+        else:
+            one = isinstance(gene_sets, str | Path)
+            sets = {}
+            for path in [gene_sets] if one else gene_sets:
+                sets |= {f"{path}:{k}": v for k, v in read_gmt(path).items()}
+        members = [(gene, s, len(genes)) for s, genes in enumerate(sets.values()) for gene in genes]
+        targets = sorted({gene for gene, _, _ in members})
+        index = {t: i for i, t in enumerate(targets)}
+        values = sp.csr_matrix(
+            (
+                [1 / np.sqrt(size) for _, _, size in members],
+                ([index[g] for g, _, _ in members], [s for _, s, _ in members]),
+            ),
+            shape=(len(targets), len(sets)),
+        )
+        return cls(targets, values, name)
+
+    @classmethod
+    def from_regulons(cls, regulons: pd.DataFrame, name: str = "regulons") -> TargetFeatures:
+        """Signed regulons: a regulator by the genes it acts on, a gene by its regulators.
+
+        Parameters
+        ----------
+        regulons
+            Columns ``source``, ``target`` and ``weight`` (the sign or strength), such as CollecTRI
+            (Müller-Dott et al. 2023).
+        name
+            What explanations call these features.
+        """
+        _need_columns(regulons, ("source", "target", "weight"), name)
+        edges = regulons.groupby(["source", "target"], as_index=False)["weight"].mean()
+        targets = sorted({*edges["source"], *edges["target"]})
+        index = {t: i for i, t in enumerate(targets)}
+        source, target = edges["source"].map(index), edges["target"].map(index)
+        n = len(targets)
+        weight = edges["weight"].to_numpy(float)
+        acts = sp.csr_matrix((weight, (source, target)), shape=(n, n))
+        # What many regulators share, or what acts on many genes, says little, as for gene sets.
+        acts = acts @ _inverse_root_size(acts.T)
+        is_acted_on = sp.csr_matrix((weight, (target, source)), shape=(n, n))
+        is_acted_on = is_acted_on @ _inverse_root_size(is_acted_on.T)
+        return cls(targets, sp.hstack([acts, is_acted_on]), name)
+
+    @classmethod
+    def from_graph(
+        cls, edges: pd.DataFrame, *, restart: float = 0.5, name: str = "graph"
+    ) -> TargetFeatures:
+        """Random walks with restart on a graph: targets are alike if their walks meet.
+
+        Parameters
+        ----------
+        edges
+            The first two columns name the ends; a third, ``weight``, is optional. Undirected.
+        restart
+            Probability to start again at each step; larger stays nearer.
+        name
+            What explanations call these features.
+        """
+        if edges.shape[1] < 2:
+            raise ValueError(f"{name}: expected two columns with the ends of each edge.")
+        if not 0 < restart <= 1:
+            raise ValueError(f"{name}: restart={restart}; expected a number above 0, at most 1.")
+        ends = edges.iloc[:, :2].astype(str).to_numpy()
+        weight = edges["weight"].to_numpy(float) if "weight" in edges else np.ones(len(edges))
+        targets = sorted(set(ends.ravel()))
+        index = {t: i for i, t in enumerate(targets)}
+        i, j = (np.array([index[t] for t in ends[:, k]]) for k in (0, 1))
+        shape = (len(targets), len(targets))
+        adjacency = sp.csr_matrix(
+            (np.tile(weight, 2), (np.append(i, j), np.append(j, i))), shape=shape
+        )
+        degree = np.asarray(adjacency.sum(1)).ravel()
+        step = sp.diags(1 / np.where(degree > 0, degree, 1)) @ adjacency
+        walk = here = sp.identity(len(targets), format="csr") * restart
+        while True:
+            here = (1 - restart) * here @ step
+            here.data[np.abs(here.data) < 1e-5] = 0
+            here.eliminate_zeros()
+            if not here.nnz:
+                return cls(targets, walk, name)
+            walk = walk + here
+
+
+def read_gmt(path: str | Path) -> dict[str, set[str]]:
+    """Gene sets of a GMT file: name, description, genes, separated by tabs.
+
+    Raises
+    ------
+    ValueError
+        Naming the line that is not of this form.
+    """
+    sets: dict[str, set[str]] = {}
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = line.rstrip().split("\t")
+        genes = {gene for gene in fields[2:] if gene}
+        if len(fields) < 3 or not genes:
+            raise ValueError(
+                f"{path}, line {number}: expected name, description and genes separated by tabs."
+            )
+        sets[fields[0]] = sets.get(fields[0], set()) | genes
+    return sets
+
+
+def _need_columns(frame: pd.DataFrame, columns: Sequence[str], name: str) -> None:
+    missing = [c for c in columns if c not in frame]
+    if missing:
+        raise ValueError(f"{name}: columns {missing} are missing; found {list(frame.columns)}.")
+
+
+def _inverse_root_size(members: sp.spmatrix) -> sp.spmatrix:
+    size = np.diff(sp.csr_matrix(members).indptr)
+    return sp.diags(1 / np.sqrt(np.maximum(size, 1)))
