@@ -11,15 +11,31 @@ from gpjepa.effects import (
     Additive,
     EffectAnchor,
     EffectTable,
+    KernelRidge,
+    LargerSingle,
+    LinearModel,
+    MatchingMean,
     MeanEffect,
+    NearestPerturbation,
     NoChange,
+    ShrunkenAdditive,
+    Transfer,
+    UnseenTargets,
+    coexpression_features,
+    effect_features,
     effect_table,
     expected_log1p,
+    fit_gate,
+    interaction_recall,
     library_shift,
     library_shifts,
+    measured_interactions,
     noise_corrected_error,
+    shrink,
+    significant_interactions,
 )
-from gpjepa.perturbations import LabelReader, Perturbation
+from gpjepa.effects._regression import single_units
+from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures, UnknownTargetError
 
 read = LabelReader().read
 
@@ -288,3 +304,388 @@ def test_library_shifts_add_up_and_noise_is_shrunk(rng):
     assert abs(shifts[read("B")]) < 0.03
     assert library_shift(shifts, read("A+B")) == shifts[read("A")] + shifts[read("B")]
     assert library_shift(shifts, read("C")) == 0
+
+
+# Baselines and experts against independent references
+
+
+def random_table(rng, n_targets=12, n_pairs=8, n_genes=40, contexts=("c",), noise=1e-3):
+    """Random singles and pairs; genes are named like the targets, so that these can be looked up."""
+    names = [f"g{i}" for i in range(n_targets)]
+    labels = [*names, *(f"{names[i]}+{names[i + 1]}" for i in range(n_pairs))]
+    effects = {(c, x): rng.normal(0, 1, n_genes) for c in contexts for x in labels}
+    return table_of(effects, noise=noise, contexts=contexts)
+
+
+def random_features(rng, table, n_features=5, names=None):
+    names = names or sorted({p.targets[0] for _, p in table.rows})
+    return TargetFeatures(names, rng.normal(size=(len(names), n_features)), "random")
+
+
+def test_combination_baselines_by_hand():
+    table = table_of({("c", "A"): [1, 0], ("c", "B"): [0, 3]})
+    pairs = [read("A+B"), read("A+D")], ["c", "c"]
+    assert LargerSingle().fit(table).predict(*pairs).tolist() == [[0, 3], [0.5, 1.5]]
+    assert MatchingMean().fit(table).predict(*pairs).tolist() == [[0.5, 1.5], [0.75, 0.75]]
+    assert ShrunkenAdditive().fit(table).predict(*pairs)[0].tolist() == [1, 3]  # no noise at all
+
+
+def test_the_linear_model_is_its_formula_in_plain_loops(rng):
+    table = random_table(rng, n_pairs=0)
+    singles = [p for _, p in table.rows]
+    got = LinearModel(n_components=4).fit(table).predict(singles, ["c"] * len(singles))
+    effect = table.effect["mean_log1p"].astype(float)
+    control = table.control["mean_log1p"]["c"]
+    x = np.column_stack([*(e + control for e in effect), control])  # genes × conditions
+    x = x - x.mean(0)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    g = u[:, :4] * s[:4]
+    row = {gene: i for i, gene in enumerate(table.genes)}
+    p = np.array([g[row[q.targets[0]]] for q in singles] + [np.zeros(4)])
+    y = np.column_stack([*effect, np.zeros(len(control))])
+    b = np.array([sum(line) / len(line) for line in y])
+    ridge = 0.1 * np.eye(4)
+    w = np.linalg.inv(g.T @ g + ridge) @ g.T @ (y - b[:, None]) @ p @ np.linalg.inv(p.T @ p + ridge)
+    for i in range(len(singles)):
+        for j in range(len(control)):
+            one = b[j] + sum(g[j, k] * w[k, m] * p[i, m] for k in range(4) for m in range(4))
+            assert got[i, j] == pytest.approx(one, abs=1e-5)
+
+
+def test_the_linear_model_refuses_what_it_cannot_know(rng):
+    table, other = random_table(rng, n_pairs=0), random_table(rng, n_pairs=0)
+    with pytest.raises(ValueError, match="same cells"):
+        LinearModel(table.subset(np.arange(5))).fit(table)
+    for scale in SCALES:
+        other.variance[scale][:] = 2e-3 + rng.random(other.variance[scale].shape) * 1e-4
+    model = LinearModel(other, n_components=3).fit(table)
+    assert np.isfinite(model.predict([read("g3")], ["c"])).all()
+    with pytest.raises(ValueError, match="not g1\\+g2"):
+        model.predict([read("g1+g2")], ["c"])
+    with pytest.raises(ValueError, match="no embedding of 'NEW'"):
+        model.predict([read("NEW")], ["c"])
+
+
+def test_kernel_ridge_is_that_of_scikit_learn(rng):
+    from sklearn.kernel_ridge import KernelRidge as Reference
+
+    table = random_table(rng, n_pairs=0)
+    names = sorted(p.targets[0] for _, p in table.rows)
+    values = rng.normal(size=(len(names) + 1, 6))
+    features = TargetFeatures([*names, "NEW"], values, "random")
+    unit = values / np.linalg.norm(values, axis=1, keepdims=True)
+    order = [table.rows.index(("c", read(n))) for n in names]
+    reference = Reference(alpha=0.3).fit(unit[:-1], table.effect["mean_log1p"][order])
+    got = KernelRidge(features, 0.3).fit(table).predict([read("NEW")], ["c"])
+    np.testing.assert_allclose(got, reference.predict(unit[-1:]), rtol=1e-6)
+    nearest = NearestPerturbation(features).fit(table).predict([read("NEW")], ["c"])
+    alike = int(np.argmax(unit[:-1] @ unit[-1]))
+    np.testing.assert_array_equal(nearest[0], table.effect["mean_log1p"][order[alike]])
+
+
+def test_leave_one_out_shortcuts_are_refits(rng):
+    table = random_table(rng, n_pairs=0)
+    features = random_features(rng, table)
+    whole = UnseenTargets([features]).fit(table)
+    units = single_units(table, "c")
+    for a, target in enumerate(units.targets):
+        keep = np.array([p.targets[0] != target for _, p in table.rows])
+        part = UnseenTargets([features]).fit(table.subset(keep))
+        weights, _ = part.of_target(target, "c")
+        np.testing.assert_allclose(whole.out_of_fold_["c"][:, a][:, keep], weights, atol=1e-9)
+        assert not whole.out_of_fold_["c"][:, a][:, ~keep].any()
+        without, _ = whole.of_target(target, "c", [target])
+        np.testing.assert_allclose(without[:, keep], weights, atol=1e-9)
+
+
+def test_shrinkage_is_the_closed_form_of_james_and_stein(rng):
+    table = random_table(rng, n_pairs=0, noise=0.3)
+    n = len(table.rows)
+    found = shrink(table, range(n), [np.zeros((n, n))], "mean_log1p")
+    effect = table.effect["mean_log1p"].astype(float)
+    by_hand = np.maximum(1 - 0.6 * 40 / (effect**2).sum(1), 0)
+    np.testing.assert_allclose(found.factor, by_hand, rtol=1e-5)
+    mean = np.full((n, n), 1 / n)
+    towards = shrink(table, range(n), [mean], "mean_log1p")
+    square = ((effect - effect.mean(0)) ** 2).sum(1)
+    np.testing.assert_allclose(towards.factor, 1 - 0.3 * (1 - 1 / n) * 40 / square, rtol=1e-5)
+
+
+def test_steins_risk_is_the_true_error(rng):
+    """Towards no change, the mean, and an independent guess that shares the control's noise."""
+    truth = rng.normal(0, 0.4, (6, 400))
+    errors, best = {0: [], 1: []}, []
+    for _ in range(60):
+        shared = rng.normal(0, 0.3, 400)
+        values = truth + rng.normal(0, 0.3, truth.shape) - shared
+        table = table_of({("c", f"T{i}"): v for i, v in enumerate(values)}, noise=0.09)
+        options = [np.zeros((6, 6)), np.full((6, 6), 1 / 6)]
+        for k, option in enumerate(options):
+            got = shrink(table, range(6), [option], "mean_log1p").weights @ values
+            errors[k].append(((got - truth) ** 2).sum())
+        best.append(shrink(table, range(6), options, "mean_log1p").target)
+    # No change takes the control's noise off as well, the mean keeps it.
+    assert np.mean(best) == (np.mean(errors[1]) < np.mean(errors[0]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_control_noise_gets_no_weight(seed):
+    """All effects are 0: what they have in common is the noise of one control."""
+    rng = np.random.default_rng(seed)
+    weights, naive = [], []
+    for _ in range(20):
+        shared = rng.normal(0, 0.3, 300)
+        effects = {("c", f"T{i:02d}"): rng.normal(0, 0.1, 300) - shared for i in range(15)}
+        table = table_of(effects)
+        for scale in SCALES:
+            table.variance[scale][:] = 0.1**2
+            table.control_variance[scale]["c"][:] = 0.3**2
+        fit = UnseenTargets([random_features(rng, table)]).fit(table)
+        weights.append(fit.stack_.weights.sum())
+        loo = fit.out_of_fold_["c"][0] @ table.effect["mean_log1p"]
+        naive.append((loo * table.effect["mean_log1p"]).sum() / (loo**2).sum())
+    assert np.mean(naive) > 0.9
+    assert np.mean(weights) < 0.1
+
+
+def test_stacking_finds_the_expert_that_is_right(rng):
+    """Effects that follow the features: the kernel gets weight, and unseen targets are predicted."""
+    values = rng.normal(size=(41, 3))
+    load = rng.normal(size=(3, 200))
+    truth = values / np.linalg.norm(values, axis=1, keepdims=True) @ load
+    names = [f"T{i:02d}" for i in range(41)]
+    noisy = {("c", t): e + rng.normal(0, 0.1, 200) for t, e in zip(names[:40], truth, strict=False)}
+    table = table_of(noisy, noise=0.005)
+    features = TargetFeatures(names, values, "informative")
+    anchor = EffectAnchor(features).fit(table)
+    predicted = anchor.predict([read("T40")], ["c"], "mean_log1p")
+    error = ((predicted.mean[0] - truth[40]) ** 2).sum()
+    plain = EffectAnchor().fit(table).predict([read("T40")], ["c"], "mean_log1p")
+    assert error < 0.2 * ((plain.mean[0] - truth[40]) ** 2).sum()
+    assert error < 0.2 * (truth[40] ** 2).sum()
+    assert predicted.regime == ["unseen"]
+    assert predicted.variance.mean() < plain.variance.mean()
+    inside = np.abs(predicted.mean[0] - truth[40]) < 1.96 * np.sqrt(predicted.variance[0])
+    assert inside.mean() > 0.85
+
+
+def test_a_target_without_features_is_refused_or_takes_the_mean(rng):
+    table = random_table(rng)
+    features = random_features(rng, table)
+    with pytest.raises(UnknownTargetError, match="without any feature in random: NEW"):
+        EffectAnchor(features).fit(table).predict([read("g1+NEW")], ["c"], "mean_log1p")
+    with pytest.raises(ValueError, match="missing_features='zero'"):
+        EffectAnchor(features, "zero")
+    lenient = EffectAnchor(features, "mean").fit(table)
+    plain = EffectAnchor().fit(table)
+    pair = [read("NEW")], ["c"], "mean_log1p"
+    np.testing.assert_allclose(lenient.predict(*pair).mean, plain.predict(*pair).mean, atol=1e-6)
+
+
+def test_features_made_of_the_same_cells_are_refused(rng):
+    table = random_table(rng)
+    for scale in SCALES:
+        table.variance[scale][:] *= 0.01 * rng.random(table.variance[scale].shape)
+    features = effect_features(table)
+    part = table.subset(np.arange(8))
+    with pytest.raises(ValueError, match="effects of the same cells"):
+        EffectAnchor(features).fit(part).predict([read("g1")], ["c"], "mean_log1p")
+
+
+def test_effects_elsewhere_are_features(rng):
+    """Another screen in which the same targets act alike tells unseen targets apart."""
+    groups = rng.normal(size=(3, 100))
+    here = {("c", f"T{i:02d}"): groups[i % 3] + rng.normal(0, 0.1, 100) for i in range(20)}
+    there = rng.normal(size=(3, 60))
+    screen = table_of(
+        {("c", f"T{i:02d}"): there[i % 3] + rng.normal(0, 0.1, 60) for i in range(21)}, noise=0.005
+    )
+    anchor = EffectAnchor(effect_features(screen)).fit(table_of(here, noise=0.004))
+    new = anchor.predict([read("T20")], ["c"], "mean_log1p").mean[0]
+    assert ((new - groups[20 % 3]) ** 2).sum() < 0.1 * (groups[20 % 3] ** 2).sum()
+
+
+def test_coexpression_finds_genes_that_vary_together(rng):
+    library = np.full(400, 10_000.0)
+    state = rng.gamma(2, 1, (400, 2))
+    counts = rng.poisson(20 * np.repeat(state, 5, axis=1))
+    features = coexpression_features(sp.csr_matrix(counts), library, [f"g{i}" for i in range(10)])
+    kernel = features.kernel(["g0"], [f"g{i}" for i in range(1, 10)])[0]
+    assert kernel[:4].min() > 0.5 > kernel[4:].max()
+
+
+@pytest.mark.parametrize("form", ["mean", "similar", "log_rate", "state"])
+def test_transfer_of_an_effect_that_is_the_same_everywhere(rng, form):
+    effect = rng.normal(0, 0.3, 50)
+    table = table_of({(c, "A"): effect for c in "abc"}, contexts=("a", "b", "c", "new"))
+    for i, c in enumerate(("a", "b", "c", "new")):
+        table.control["mean_log1p"][c] = np.full(50, 2.0 + 0.1 * i, np.float32)
+    got = Transfer(form).fit(table).predict([read("A")], ["new"])[0]
+    tolerance = 0.15 if form == "log_rate" else 0.02
+    np.testing.assert_allclose(got, effect, atol=tolerance)
+    assert not Transfer(form).fit(table).predict([read("B")], ["new"]).any()
+
+
+def test_states_more_alike_than_their_controls_are_carried_over(rng):
+    """The perturbed state is the same in every context, wherever the controls were."""
+    state = rng.normal(2, 1, 80)
+    control = {c: rng.normal(2, 1, 80) for c in "abcde"}
+    effects = {(c, "A"): state - control[c] for c in "abcd"}
+    table = table_of(effects, contexts=tuple("abcde"))
+    for scale in SCALES:
+        table.control[scale] = {c: v.astype(np.float32) for c, v in control.items()}
+    truth = state - control["e"]
+    for predicted in (
+        EffectAnchor().fit(table).predict([read("A")], ["e"], "mean_log1p").mean[0],
+        Transfer("state").fit(table).predict([read("A")], ["e"])[0],
+    ):
+        assert ((predicted - truth) ** 2).sum() < 0.01 * (truth**2).sum()
+
+
+def test_order_of_the_genes_does_not_matter_to_the_anchor(rng):
+    table = random_table(rng, noise=0.05)
+    order = rng.permutation(40)
+    moved = EffectTable(
+        table.genes[order], table.rows, table.n_cells,
+        {s: table.effect[s][:, order] for s in SCALES},
+        {s: table.variance[s][:, order] for s in SCALES},
+        {s: {"c": table.control[s]["c"][order]} for s in SCALES},
+        {s: {"c": table.control_variance[s]["c"][order]} for s in SCALES},
+    )  # fmt: skip
+    features = random_features(rng, table, names=[*(f"g{i}" for i in range(12)), "NEW"])
+    pairs = [read("NEW"), read("g1+g7"), read("g1+NEW"), read("g1")], ["c"] * 4, "mean_log1p"
+    a, b = (EffectAnchor(features).fit(t).predict(*pairs) for t in (table, moved))
+    np.testing.assert_allclose(a.mean[:, order], b.mean, atol=1e-5)
+    np.testing.assert_allclose(a.variance[:, order], b.variance, atol=1e-5)
+
+
+def test_interactions_are_predicted_with_intervals_that_cover_them(rng):
+    truth = {f"T{i:02d}": rng.normal(0, 0.5, 150) for i in range(30)}
+    pairs = {f"T{i:02d}+T{i + 1:02d}": 0.7 * (truth[f"T{i:02d}"] + truth[f"T{i + 1:02d}"])
+             + rng.normal(0, 0.1, 150) for i in range(29)}  # fmt: skip
+    rows = {("c", k): v + rng.normal(0, 0.1, 150) for k, v in {**truth, **pairs}.items()}
+    held = ["T03+T04", "T11+T12", "T20+T21"]
+    table = table_of({k: v for k, v in rows.items() if k[1] not in held}, noise=0.005)
+    anchor = EffectAnchor().fit(table)
+    found = anchor.predict_interactions([read(x) for x in held], ["c"] * 3, "mean_log1p")
+    true = np.stack([pairs[x] - sum(truth[t] for t in x.split("+")) for x in held])
+    assert np.corrcoef(found.mean.ravel(), true.ravel())[0, 1] > 0.8
+    inside = np.abs(found.mean - true) < 1.96 * np.sqrt(found.variance)
+    assert 0.88 < inside.mean() <= 1
+    with pytest.raises(ValueError, match="fewer than 2 targets"):
+        anchor.predict_interactions([read("T01")], ["c"], "mean_log1p")
+
+
+def test_measured_interactions_and_their_noise(rng):
+    values = []
+    for _ in range(300):
+        control = rng.normal(0, 0.2, 10)
+        effects = {("c", x): rng.normal(0, 0.2, 10) - control for x in ("A", "B", "A+B")}
+        rows, interaction, variance = measured_interactions(table_of(effects, noise=0.04))
+        values.append(interaction[0])
+    assert rows == [("c", read("A+B"))]
+    assert np.var(values) == pytest.approx(variance.mean(), rel=0.1)
+    assert significant_interactions(interaction + 50, variance).all()
+    assert not significant_interactions(np.zeros((1, 10)), variance).any()
+
+
+def test_recall_of_interactions_by_hand():
+    predicted = np.array([9.0, -8.0, 7.0, 6.0, 0.0])
+    interacts = np.array([True, True, False, True, True])
+    recall = interaction_recall(predicted, interacts, (0.0, 0.1, 0.3))
+    assert recall.tolist() == [0.5, 0.5, 0.75]
+    with pytest.raises(ValueError, match="nothing interacts"):
+        interaction_recall(predicted, np.zeros(5, bool))
+
+
+def test_an_explanation_adds_up(rng):
+    table = random_table(rng, noise=0.05)
+    features = random_features(rng, table, names=[*(f"g{i}" for i in range(12)), "NEW"])
+    anchor = EffectAnchor(features).fit(table)
+    for label in ("g3", "g1+g7", "g0+g1", "g1+NEW", "NEW"):
+        explained = anchor.explain(label)
+        np.testing.assert_allclose(explained.contributions.sum(0), explained.mean, atol=1e-5)
+        weights = explained.sources.set_index("perturbation")["weight"]
+        by_source = sum(
+            w * table.effect["mean_log1p"][table.rows.index(("c", read(p)))]
+            for p, w in weights.items()
+        )
+        np.testing.assert_allclose(by_source, explained.mean, atol=1e-5)
+        assert explained.plot().axes
+    with pytest.raises(ValueError, match="Say in which context"):
+        EffectAnchor().fit(random_table(rng, contexts=("a", "b"))).explain("g1")
+
+
+def test_pertpy_adds_the_effects_up(rng):
+    import pertpy
+
+    table = random_table(rng, n_pairs=0)
+    adata = table.to_anndata()
+    assert adata.obs["perturbation"].tolist()[0] == "control"
+    space = pertpy.tl.PseudobulkSpace()
+    summed = space.add(adata, perturbations=["g1", "g2"], reference_key="control")
+    additive = Additive().fit(table).predict([read("g1+g2")], ["c"])
+    np.testing.assert_allclose(summed["g1+g2"].X, additive, rtol=1e-5)
+    several = random_table(rng, n_pairs=0, contexts=("a", "b"))
+    assert several.to_anndata().n_obs == 2 * len(several.to_anndata(context="a"))
+    with pytest.raises(ValueError, match="Unknown context 'z'"):
+        several.to_anndata(context="z")
+
+
+def test_held_out_rows_move_nothing(rng):
+    """Whatever a held-out perturbation did, the prediction of it is the same."""
+    table = random_table(rng, noise=0.05)
+    features = random_features(rng, table)
+    keep = np.array([p != read("g3") for _, p in table.rows])
+    changed = random_table(rng, noise=0.05)
+    for scale in SCALES:
+        changed.effect[scale][keep] = table.effect[scale][keep]
+        changed.effect[scale][~keep] += 100
+    pair = [read("g3")], ["c"], "mean_log1p"
+    a, b = (EffectAnchor(features).fit(t.subset(keep)).predict(*pair) for t in (table, changed))
+    np.testing.assert_array_equal(a.mean, b.mean)
+    row = table.rows.index(("c", read("g3")))
+    before = EffectAnchor(features).fit(table).out_of_fold("mean_log1p")[row]
+    after = EffectAnchor(features).fit(changed).out_of_fold("mean_log1p")[row]
+    np.testing.assert_array_equal(before, after)
+
+
+# The gate
+
+
+def gate_case(rng, n=12, adds=0.5, noise=0.1):
+    anchor = rng.normal(size=(n, 60))
+    network = anchor + rng.normal(size=(n, 60))
+    measured = anchor + adds * (network - anchor) + rng.normal(0, noise, (n, 60))
+    return network, anchor, measured, np.full((n, 60), noise**2)
+
+
+def test_the_gate_is_least_squares(rng):
+    network, anchor, measured, noise = gate_case(rng, n=400)
+    every = np.ones_like(anchor, bool)
+    gate = fit_gate(network, anchor, measured, noise, range(400), every)
+    x, y = (network - anchor).ravel(), (measured - anchor).ravel()
+    assert gate.gate == pytest.approx((x @ y) / (x @ x), rel=1e-2)
+    assert gate.error_gated < gate.error_anchor
+    assert fit_gate(network, anchor, measured, noise, [0] * 400, every).gate == 0  # one unit
+
+
+def test_the_gate_stays_shut_for_a_network_that_knows_nothing(rng):
+    gates = []
+    for _ in range(100):
+        network, anchor, measured, noise = gate_case(rng, adds=0.0, noise=1.0)
+        every = np.ones_like(anchor, bool)
+        gates.append(fit_gate(network, anchor, measured, noise, range(12), every).gate)
+    assert np.mean(gates) < 0.02
+
+
+def test_common_noise_of_the_controls_does_not_open_the_gate(rng):
+    """A network that guesses one profile for all is right by chance as often as the control moves."""
+    gates = []
+    for _ in range(200):
+        anchor, shared = np.zeros((12, 60)), rng.normal(size=60)
+        network = np.tile(rng.normal(size=60), (12, 1))
+        measured = np.tile(shared, (12, 1)) + rng.normal(0, 0.1, (12, 60))
+        every = np.ones_like(anchor, bool)
+        gates.append(fit_gate(network, anchor, measured, np.ones((12, 60)), range(12), every).gate)
+    assert np.mean(gates) < 0.05

@@ -1,7 +1,15 @@
+import numpy as np
 import pandas as pd
 import pytest
 
-from gpjepa.perturbations import LabelReader, Perturbation, UnknownTargetError, Vocabulary
+from gpjepa.perturbations import (
+    LabelReader,
+    Perturbation,
+    TargetFeatures,
+    UnknownTargetError,
+    Vocabulary,
+    read_gmt,
+)
 
 
 def column(*labels):
@@ -98,3 +106,78 @@ def test_unknown_targets_are_named_with_their_neighbours():
     vocabulary.check(LabelReader().read("KLF1+ACTB"))
     with pytest.raises(UnknownTargetError, match=r"'KLF2' \(nearest: KLF1"):
         vocabulary.check(LabelReader().read("KLF2+MAP2K6"))
+
+
+# Target features
+
+
+def test_gene_sets_weigh_small_sets_more(tmp_path):
+    path = tmp_path / "sets.gmt"
+    path.write_text("small\tabout\tA\tB\n\nlarge\tabout\t" + "\t".join("ABCDEFGH") + "\n")
+    features = TargetFeatures.from_gene_sets(path)
+    same, other = features.kernel(["A"], ["B", "C"])[0]
+    assert same == pytest.approx(1.0)
+    # A: 1/√2 and 1/√8; C: 1/√8 alone.
+    assert other == pytest.approx((1 / 8) / np.sqrt((1 / 2 + 1 / 8) * (1 / 8)))
+    assert features.coverage(["A", "C", "Z"]).tolist() == [2, 1, 0]
+    assert not features.covers("Z")
+    assert not features.kernel(["Z"], ["A"]).any()
+    mapped = TargetFeatures.from_gene_sets({"small": "AB", "large": "ABCDEFGH"})
+    np.testing.assert_allclose(mapped.kernel(["A"], ["C"]), other)
+
+
+def test_tables_are_standardised(rng):
+    table = pd.DataFrame(rng.normal(50, [1, 100, 1e-3], (20, 3)), [f"T{i}" for i in range(20)])
+    features = TargetFeatures.from_table(table)
+    z = ((table - table.mean()) / table.std(ddof=0)).to_numpy()
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    np.testing.assert_allclose(features.kernel(["T1"], ["T2", "T3"])[0], z[[2, 3]] @ z[1])
+
+
+def test_regulons_have_signs():
+    edges = pd.DataFrame(
+        [("A", "x", 1), ("A", "y", 1), ("B", "x", -1), ("B", "y", -1), ("C", "z", 1)],
+        columns=["source", "target", "weight"],
+    )
+    features = TargetFeatures.from_regulons(edges)
+    assert features.kernel(["A"], ["B", "C"])[0].tolist() == pytest.approx([-1, 0])
+    assert features.kernel(["x"], ["y"])[0, 0] == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"columns \['weight'\] are missing"):
+        TargetFeatures.from_regulons(edges.drop(columns="weight"))
+
+
+def test_graph_diffusion_is_its_matrix_inverse(rng):
+    ends = pd.DataFrame([("A", "B"), ("B", "C"), ("C", "D"), ("D", "E"), ("A", "E")])
+    features = TargetFeatures.from_graph(ends, restart=0.3)
+    names = list("ABCDE")
+    adjacency = np.zeros((5, 5))
+    for a, b in ends.to_numpy():
+        adjacency[names.index(a), names.index(b)] = adjacency[names.index(b), names.index(a)] = 1
+    walk = 0.3 * np.linalg.inv(np.eye(5) - 0.7 * adjacency / adjacency.sum(1, keepdims=True))
+    walk /= np.linalg.norm(walk, axis=1, keepdims=True)
+    np.testing.assert_allclose(features.kernel(names, names), walk @ walk.T, atol=1e-3)
+    for wrong, match in (({"restart": 0}, "restart=0"), ({}, "two columns")):
+        with pytest.raises(ValueError, match=match):
+            TargetFeatures.from_graph(ends if wrong else ends[[0]], **wrong)
+
+
+@pytest.mark.parametrize(
+    ("targets", "values", "match"),
+    [
+        (["A", "A"], np.ones((2, 2)), r"more than once, such as \['A'\]"),
+        (["A"], np.ones((2, 2)), "1 targets came with 2 rows"),
+        (["A"], np.array([[np.nan]]), "NaN or infinite"),
+    ],
+)
+def test_wrong_features_are_refused(targets, values, match):
+    with pytest.raises(ValueError, match=match):
+        TargetFeatures(targets, values)
+
+
+def test_a_line_that_is_no_gene_set_is_named(tmp_path):
+    path = tmp_path / "sets.gmt"
+    path.write_text("fine\tabout\tA\nname only\n")
+    with pytest.raises(ValueError, match="line 2: expected name, description and genes"):
+        read_gmt(path)
+    with pytest.raises(ValueError, match="hold no genes"):
+        TargetFeatures.from_gene_sets({})

@@ -110,10 +110,13 @@ def demo(
         console.print(f"[bold]Run {seed + 1} of {seeds}[/] (seed {seed})")
         results.append(_run(adata, hold_out, hold_out_context, setup, seed))
         console.print(_rich_table([results[-1]], f"Seed {seed}"))
+        if not results[-1].model.gate_:
+            console.print("The gate is 0: too few perturbations to judge the network by.")
         for regime, gate in results[-1].model.gate_.items():
             console.print(
-                f"Gate of {regime}: {gate['gate']}. Squared error inside training, {gate['n_rows']} "
-                f"held out: anchor {gate['error_anchor']:.1f}, network {gate['error_network']:.1f}.",
+                f"Gate of {regime}: {gate['gate']:.2g}. Squared error inside training, "
+                f"{gate['n_units']} held out: anchor {gate['error_anchor']:.1f}, network "
+                f"{gate['error_network']:.1f}, gated {gate['error_gated']:.1f}.",
                 soft_wrap=True,
             )
     if seeds > 1:

@@ -11,7 +11,7 @@ import numpy as np
 from .perturbations import Perturbation
 
 MIN_UNITS = 5
-"""Fewer held-out units than this do not decide anything (a gate, early stopping)."""
+"""Fewer independent units than this decide nothing (stacking weights, a gate, early stopping)."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ def hold_out(
 ) -> Holdout:
     """Choose what training holds out for early stopping and the gate.
 
-    Singles and combinations, a share of each kind and at least five where a kind has fifteen;
-    five of both together if only their sum has fifteen; otherwise one context of at least three;
+    Singles and combinations, a share of each kind and at least five where a kind has fifteen, with
+    combinations whose singles all stay and others; five of both together if only their sum has
+    fifteen; otherwise one context of at least three;
     otherwise cells.
 
     Parameters
@@ -49,18 +50,19 @@ def hold_out(
     rng = np.random.default_rng(seed)
     perturbations = sorted({p for _, p in rows if not p.is_control})
     contexts = sorted({c for c, p in rows if not p.is_control})
-    units = sorted({p.targets for p in perturbations})  # doses of the same targets stay together
-    singles = [u for u in units if len(u) == 1]
+    units: list[tuple[str, ...]] = sorted(
+        {p.targets for p in perturbations}
+    )  # doses of the same targets stay together
+    singles: list[tuple[str, ...]] = [u for u in units if len(u) == 1]
     combinations = [u for u in units if len(u) > 1]
-    kinds = [kind for kind in (combinations, singles) if len(kind) >= 3 * MIN_UNITS]
-    if not kinds and len(units) >= 3 * MIN_UNITS:
-        kinds = [units]
-    if kinds:
-        out = {
-            kind[i]
-            for kind in kinds
-            for i in rng.permutation(len(kind))[: max(MIN_UNITS, round(fraction * len(kind)))]
-        }
+    out: set[tuple[str, ...]] = set()
+    kinds: list[list[tuple[str, ...]]] = [singles, combinations]
+    for kind in kinds:
+        if len(kind) >= 3 * MIN_UNITS:
+            out |= _choose(kind, out, set(singles), fraction, rng)
+    if not out and len(units) >= 3 * MIN_UNITS:
+        out = _choose(units, out, set(), fraction, rng)
+    if out:
         chosen = [p for p in perturbations if p.targets in out]
         return Holdout("perturbations", tuple(chosen), f"{len(chosen)} perturbations")
     few = f"only {len(units)} perturbations; {3 * MIN_UNITS} are needed to hold {MIN_UNITS} out"
@@ -68,6 +70,23 @@ def hold_out(
         context = contexts[int(rng.integers(len(contexts)))]
         return Holdout("contexts", (context,), f"context {context!r} ({few})")
     return Holdout("cells", (), f"a tenth of the cells ({few}, and fewer than 3 contexts)")
+
+
+def _choose(
+    kind: list[tuple[str, ...]], out: set[tuple[str, ...]], singles: set[tuple[str, ...]],
+    fraction: float, rng: np.random.Generator,
+) -> set[tuple[str, ...]]:  # fmt: skip
+    """A share of a kind, at least five; combinations first of those whose singles all stay.
+
+    Five of the other combinations come on top, so that each regime has something to be judged by.
+    """
+    shuffled = [kind[i] for i in rng.permutation(len(kind))]
+    n = max(MIN_UNITS, round(fraction * len(kind)))
+    if len(kind[0]) == 1 or not singles:
+        return set(shuffled[:n])
+    whole = [u for u in shuffled if all((t,) in singles - out for t in u)]
+    others = [u for u in shuffled if u not in set(whole)]
+    return set(whole[:n]) | set(others[: max(MIN_UNITS, n - len(whole))])
 
 
 def exclude(

@@ -19,7 +19,7 @@ method's result; ``docs/simulator.md`` sets both side by side.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -278,7 +278,7 @@ def simulate(
     n_genes
         Genes measured: the most highly expressed of a transcriptome of 20,000.
     n_targets
-        Regulators perturbed alone.
+        Regulators perturbed alone; the network has 100 regulators, or as many as are perturbed.
     n_combinations
         Pairs of these perturbed together, drawn at random.
     n_contexts
@@ -305,6 +305,7 @@ def simulate(
         If the sizes do not fit together.
     """
     s = _Settings()
+    s = replace(s, n_regulators=max(s.n_regulators, n_targets))
     _check_sizes(s, n_cells, n_genes, n_targets, n_combinations, n_contexts, n_batches)
     if mode not in ("activation", "repression"):
         raise ValueError(f"mode={mode!r} is not known; choose 'activation' or 'repression'.")

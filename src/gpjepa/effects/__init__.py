@@ -11,6 +11,12 @@ from ._baselines import (
     ShrunkenAdditive,
 )
 from ._features import coexpression_features, effect_features, gene_loadings
+from ._gate import Gate, fit_gate
+from ._interactions import (
+    interaction_recall,
+    measured_interactions,
+    significant_interactions,
+)
 from ._library import library_shift, library_shifts
 from ._regression import KernelRidge, LinearModel, NearestPerturbation, ShrunkenMean, UnseenTargets
 from ._scales import PER, SCALES, Scale, check_scale, expected_log1p, log1p_rates
@@ -28,6 +34,7 @@ __all__ = [
     "EffectTable",
     "Experts",
     "Explanation",
+    "Gate",
     "KernelRidge",
     "LargerSingle",
     "LinearModel",
@@ -47,11 +54,15 @@ __all__ = [
     "effect_features",
     "effect_table",
     "expected_log1p",
+    "fit_gate",
     "fit_stack",
     "gene_loadings",
+    "interaction_recall",
     "library_shift",
     "library_shifts",
     "log1p_rates",
+    "measured_interactions",
     "noise_corrected_error",
     "shrink",
+    "significant_interactions",
 ]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 import pandas as pd
 
-from gpjepa.perturbations import Perturbation, TargetFeatures
+from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures, UnknownTargetError
+from gpjepa.splits import MIN_UNITS
 
 from ._estimates import Estimate, ScaleFit, total
 from ._scales import Scale, check_scale
-from ._stack import MIN_UNITS
 from ._table import EffectTable
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class EffectAnchor:
     ----------
     features
         Kinds of target features, for targets never perturbed.
-    missing
+    missing_features
         What to do with a target never perturbed that no features know, where features were given:
         ``"error"`` refuses it by name, ``"mean"`` lets it take the shrunken mean effect.
 
@@ -119,12 +119,14 @@ class EffectAnchor:
     def __init__(
         self,
         features: TargetFeatures | Sequence[TargetFeatures] = (),
-        missing: Literal["error", "mean"] = "error",
+        missing_features: Literal["error", "mean"] = "error",
     ) -> None:
         self.features = (features,) if isinstance(features, TargetFeatures) else tuple(features)
-        if missing not in ("error", "mean"):
-            raise ValueError(f"missing={missing!r} is not known; choose 'error' or 'mean'.")
-        self.missing = missing
+        if missing_features not in ("error", "mean"):
+            raise ValueError(
+                f"missing_features={missing_features!r} is not known; choose 'error' or 'mean'."
+            )
+        self.missing_features = missing_features
 
     def fit(self, effects: EffectTable) -> Self:
         """Fit on measured effects; each scale when it is first asked for."""
@@ -147,8 +149,8 @@ class EffectAnchor:
         ------
         KeyError
             If a context has no control cells in the table.
-        ValueError
-            If no features know a target that was never perturbed, and ``missing="error"``.
+        UnknownTargetError
+            If no features know a target that was never perturbed, and ``missing_features="error"``.
         """
         fit = self._fit_of(scale)
         pairs = self._checked(perturbations, contexts)
@@ -186,9 +188,30 @@ class EffectAnchor:
         )  # fmt: skip
 
     def explain(
-        self, perturbation: Perturbation, context: str, scale: Scale = "mean_log1p"
-    ) -> Explanation:
-        """Which expert says what of a mean effect, and with which weight."""
+        self, perturbation: str | Perturbation, context: str | None = None,
+        scale: Scale = "mean_log1p",
+    ) -> Explanation:  # fmt: skip
+        """Which expert says what of a mean effect, and with which weight.
+
+        Parameters
+        ----------
+        perturbation
+            Such as ``"KLF1+MAP2K6"``.
+        context
+            Where; may be left out if there is only one.
+        scale
+            Scale of the effect.
+
+        Returns
+        -------
+        Explanation
+            Tables of experts and measured effects; ``plot()`` draws them.
+        """
+        perturbation = LabelReader().read(perturbation)
+        if context is None:
+            if len(self.effects_.contexts) > 1:
+                raise ValueError(f"Say in which context: {self.effects_.contexts}.")
+            context = self.effects_.contexts[0]
         fit = self._fit_of(scale)
         pairs = self._checked([perturbation], [context])
         estimate = fit.estimate(perturbation, context)
@@ -238,19 +261,19 @@ class EffectAnchor:
 
         Raises
         ------
-        ValueError
-            Naming them, where features were given and ``missing="error"``.
+        UnknownTargetError
+            Naming them, where features were given and ``missing_features="error"``.
         """
-        if not self.features or self.missing == "mean":
+        if not self.features or self.missing_features == "mean":
             return
         never = {t for p in perturbations for t in p.targets} - self._alone
         unknown = sorted(t for t in never if not any(f.covers(t) for f in self.features))
         if unknown:
             names = ", ".join(f.name for f in self.features)
-            raise ValueError(
+            raise UnknownTargetError(
                 f"Never perturbed, and without any feature in {names}: {', '.join(unknown[:10])}. "
-                "Add features that cover them, or say missing='mean' (target_features_missing="
-                "'mean' of the model) to predict the shrunken mean effect."
+                "Give features that cover them, or choose missing_features='mean' to predict the "
+                "shrunken mean effect for them."
             )
 
     def _prediction(

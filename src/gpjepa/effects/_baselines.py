@@ -138,8 +138,9 @@ class ShrunkenAdditive(Additive):
 
     def _single(self, single: Perturbation, context: str) -> np.ndarray:
         raw = super()._single(single, context)
-        return np.sum([raw[i] * self._shrunken.get(i, self._one(self.effects_.rows[i]))
-                       for i in np.flatnonzero(raw)], axis=0) if raw.any() else raw  # fmt: skip
+        used = [int(i) for i in np.flatnonzero(raw)]
+        shrunken = [raw[i] * self._shrunken.get(i, self._one(self.effects_.rows[i])) for i in used]
+        return np.sum(shrunken, axis=0) if used else raw
 
 
 class LargerSingle(Additive):

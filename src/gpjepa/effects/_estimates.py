@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -101,6 +102,9 @@ def total(estimates: Sequence[Estimate]) -> Estimate:
     )
 
 
+_Row = tuple[Any, ...]  # a row of the table, then per expert the estimates that it adds up
+
+
 class ScaleFit:
     """The anchor on one scale."""
 
@@ -159,33 +163,56 @@ class ScaleFit:
 
     def _fit_combinations(self) -> None:
         """Weights of experts for combinations, by how many of their targets were measured."""
-        both: list[tuple] = []
-        partly: list[tuple] = []
-        neither: list[tuple] = []
+        both: list[_Row] = []
+        partly: list[_Row] = []
+        neither: list[_Row] = []
         for i, (context, perturbation) in enumerate(self.effects.rows):
-            if len(perturbation.targets) < 2:
+            singles = perturbation.singles
+            if len(singles) < 2:
                 continue
-            parts = [self.single(s, context) for s in perturbation.singles]
-            known = [s.targets[0] in self.alone for s in perturbation.singles]
-            here = [(context, s) in self.row for s in perturbation.singles]
-            if all(here):
-                both.append((i, parts, [self._larger(parts)]))
-                # As if one, or none, of them had been measured alone.
-                out = [self._left_out(s, context) for s in perturbation.singles]
-                neither.append((i, out))
-                for j in range(len(parts)):
-                    partly.append((i, parts[:j] + parts[j + 1 :], [out[j]]))
+            parts = [self.single(s, context) for s in singles]
+            known = [s.targets[0] in self.alone for s in singles]
+            others = self._mean_combination(context, without=i)
+            if all((context, s) in self.row for s in singles):
+                both.append((i, parts, [self._larger(parts)], [others]))
+                # As if one, or all, of them had never been measured alone.
+                for j, single in enumerate(singles):
+                    rest = parts[:j] + parts[j + 1 :]
+                    out = [self._left_out(single, context, single.targets)]
+                    partly.append((i, rest, out, [self._without(context, single.targets)]))
+                out = [self._left_out(s, context, perturbation.targets) for s in singles]
+                neither.append((i, out, [self._without(context, perturbation.targets)]))
             elif not any(known):
-                neither.append((i, parts))
+                neither.append((i, parts, [others]))
             else:
-                mine = [p for p, k in zip(parts, known, strict=True) if k]
-                partly.append((i, mine, [p for p, k in zip(parts, known, strict=True) if not k]))
-        self.both = self._fit_parts(both, np.array([1.0, 0.0]))
-        self.partly = self._fit_parts(partly, np.array([1.0, 1.0]))
-        self.neither = self._fit_parts(neither, np.array([1.0]))
+                partly.append((i, *_divide(parts, known), [others]))
+        self.both = self._fit_parts(both, np.array([1.0, 0.0, 0.0]))
+        self.partly = self._fit_parts(partly, np.array([1.0, 1.0, 0.0]))
+        self.neither = self._fit_parts(neither, np.array([1.0, 0.0]))
         self.misfit = self._misfit(both)
 
-    def _fit_parts(self, found: list[tuple], prior: np.ndarray) -> Stack:
+    def _mean_combination(self, context: str, without: int | None = None) -> Estimate:
+        """Mean effect of the measured combinations of a context, but for one row."""
+        return self._mean_of([i for i in self._combinations(context) if i != without])
+
+    def _without(self, context: str, targets: Sequence[str]) -> Estimate:
+        """Mean effect of the combinations that have none of the targets."""
+        rows = self.effects.rows
+        return self._mean_of(
+            [i for i in self._combinations(context) if not set(rows[i][1].targets) & set(targets)]
+        )
+
+    def _combinations(self, context: str) -> list[int]:
+        rows = enumerate(self.effects.rows)
+        return [i for i, (c, p) in rows if c == context and len(p.targets) > 1]
+
+    def _mean_of(self, rows: list[int]) -> Estimate:
+        weights = np.zeros(len(self.row))
+        weights[rows] = 1 / max(len(rows), 1)
+        share = Share("", "mean of the combinations", 1.0, weights, np.zeros(len(self.controls)))
+        return self._estimate([share])
+
+    def _fit_parts(self, found: list[_Row], prior: np.ndarray) -> Stack:
         """Stack sums of parts: each item is a row and, per expert, the estimates it adds up."""
         k, n = len(prior), len(found)
         weights = np.zeros((k, n, len(self.row)))
@@ -199,13 +226,13 @@ class ScaleFit:
         units = [self.effects.rows[i][1].targets for i in rows]
         return fit_stack(self.effects, self.scale, Experts(rows, weights, units, controls), prior)
 
-    def _misfit(self, both: list[tuple]) -> float:
+    def _misfit(self, both: list[_Row]) -> float:
         """Squared interaction over squared predicted effect, freed of sampling noise."""
         if self.both.n_units < 5:
             return _PRIOR_INTERACTION
         apart = size = 0.0
-        for i, parts, larger in both:
-            estimate = self._weigh_parts(parts, larger, self.both.weights)
+        for i, *experts in both:
+            estimate = _weigh(experts, self.both.weights)
             mean = self.mean([estimate])[0]
             noise = (self._on_profiles(self._one(i)) - self._on_profiles(estimate.weights)) ** 2
             apart += ((self.values[i] - mean) ** 2).sum()
@@ -285,19 +312,12 @@ class ScaleFit:
         """A combination from its singles alone."""
         parts = [self.single(s, context) for s in perturbation.singles]
         known = [s.targets[0] in self.alone for s in perturbation.singles]
+        others = self._mean_combination(context, self.row.get((context, perturbation)))
         if all(known):
-            return self._weigh_parts(parts, [self._larger(parts)], self.both.weights)
+            return _weigh([parts, [self._larger(parts)], [others]], self.both.weights)
         if not any(known):
-            return total(parts).times(float(self.neither.weights[0]))
-        mine = [p for p, k in zip(parts, known, strict=True) if k]
-        others = [p for p, k in zip(parts, known, strict=True) if not k]
-        return self._weigh_parts(mine, others, self.partly.weights)
-
-    def _weigh_parts(
-        self, first: list[Estimate], second: list[Estimate], weights: np.ndarray
-    ) -> Estimate:
-        return total([e.times(float(w)) for es, w in zip((first, second), weights, strict=True)
-                      for e in es if w])  # fmt: skip
+            return _weigh([parts, [others]], self.neither.weights)
+        return _weigh([*_divide(parts, known), [others]], self.partly.weights)
 
     def _towards(self, row: int, expected: Estimate) -> Estimate:
         """A measured combination, shrunk towards what its singles say."""
@@ -383,12 +403,10 @@ class ScaleFit:
         """The part whose effect is largest."""
         return parts[int(np.argmax([p.weights @ self.inner @ p.weights for p in parts]))]
 
-    def _left_out(self, single: Perturbation, context: str) -> Estimate:
-        """What would be said of a measured single had its target never been measured."""
-        units = single_units(self.effects, context)
-        at = units.rows.index(self.row[context, single])
-        weights = self.unseen.left_out(context)[at]
-        return self._estimate([self._share(single, "prediction without it", 1.0, weights)])
+    def _left_out(self, single: Perturbation, context: str, without: Sequence[str]) -> Estimate:
+        """What would be said of a target if some had never been measured, itself among them."""
+        found, weights = self.unseen.of_target(single.targets[0], context, without)
+        return self._estimate([self._share(single, "prediction without it", 1.0, weights @ found)])
 
     # Pieces
 
@@ -417,6 +435,18 @@ class ScaleFit:
             np.zeros(n) if left is None else left,
             np.zeros(4),
         )  # fmt: skip
+
+
+def _divide(parts: list[Estimate], known: list[bool]) -> tuple[list[Estimate], list[Estimate]]:
+    """The parts that were measured, and those that were not."""
+    first = [p for p, k in zip(parts, known, strict=True) if k]
+    return first, [p for p, k in zip(parts, known, strict=True) if not k]
+
+
+def _weigh(experts: Sequence[list[Estimate]], weights: np.ndarray) -> Estimate:
+    """Weighted sum of experts, each a sum of estimates."""
+    pairs = zip(experts, weights, strict=True)
+    return total([e.times(float(w)) for parts, w in pairs for e in parts])
 
 
 def _less_sure(estimate: Estimate, kind: int, by: float) -> Estimate:

@@ -218,8 +218,19 @@ class UnseenTargets(Baseline):
         experts = Experts(rows, np.concatenate(weights, 1), names)
         return fit_stack(self.effects_, self.scale, experts, prior)
 
-    def of_target(self, target: str, context: str) -> tuple[np.ndarray, np.ndarray]:
+    def of_target(
+        self, target: str, context: str, without: Sequence[str] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Weights of the effects in each expert's prediction, and the experts' weights.
+
+        Parameters
+        ----------
+        target
+            What to predict.
+        context
+            Where.
+        without
+            Targets to predict without.
 
         Returns
         -------
@@ -227,13 +238,16 @@ class UnseenTargets(Baseline):
             Shapes (n_experts, n_rows) and (n_experts,).
         """
         units = self._units[context]
-        found = [np.full(len(units.targets), 1 / len(units.targets))]
-        if not self.covers(target):
-            return found[0][None] @ units.mean, self.mean_stack_.weights
-        for features, kernel in zip(self.features, self._kernels[context], strict=True):
-            to_units = features.kernel([target], units.targets)
-            found += [kernel_weights(kernel, to_units, ridge)[0] for ridge in self.ridges]
-        return np.stack(found) @ units.mean, self.stack_.weights
+        keep = np.array([t not in without for t in units.targets])
+        found = [np.ones(keep.sum()) / max(keep.sum(), 1)]
+        stack = self.mean_stack_
+        if self.covers(target):
+            stack = self.stack_
+            for features, kernel in zip(self.features, self._kernels[context], strict=True):
+                near = features.kernel([target], units.targets)[:, keep]
+                gram = kernel[np.ix_(keep, keep)]
+                found += [kernel_weights(gram, near, ridge)[0] for ridge in self.ridges]
+        return np.stack(found) @ units.mean[keep], stack.weights
 
     def left_out(self, context: str) -> np.ndarray:
         """Weights of the effects in the stacked prediction of each single row without its target.
@@ -255,11 +269,6 @@ class UnseenTargets(Baseline):
                 found, weights = self.of_target(single.targets[0], c)
                 total += weights @ found / len(contexts)
         return total
-
-    def residual(self, target: str) -> np.ndarray:
-        """Variance that the prediction of a target leaves, if nothing near it was measured."""
-        stack = self.stack_ if self.covers(target) else self.mean_stack_
-        return stack.residual if stack.residual is not None else self.mean_stack_.residual
 
     def kriging(self, target: str, context: str) -> float:
         """Variance left by the kernels over what they leave on average (kriging, or GP, variance).

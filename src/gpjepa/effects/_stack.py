@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
+from gpjepa.splits import MIN_UNITS
+
 from ._scales import Scale
 from ._table import EffectTable
-
-MIN_UNITS = 5
-"""Fewer independent rows than this do not fit a quantity; a documented prior stands in."""
 
 _BLOCK = 64  # rows predicted at a time
 

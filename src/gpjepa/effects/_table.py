@@ -4,13 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from gpjepa.perturbations import Perturbation
 
 from ._scales import PER, SCALES, Scale, log1p_rates
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 _CHUNK = 1_000  # cells normalised at a time
 
@@ -99,6 +104,55 @@ class EffectTable:
         of_context[np.arange(len(self.rows)), [index[c] for c, _ in self.rows]] = 1
         on_controls = -weights @ of_context
         return np.hstack([weights, on_controls if controls is None else on_controls + controls])
+
+    def to_anndata(self, scale: Scale = "mean_log1p", context: str | None = None) -> AnnData:
+        """The effects as an AnnData, one row per perturbation, for scanpy and pertpy.
+
+        Parameters
+        ----------
+        scale
+            Scale of the effects.
+        context
+            The context to take; all of them by default.
+
+        Returns
+        -------
+        anndata.AnnData
+            ``X`` effects, with a row of zeros for the control of each context, so that pertpy's
+            ``PerturbationSpace`` can add and subtract them; ``layers["noise"]`` their sampling
+            variance; ``obs`` perturbation, context and number of cells; ``varm["control"]`` the
+            control profiles. Rows are named by their perturbation, and the context where there
+            are several.
+        """
+        from anndata import AnnData
+
+        if context is not None and context not in self.contexts:
+            raise ValueError(f"Unknown context {context!r}; known are {self.contexts}.")
+        contexts = self.contexts if context is None else [context]
+        here = [i for i, (c, _) in enumerate(self.rows) if c in contexts]
+        rows = [(c, "control") for c in contexts]
+        rows += [(self.rows[i][0], self.rows[i][1].label()) for i in here]
+        names = [p if len(contexts) == 1 else f"{p} in {c}" for c, p in rows]
+        n_cells = [np.nan] * len(contexts) + self.n_cells[here].astype(float).tolist()
+        obs = pd.DataFrame(
+            {
+                "perturbation": pd.Categorical([p for _, p in rows]),
+                "context": pd.Categorical([c for c, _ in rows]),
+                "n_cells": n_cells,
+            },
+            index=names,
+        )
+        zeros = np.zeros((len(contexts), len(self.genes)), np.float32)
+        shared = np.stack([self.control_variance[scale][c] for c in contexts])
+        control = pd.DataFrame(
+            {c: self.control[scale][c] for c in contexts}, index=self.genes.astype(str)
+        )
+        return AnnData(
+            np.vstack([zeros, self.effect[scale][here]]), obs,
+            pd.DataFrame(index=self.genes.astype(str)), varm={"control": control},
+            layers={"noise": np.vstack([shared, self.noise(scale)[here]]).astype(np.float32)},
+            uns={"gpjepa": {"scale": scale}},
+        )  # fmt: skip
 
     def subset(self, keep: np.ndarray) -> EffectTable:
         """The table with some of its rows and all of its controls."""

@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,7 +18,7 @@ from scvi.data.fields import NumericalObsField
 from scvi.model.base import BaseModelClass
 
 from gpjepa.effects import EffectAnchor, EffectTable
-from gpjepa.perturbations import LabelReader, Perturbation, Vocabulary
+from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures, Vocabulary
 
 from ._cells import Cells, align, read_cells
 from ._fields import (
@@ -48,14 +49,20 @@ class Registered(BaseModelClass):
         n_latent: int = 64,
         encoder: Literal["mlp", "perceiver"] = "mlp",
         n_hidden: int = 256,
+        target_features: TargetFeatures | Sequence[TargetFeatures] = (),
+        missing_features: Literal["error", "mean"] = "error",
     ) -> None:
         super().__init__(adata, registry)
+        self.new_anchor = partial(EffectAnchor, target_features, missing_features)
         fields = self.registry_["field_registries"]
         self.genes = np.asarray(fields[REGISTRY_KEYS.X_KEY]["state_registry"]["column_names"])
         self.labelled = PERTURBATION_KEY in fields
         self.n_batches = len(fields[BATCH_KEY]["state_registry"]["values"])
         known = self._trained_perturbations() if self.labelled else []
-        self.vocabulary = Vocabulary([t for p in known for t in p.targets], list(self.genes))
+        featured = [t for f in self.new_anchor().features for t in f.targets]
+        self.vocabulary = Vocabulary(
+            [t for p in known for t in p.targets], [*map(str, self.genes), *featured]
+        )
         self.module = GPJEPAModule(
             len(self.genes), len(self.vocabulary.perturbed), len(self.vocabulary), self.n_batches,
             n_latent=n_latent, n_hidden=n_hidden, encoder=encoder,

@@ -14,8 +14,8 @@ class GPJEPA(Trainable):
     .. math:: d = A + g_r\,(N - A),
 
     with the anchor *A*, the mean effect *N* of the network's decoded cells, and a gate
-    :math:`g_r` that is 1 only where held-out perturbations of the regime show that the network
-    helps.
+    :math:`g_r` between 0 and 1, above 0 only where held-out perturbations of the regime show that the
+    network helps (:func:`gpjepa.effects.fit_gate`).
 
     Parameters
     ----------
@@ -29,6 +29,13 @@ class GPJEPA(Trainable):
         ``"mlp"``, or ``"perceiver"``: learned queries that attend to all genes.
     n_hidden
         Width of hidden layers.
+    target_features
+        What is known of targets besides their effects (:class:`gpjepa.perturbations.TargetFeatures`,
+        one kind or several), so that targets never perturbed can be told apart. Without any they
+        all take the shrunken mean effect.
+    missing_features
+        A target never perturbed that no features know is refused (``"error"``), or takes the
+        shrunken mean effect (``"mean"``).
 
     Examples
     --------

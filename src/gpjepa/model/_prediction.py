@@ -23,7 +23,7 @@ from gpjepa.perturbations import LabelReader, Perturbation
 from . import _random
 from ._base import Registered
 from ._cells import Cells
-from ._results import PredictedCells, PredictedEffect, assemble
+from ._results import PredictedCells, PredictedEffect, Z, assemble
 
 _ENCODE = 512  # cells encoded at a time
 Gate = Literal["auto", 0, 1]
@@ -52,7 +52,7 @@ class Predicting(Registered):
         if self.effects_ is None:
             raise RuntimeError("The model is not trained on perturbations yet: call train() first.")
         if self._anchor is None:
-            self._anchor = EffectAnchor().fit(self.effects_)
+            self._anchor = self.new_anchor().fit(self.effects_)
         return self._anchor
 
     def _parse(
@@ -71,6 +71,7 @@ class Predicting(Registered):
         read = [reader.read(p) for p in wanted]
         for p in read:
             self.vocabulary.check(p)
+        self.anchor.check(read)
         return list(dict.fromkeys(read))
 
     def _label(self, perturbation: Perturbation) -> str:
@@ -227,6 +228,57 @@ class Predicting(Registered):
         wanted = self._parse(perturbations)
         chosen = self._contexts(contexts, self.anchor.effects_.contexts)
         frames = [self._effect(p, c, gate).frame(self.genes, scale) for p in wanted for c in chosen]
+        return pd.concat(frames, ignore_index=True)
+
+    def predict_interactions(
+        self,
+        perturbations: str | Perturbation | Sequence[str | Perturbation],
+        contexts: str | Sequence[str] | None = None,
+        *,
+        scale: Scale = "mean_log1p",
+        gate: Gate = "auto",
+    ) -> pd.DataFrame:
+        """The part of combinations' mean effects that is not the sum of their singles' effects.
+
+        Parameters
+        ----------
+        perturbations
+            Combinations, such as ``"KLF1+MAP2K6"``.
+        contexts, scale, gate
+            As in :meth:`predict_effects`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per combination × context × gene: ``perturbation, context, gene, interaction,
+            sd, lower, upper, additive, regime``; ``additive`` is the sum of the predicted effects
+            of the singles, ``lower`` and ``upper`` a 95% interval of the interaction.
+
+        Raises
+        ------
+        ValueError
+            If a perturbation has fewer than two targets.
+        """
+        check_scale(scale)
+        wanted = self._parse(perturbations)
+        frames = []
+        for p in wanted:
+            for c in self._contexts(contexts, self.anchor.effects_.contexts):
+                found = self.anchor.predict_interactions([p], [c], scale)
+                whole = self._effect(p, c, gate).effect[scale]
+                additive = np.sum([self._effect(s, c, gate).effect[scale] for s in p.singles], 0)
+                sd = np.sqrt(found.variance[0])
+                interaction = whole - additive
+                frames.append(
+                    pd.DataFrame(
+                        {
+                            "perturbation": self._label(p), "context": c, "gene": self.genes,
+                            "interaction": interaction, "sd": sd, "lower": interaction - Z * sd,
+                            "upper": interaction + Z * sd, "additive": additive,
+                            "regime": found.regime[0],
+                        }
+                    )
+                )  # fmt: skip
         return pd.concat(frames, ignore_index=True)
 
     def predict_perturbation(

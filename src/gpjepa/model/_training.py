@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,18 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from scvi.train import TrainRunner
 
-from gpjepa.effects import SCALES, EffectAnchor, EffectTable, Scale, effect_table, library_shifts
+from gpjepa.effects import (
+    SCALES,
+    EffectAnchor,
+    EffectTable,
+    Scale,
+    effect_table,
+    fit_gate,
+    gene_loadings,
+    library_shifts,
+)
 from gpjepa.perturbations import Perturbation
-from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
+from gpjepa.splits import Holdout, exclude, hold_out
 
 from . import _random
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches
@@ -226,10 +236,16 @@ class Trainable(Predicting):
     def _hold_out(self, cells: Cells) -> tuple[Holdout, np.ndarray]:
         assert cells.perturbations is not None
         holdout = hold_out(sorted(set(zip(cells.contexts, cells.perturbations, strict=True))))
-        if holdout.kind != "cells":
-            return holdout, exclude(cells.perturbations, cells.contexts, holdout)
         groups = pd.Series(list(zip(cells.contexts, cells.perturbations, strict=True)))
-        return holdout, (groups.groupby(groups).cumcount() % 10 == 9).to_numpy()
+        rank = groups.groupby(groups).cumcount().to_numpy()
+        if holdout.kind == "cells":
+            return holdout, rank % 10 == 9
+        out = exclude(cells.perturbations, cells.contexts, holdout)
+        if holdout.kind == "perturbations":
+            # Half of the controls, so that what is held out is measured against controls that the
+            # network has not seen: noise that both shared would pass for skill.
+            out |= cells.is_control & (rank % 2 == 1)
+        return holdout, out
 
     def _fit_closed_form(self, cells: Cells, out: np.ndarray) -> None:
         """Effects of all cells; library shifts without what is held out, until training ends."""
@@ -292,9 +308,11 @@ class _ActionStage:
                 self.outside = self.inside
         else:
             held = {keys[i] for i in np.flatnonzero(out)}
-            self.outside = model.effects_.subset(np.array([r in held for r in model.effects_.rows]))
+            measured = self._table(out) if holdout.kind == "perturbations" else model.effects_
+            self.outside = measured.subset(np.array([r in held for r in measured.rows], bool))
         # What the anchor would have said had the held-out rows never been measured.
-        self.anchor = EffectAnchor().fit(self.inside)
+        features = model.new_anchor().features
+        self.anchor = EffectAnchor(features, "mean").fit(self.inside)
         pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
         self.predicted = {s: self.anchor.predict(*pairs, s) for s in SCALES}
         # A perturbation that hits its target is no success of a prediction.
@@ -346,22 +364,22 @@ class _ActionStage:
         return float(wrong / max((measured**2)[self.scored].sum(), 1e-12))
 
     def gates(self) -> dict[str, dict[str, Any]]:
-        """Per regime: 1 where the network beats the anchor on at least five held-out units."""
-        measured = self.outside.effect["mean_log1p"]
-        network = ((self._networks("mean_log1p") - measured) ** 2 * self.scored).sum(1)
-        anchor = ((self.predicted["mean_log1p"].mean - measured) ** 2 * self.scored).sum(1)
-        regimes = np.array(self.predicted["mean_log1p"].regime)
+        """Gate of each regime, on held-out perturbations."""
+        if self.holdout.kind != "perturbations" or not self.outside.rows:
+            return {}
+        scale: Scale = "mean_log1p"
+        network, predicted = self._networks(scale), self.predicted[scale]
+        control = self.outside.control_variance[scale]
+        shared = np.array([control[c] for c, _ in self.outside.rows])
+        regimes = np.array(predicted.regime)
         gates = {}
         for regime in sorted(set(regimes)):
-            mine = regimes == regime
-            units = {self.outside.rows[i][1].targets for i in np.flatnonzero(mine)}
-            enough = len(units) >= MIN_UNITS and self.holdout.kind == "perturbations"
-            gates[str(regime)] = {
-                "gate": int(enough and network[mine].sum() < anchor[mine].sum()),
-                "n_rows": int(mine.sum()),
-                "error_network": float(network[mine].sum()),
-                "error_anchor": float(anchor[mine].sum()),
-            }
+            mine = np.flatnonzero(regimes == regime)
+            gate = fit_gate(
+                network[mine], predicted.mean[mine], self.outside.effect[scale][mine],
+                shared[mine], [self.outside.rows[i][1].targets for i in mine], self.scored[mine],
+            )  # fmt: skip
+            gates[str(regime)] = asdict(gate)
         return gates
 
 
@@ -376,13 +394,8 @@ def _ridge(values: np.ndarray, state: np.ndarray) -> torch.Tensor:
 
 def _gene_loadings(values: np.ndarray, n: int) -> torch.Tensor:
     """Loadings of genes on the first principal components of cells, unit spread per component."""
-    from sklearn.utils.extmath import randomized_svd
-
-    x = values - values.mean(0)
-    k = min(n, *x.shape)
-    _, singular, components = randomized_svd(x, k, random_state=0)
-    loadings = (components * singular[:, None]).T / np.sqrt(len(x))
+    loadings = gene_loadings(values, n)
     loadings = loadings / np.maximum(loadings.std(0), 1e-8)
     padded = np.zeros((values.shape[1], n), np.float32)
-    padded[:, :k] = np.clip(loadings, -5, 5)
+    padded[:, : loadings.shape[1]] = np.clip(loadings, -5, 5)
     return torch.from_numpy(padded)

@@ -57,6 +57,11 @@ class TargetFeatures:
             f"TargetFeatures {self.name!r}: {int(self._covered.sum())} of {n} targets, {m} features"
         )
 
+    @property
+    def targets(self) -> list[str]:
+        """The targets that are covered."""
+        return [t for t, i in self.index.items() if self._covered[i]]
+
     def covers(self, target: str) -> bool:
         """Whether anything is known of the target."""
         return target in self.index and bool(self._covered[self.index[target]])
@@ -123,10 +128,10 @@ class TargetFeatures:
         if isinstance(gene_sets, Mapping):
             sets = {str(k): set(v) for k, v in gene_sets.items()}
         else:
-            one = isinstance(gene_sets, str | Path)
-            sets = {}
-            for path in [gene_sets] if one else gene_sets:
-                sets |= {f"{path}:{k}": v for k, v in read_gmt(path).items()}
+            paths = [gene_sets] if isinstance(gene_sets, str | Path) else list(gene_sets)
+            sets = {f"{p}:{k}": v for p in paths for k, v in read_gmt(p).items()}
+        if not any(sets.values()):
+            raise ValueError(f"{name}: the gene sets hold no genes.")
         members = [(gene, s, len(genes)) for s, genes in enumerate(sets.values()) for gene in genes]
         targets = sorted({gene for gene, _, _ in members})
         index = {t: i for i, t in enumerate(targets)}
@@ -186,6 +191,8 @@ class TargetFeatures:
             raise ValueError(f"{name}: restart={restart}; expected a number above 0, at most 1.")
         ends = edges.iloc[:, :2].astype(str).to_numpy()
         weight = edges["weight"].to_numpy(float) if "weight" in edges else np.ones(len(edges))
+        if not (np.isfinite(weight) & (weight > 0)).all():
+            raise ValueError(f"{name}: weights of edges must be positive numbers.")
         targets = sorted(set(ends.ravel()))
         index = {t: i for i, t in enumerate(targets)}
         i, j = (np.array([index[t] for t in ends[:, k]]) for k in (0, 1))

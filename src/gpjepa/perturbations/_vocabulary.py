@@ -21,7 +21,8 @@ class Vocabulary:
     perturbed
         Targets of the training perturbations, in any order.
     featured
-        Names that have features although they may never have been perturbed: the genes measured.
+        Names that have features although they may never have been perturbed: the genes measured,
+        and the targets that target features cover.
     """
 
     def __init__(self, perturbed: Iterable[str], featured: Sequence[str] = ()) -> None:
@@ -51,5 +52,5 @@ class Vocabulary:
         raise UnknownTargetError(
             f"Unknown target {', '.join(said)} in {str(perturbation)!r}. Known are the "
             f"{len(self.perturbed)} targets perturbed in training and "
-            f"{len(self) - len(self.perturbed)} measured genes."
+            f"{len(self) - len(self.perturbed)} measured genes and targets with features."
         )

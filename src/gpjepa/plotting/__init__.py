@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gpjepa.benchmark import Comparison
+    from gpjepa.effects import Explanation
 
-__all__ = ["effect_scatter", "method_errors", "top_genes"]
+__all__ = ["effect_scatter", "explanation", "method_errors", "top_genes"]
 
 # Okabe and Ito's palette: distinct for colour-blind readers as well.
 _COLORS = {
@@ -135,5 +136,47 @@ def top_genes(result: Comparison, row: int = 0, n: int = 20) -> Figure:
     where = "" if context == "all" else f" in {context}"
     axes.set_title(f"{perturbation}{where}: the {n} genes that moved most", loc="left")
     axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def explanation(explained: Explanation, n_genes: int = 15) -> Figure:
+    """What each expert of the anchor contributes, to the genes that are predicted to move most.
+
+    Parameters
+    ----------
+    explained
+        What :meth:`gpjepa.effects.EffectAnchor.explain` returns.
+    n_genes
+        Genes to show.
+    """
+    from scipy.stats import norm
+
+    figure = _figure(9, 4.2)
+    axes = figure.add_subplot()
+    top = np.argsort(-np.abs(explained.mean), kind="stable")[:n_genes]
+    top = top[np.argsort(explained.mean[top], kind="stable")]
+    x = np.arange(len(top))
+    above, below = np.zeros(len(top)), np.zeros(len(top))
+    palette = list(_COLORS.values())[:3] + ["#009E73", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
+    for i, expert in explained.experts.iterrows():
+        part = explained.contributions[int(i)][top]
+        bottom = np.where(part >= 0, above, below)
+        what = f"{expert['part']}: {expert['expert']}" if expert["part"] else expert["expert"]
+        axes.bar(x, part, bottom=bottom, width=0.7, color=palette[int(i) % len(palette)],
+                 label=f"{what} × {expert['weight']:.2f}")  # fmt: skip
+        above = above + np.maximum(part, 0)
+        below = below + np.minimum(part, 0)
+    error = norm.ppf(0.975) * explained.sd[top]
+    axes.errorbar(x, explained.mean[top], yerr=error, fmt="o", color="black", markersize=4,
+                  elinewidth=1, label="prediction, 95% interval")  # fmt: skip
+    axes.axhline(0, color="#999999", linewidth=0.8)
+    axes.set_xticks(x, explained.genes[top], rotation=60, ha="right", fontsize=8)
+    unit = "mean log1p" if explained.scale == "mean_log1p" else "log1p mean"
+    axes.set_ylabel(f"effect ({unit} counts per 10,000)")
+    where = "" if explained.context == "all" else f" in {explained.context}"
+    axes.set_title(f"{explained.perturbation}{where} ({explained.regime}): who says what",
+                   loc="left")  # fmt: skip
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
