@@ -278,7 +278,7 @@ def test_history_and_hold_out(model):
         model.history
     )
     assert len(model.history["train_loss"]) == 3
-    assert set(model.gate_) <= {"seen2", "seen1", "seen0", "unseen"}
+    assert set(model.gate_) <= {"seen2", "seen1", "seen0", "unseen", "in combinations"}
     rows = list(model.anchor.effects_.rows)
     assert hold_out(rows).kind == "perturbations"
 

@@ -33,8 +33,8 @@ class AnchorPrediction:
         shrinkage, kriging and interactions leave unknown. Shape (n_pairs, n_genes).
     regime
         Regime of each pair: ``control``, ``seen``, ``seen2``/``seen1``/``seen0`` (a combination
-        with that many targets measured alone), ``unseen`` (a target not measured alone),
-        ``new dose`` or ``new context``.
+        with that many targets measured alone), ``in combinations`` (a target measured in
+        combinations alone), ``unseen`` (in no perturbation), ``new dose`` or ``new context``.
     """
 
     mean: np.ndarray
@@ -136,6 +136,7 @@ class EffectAnchor:
         self._measured = {p for _, p in effects.rows}
         self._contexts = {c for c, _ in effects.rows}
         singles = [(c, p.targets[0]) for c, p in effects.rows if len(p.targets) == 1]
+        self._perturbed = {t for p in self._measured for t in p.targets}
         self._alone = {target for _, target in singles}
         self._alone_here = {c: {t for d, t in singles if d == c} for c in self._contexts}
         return self
@@ -302,8 +303,14 @@ class EffectAnchor:
         ):
             return "new context"
         if len(perturbation.targets) == 1:
-            return "new dose" if perturbation.targets[0] in self._alone else "unseen"
+            if perturbation.targets[0] in self._alone:
+                return "new dose"
+            return "unseen" if self.never_perturbed(perturbation) else "in combinations"
         return f"seen{sum(t in self._alone for t in perturbation.targets)}"
+
+    def never_perturbed(self, perturbation: Perturbation) -> bool:
+        """Whether one of the targets occurs in no training perturbation."""
+        return not self._perturbed.issuperset(perturbation.targets)
 
     def out_of_fold(self, scale: Scale, n_folds: int = 10) -> np.ndarray:
         """Predict every training row without it, shape (n_rows, n_genes).

@@ -9,6 +9,7 @@ from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import nn
 from torch.nn import functional as F
 
+from gpjepa.effects import PER
 from gpjepa.nn import (
     BlockPredictor,
     CountDecoder,
@@ -158,7 +159,7 @@ class GPJEPAModule(BaseModuleClass):
 
     def action_loss(
         self, tensors: dict[str, torch.Tensor], action: torch.Tensor, shift: torch.Tensor,
-        *, matching: str, weights: dict[str, float],
+        missed: torch.Tensor, *, matching: str, weights: dict[str, float],
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Loss of one perturbation-coherent mini-batch.
 
@@ -169,10 +170,13 @@ class GPJEPAModule(BaseModuleClass):
             ``library``, ``batch``.
         action, shift
             Action embedding and latent anchor of each row, shape (n_rows, ·).
+        missed
+            Mean effect of each row minus its out-of-fold anchor, on the scale ``log1p_mean``, shape
+            (n_rows, n_genes).
         matching
             How control and perturbed cells are compared: see :meth:`gpjepa.GPJEPA.train`.
         weights
-            Weights of ``vicreg``, ``nb`` and ``kl``; 0 is off.
+            Weights of ``vicreg``, ``nb``, ``kl`` and ``effect``; 0 is off.
         """
         n = len(tensors["latent"]) // 2
         per_row = n // len(action)
@@ -207,13 +211,28 @@ class GPJEPAModule(BaseModuleClass):
         nb = negative_binomial_nll(counts, share * library.unsqueeze(1), self.decoder.dispersion)
         nb = nb.mean() / self.n_genes
         spread = vicreg(z, spread=float(target.std(0).mean())) if weights["vicreg"] else kl * 0
-        loss = predict + weights["vicreg"] * spread + weights["nb"] * nb + weights["kl"] * kl
+        effect = self._effect_loss(prior, base + shift, tensors["batch"][n:], missed)
+        loss = predict + sum(
+            weights[name] * part
+            for name, part in (("vicreg", spread), ("nb", nb), ("kl", kl), ("effect", effect))
+        )
         return {
             "loss": loss,
             "predict": predict.detach(),
             "kl": kl.detach(),
             "nb": nb.detach(),
+            "effect": effect.detach(),
         }
+
+    def _effect_loss(
+        self, prior: torch.Tensor, moved: torch.Tensor, batch: torch.Tensor, missed: torch.Tensor
+    ) -> torch.Tensor:
+        """Squared error of what the residual adds to the decoded mean effect of each row."""
+        after, before = (
+            (PER * self.decoder(z, batch).unflatten(0, (len(missed), -1)).mean(1)).log1p()
+            for z in (prior, moved)
+        )
+        return (after - before - missed).square().sum(1).mean()
 
     @staticmethod
     def _prior_loss(

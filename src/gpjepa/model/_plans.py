@@ -102,11 +102,13 @@ class ActionPlan(_Plan):
         Target indices and doses of each training row, shape (n_rows, n_max_targets).
     shift
         Latent image of each row's out-of-fold anchor, shape (n_rows, n_latent).
+    missed
+        Mean effect of each row minus its out-of-fold anchor, shape (n_rows, n_genes).
     monitor
         Gives the error on what is held out; logged as ``holdout_error`` after every epoch.
     matching
         See :meth:`gpjepa.GPJEPA.train`.
-    vicreg_weight, nb_weight, kl_weight
+    vicreg_weight, nb_weight, kl_weight, effect_weight
         Weights of the losses; 0 is off.
     lr, weight_decay
         Of AdamW.
@@ -114,28 +116,39 @@ class ActionPlan(_Plan):
 
     def __init__(
         self, module: GPJEPAModule, targets: torch.Tensor, doses: torch.Tensor,
-        shift: torch.Tensor, monitor: Callable[[], float], *, matching: str = "prototype",
+        shift: torch.Tensor, missed: torch.Tensor, monitor: Callable[[], float], *, matching: str = "prototype",
         vicreg_weight: float = 0.05, nb_weight: float = 10.0, kl_weight: float = 0.1,
-        lr: float = 2e-3, weight_decay: float = 1e-4,
+        effect_weight: float = 1.0, lr: float = 2e-3, weight_decay: float = 1e-4,
     ) -> None:  # fmt: skip
         super().__init__(module, "action", lr, weight_decay)
         self.register_buffer("targets", targets, persistent=False)
         self.register_buffer("doses", doses, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("missed", missed, persistent=False)
         self.monitor, self.matching = monitor, matching
-        self.weights = {"vicreg": vicreg_weight, "nb": nb_weight, "kl": kl_weight}
+        # In units of the mean squared length of what is to be learned.
+        effect_weight = effect_weight / max(float(missed.square().sum(1).mean()), 1e-12)
+        self.weights = {
+            "vicreg": vicreg_weight, "nb": nb_weight, "kl": kl_weight, "effect": effect_weight,
+        }  # fmt: skip
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
 
     targets: torch.Tensor
     doses: torch.Tensor
     shift: torch.Tensor
+    missed: torch.Tensor
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of one mini-batch."""
         rows = batch["rows"]
         action = self.module.perturbation_encoder(self.targets[rows], self.doses[rows])
         losses = self.module.action_loss(
-            batch, action, self.shift[rows], matching=self.matching, weights=self.weights
+            batch,
+            action,
+            self.shift[rows],
+            self.missed[rows],
+            matching=self.matching,
+            weights=self.weights,
         )
         return self._log(losses, "train", len(batch["latent"]) // 2)
 

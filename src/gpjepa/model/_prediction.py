@@ -93,12 +93,13 @@ class Predicting(Registered):
             )
         return list(chosen)
 
-    def _gate(self, regime: str, gate: Gate) -> float:
-        if gate == "auto":
-            return float(self.gate_.get(regime, {}).get("gate", 0))
-        if gate not in (0, 1):
-            raise ValueError(f"gate={gate!r}: choose 'auto', 0 (anchor) or 1 (network).")
-        return float(gate)
+    def _gate(self, perturbation: Perturbation, regime: str, gate: Gate) -> float:
+        if gate != "auto":
+            return float(gate)
+        found = [regime]
+        if len(perturbation.targets) > 1 and self.anchor.never_perturbed(perturbation):
+            found.append("unseen")  # no better judged than its target that was never perturbed
+        return min(float(self.gate_.get(r, {}).get("gate", 0)) for r in found)
 
     def _action(self, perturbations: Sequence[Perturbation]) -> torch.Tensor:
         """Action embeddings, shape (n_perturbations, n_action)."""
@@ -149,24 +150,28 @@ class Predicting(Registered):
         self, perturbation: Perturbation, context: str, anchor: np.ndarray,
         scales: Sequence[Scale] = SCALES,
     ) -> dict[Scale, np.ndarray]:  # fmt: skip
-        """N: mean effect of the network's decoded cells against its decoded control cells."""
+        """N - A: what the residual changes in the mean of the decoded cells."""
         control = self.reference_[context]
         names = np.arange(len(control["state"])).astype(str)
         noise = _random.normal(
             names, np.zeros(len(names), int), control["state"].shape[1], "reference"
         )
+        moved = self._transition(control["state"], noise, perturbation, anchor, 0.0)
         state = self._transition(control["state"], noise, perturbation, anchor)
-        before = self._decode(control["state"], control["batch"])
+        before = self._decode(moved, control["batch"])
         after = self._decode(state, control["batch"])
         effect: dict[Scale, np.ndarray] = {}
         if "log1p_mean" in scales:
             effect["log1p_mean"] = np.log1p(PER * after.mean(0)) - np.log1p(PER * before.mean(0))
         if "mean_log1p" in scales:
             library = control["library"]
-            moved = library * np.exp(library_shift(self.library_shifts_, perturbation))
-            effect["mean_log1p"] = expected_log1p(
-                after * moved[:, None], self._dispersion, moved
-            ).mean(0) - expected_log1p(before * library[:, None], self._dispersion, library).mean(0)
+            library = library * np.exp(library_shift(self.library_shifts_, perturbation))
+            effect["mean_log1p"] = np.subtract(
+                *(
+                    expected_log1p(x * library[:, None], self._dispersion, library).mean(0)
+                    for x in (after, before)
+                )
+            )
         return effect
 
     def _effect(
@@ -177,11 +182,11 @@ class Predicting(Registered):
         both = {s: anchor.predict([perturbation], [context], s) for s in SCALES}
         regime = both["mean_log1p"].regime[0]
         mean = {s: both[s].mean[0] for s in SCALES}
-        g = 0.0 if perturbation.is_control else self._gate(regime, gate)
+        g = 0.0 if perturbation.is_control else self._gate(perturbation, regime, gate)
         effect: dict[str, np.ndarray] = {s: mean[s] for s in SCALES}
         if g:
             network = self._network_effect(perturbation, context, mean["mean_log1p"])
-            effect = {s: mean[s] + g * (network[s] - mean[s]) for s in SCALES}
+            effect = {s: mean[s] + g * network[s] for s in SCALES}
         return PredictedEffect(
             self._label(perturbation), context, regime, g,
             {s: effect[s].astype(np.float32) for s in SCALES},
@@ -225,6 +230,7 @@ class Predicting(Registered):
             If nothing is known about a target; names the nearest known names.
         """
         check_scale(scale)
+        _check_gate(gate)
         wanted = self._parse(perturbations)
         chosen = self._contexts(contexts, self.anchor.effects_.contexts)
         frames = [self._effect(p, c, gate).frame(self.genes, scale) for p in wanted for c in chosen]
@@ -260,6 +266,7 @@ class Predicting(Registered):
             If a perturbation has fewer than two targets.
         """
         check_scale(scale)
+        _check_gate(gate)
         wanted = self._parse(perturbations)
         frames = []
         for p in wanted:
@@ -330,7 +337,7 @@ class Predicting(Registered):
         wanted = self._parse(perturbation)
         if n_samples is not None and n_samples < 1:
             raise ValueError(f"n_samples={n_samples}: expected at least 1, or None.")
-        self._gate("", gate)
+        _check_gate(gate)
         cells = self._query_cells(adata)
         if cells.perturbations is None:
             key = self.registry_["setup_args"]["perturbation_key"]
@@ -474,6 +481,11 @@ class Predicting(Registered):
                 parts.append(sparse.GCXS.from_numpy(counts))
             draws.append(sparse.concatenate(parts))
         return draws[0] if n_samples == 1 else sparse.stack(draws, axis=2)
+
+
+def _check_gate(gate: Gate) -> None:
+    if gate not in ("auto", 0, 1):
+        raise ValueError(f"gate={gate!r}: choose 'auto', 0 (anchor) or 1 (network).")
 
 
 def _positions(n_cells: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:

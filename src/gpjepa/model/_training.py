@@ -339,8 +339,11 @@ class _ActionStage:
         module.perturbation_encoder.trained.copy_(trained)
         anchor = torch.from_numpy(self.anchor.out_of_fold("mean_log1p"))
         shift = anchor.to(module.anchor_map.device) @ module.anchor_map
+        scale: Scale = "log1p_mean"
+        missed = self.inside.effect[scale] - self.anchor.out_of_fold(scale)
+        missed = torch.from_numpy(missed.astype(np.float32))
         return ActionPlan(
-            module, targets, doses, shift, self.error, matching=matching, **plan_kwargs
+            module, targets, doses, shift, missed, self.error, matching=matching, **plan_kwargs
         )
 
     def batches(self, batch_size: int) -> Batches:
@@ -355,7 +358,8 @@ class _ActionStage:
     def _networks(self, scale: Scale) -> np.ndarray:
         """N of the held-out rows, shape (n_rows, n_genes)."""
         rows = zip(self.outside.rows, self.predicted["mean_log1p"].mean, strict=True)
-        return np.stack([self.model._network_effect(p, c, a, [scale])[scale] for (c, p), a in rows])
+        added = [self.model._network_effect(p, c, a, [scale])[scale] for (c, p), a in rows]
+        return self.predicted[scale].mean + np.stack(added)
 
     def error(self) -> float:
         """Squared error of the network on the held-out rows, over that of no change."""
