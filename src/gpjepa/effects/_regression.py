@@ -216,7 +216,7 @@ class UnseenTargets(Baseline):
             names += [units.targets[units.unit[j]] for j in chosen]
             weights.append(self.out_of_fold_[context][:k, units.unit[chosen]])
         experts = Experts(rows, np.concatenate(weights, 1), names)
-        return fit_stack(self.effects_, self.scale, experts, prior)
+        return fit_stack(self.effects_, self.scale, experts, prior, towards=np.zeros(k))
 
     def of_target(
         self, target: str, context: str, without: Sequence[str] = ()

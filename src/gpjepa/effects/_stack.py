@@ -144,7 +144,7 @@ class Stack:
     n_units
         Independent rows that the weights rest on.
     kept
-        Share of the way from the prior to the fitted weights.
+        Share of the way to the fitted weights that is gone.
     """
 
     weights: np.ndarray
@@ -155,16 +155,16 @@ class Stack:
 
 def fit_stack(
     effects: EffectTable, scale: Scale, experts: Experts, prior: np.ndarray,
-    min_units: int = MIN_UNITS,
+    towards: np.ndarray | None = None, min_units: int = MIN_UNITS,
 ) -> Stack:  # fmt: skip
-    r"""Non-negative stacking, freed of shared noise and shrunk towards a prior.
+    r"""Non-negative stacking, freed of shared noise and shrunk by its own gain.
 
     Wolpert's (1992) and Breiman's (1996) stacking minimises
     :math:`\sum_a \lVert d_a - \sum_k w_k e_k(a)\rVert^2` over :math:`w \ge 0`. Of
     :math:`\langle e_k, d_a\rangle` the expected sampling noise that both share is taken off; of
     :math:`\langle e_k, e_l\rangle` nothing is: that noise is there at prediction too. The weights
-    go the share :math:`(1 - (s/T)^2)_+` of the way from the prior, where *T* is their gain over
-    it with each unit left out, and *s* the standard error that shared noise gives to *T*.
+    go the share :math:`(1 - (s/T)^2)_+` of the way from ``towards``, where *T* is their gain over it
+    with each unit left out, and *s* the standard error that shared noise gives to *T*.
 
     Parameters
     ----------
@@ -174,6 +174,8 @@ def fit_stack(
         Predictions out of fold.
     prior
         Weights that stand in for fewer than ``min_units`` units, shape (n_experts,).
+    towards
+        Weights that they are shrunk towards; the prior by default.
     min_units
         Units needed.
 
@@ -181,11 +183,12 @@ def fit_stack(
     -------
     Stack
     """
-    k = len(experts.weights)
+    prior = np.asarray(prior, float)
+    towards = prior if towards is None else towards
     names = list(dict.fromkeys(experts.units))
     if len(names) < min_units or not names:
         residual = _residual(effects, scale, experts, prior) if len(names) > 1 else None
-        return Stack(np.asarray(prior, float), residual, len(names), 0.0)
+        return Stack(prior, residual, len(names), 0.0)
     square, along, shared = _normal_equations(effects, scale, experts)
     code = np.array([names.index(u) for u in experts.units])
     member = (code == np.arange(len(names))[:, None]).astype(float)
@@ -196,12 +199,11 @@ def fit_stack(
     gain = 0.0
     for unit_square, unit_along in zip(square, along, strict=True):
         left_out = _solve(all_square - unit_square, all_along - unit_along)
-        gain += _gain(left_out, unit_square, unit_along) - _gain(prior, unit_square, unit_along)
+        gain += _gain(left_out, unit_square, unit_along) - _gain(towards, unit_square, unit_along)
     spread = np.sqrt(2 * (effects.profile_variance(scale)[len(effects.rows) :] ** 2).sum(1))
-    error = float(np.linalg.norm(2 * (shared @ (weights - prior)) * spread))
+    error = float(np.linalg.norm(2 * (shared @ (weights - towards)) * spread))
     kept = max(0.0, 1 - (error / gain) ** 2) if gain > 0 else 0.0
-    weights = prior + kept * (weights - prior)
-    assert weights.shape == (k,)
+    weights = towards + kept * (weights - towards)
     return Stack(weights, _residual(effects, scale, experts, weights), len(names), kept)
 
 

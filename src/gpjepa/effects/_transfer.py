@@ -42,7 +42,9 @@ class Transfer(Baseline):
         self.slope_ = 0.0
         experts = transfer_experts(self)
         if self.form == "state" and experts.rows:
-            fitted = fit_stack(self.effects_, self.scale, experts, np.array([1.0, 0.0]), 2)
+            fitted = fit_stack(
+                self.effects_, self.scale, experts, np.array([1.0, 0.0]), min_units=2
+            )
             self.slope_ = float(fitted.weights[1])
 
     def sources(self, perturbation: Perturbation, context: str) -> list[int]:

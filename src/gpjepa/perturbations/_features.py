@@ -86,9 +86,16 @@ class TargetFeatures:
         numpy.ndarray
             Shape (n_targets, n_others).
         """
-        return (self._take(targets) @ self._take(others).T).toarray()
+        return (self.take(targets) @ self.take(others).T).toarray()
 
-    def _take(self, targets: Sequence[str]) -> sp.csr_matrix:
+    def take(self, targets: Sequence[str]) -> sp.csr_matrix:
+        """Features of some targets at unit length, zeros for those not covered.
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix
+            Shape (n_targets, n_features).
+        """
         known = [(i, self.index[t]) for i, t in enumerate(targets) if t in self.index]
         at = np.array(known, int).reshape(-1, 2)
         pick = sp.csr_matrix(
