@@ -15,12 +15,13 @@ resamplings.
 from __future__ import annotations
 
 import argparse
-import resource
 import time
+import tracemalloc
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -117,19 +118,28 @@ def anchor(*features: TargetFeatures) -> Predictor:
     return lambda table, p, c: EffectAnchor(features, "mean").fit(table).predict(p, c, SCALE).mean
 
 
-def ratio(over: np.ndarray, under: np.ndarray) -> str:
+@dataclass(frozen=True)
+class Ratio:
     """Ratio of sums over resamplings, with its bootstrap interval."""
-    draws = np.random.default_rng(0).integers(0, len(over), (2_000, len(over)))
-    low, high = np.quantile(over[draws].sum(1) / under[draws].sum(1), [0.025, 0.975])
-    return f"{over.sum() / under.sum():.3f} ({low:.3f}-{high:.3f})"
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, over: np.ndarray, under: np.ndarray) -> Ratio:
+        draws = np.random.default_rng(0).integers(0, len(over), (2_000, len(over)))
+        low, high = np.quantile(over[draws].sum(1) / under[draws].sum(1), [0.025, 0.975])
+        return cls(over.sum() / under.sum(), low, high)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
-def show(title: str, rows: Iterable[tuple[str, dict[str, str]]]) -> None:
-    frame = pd.DataFrame(dict(rows)).T
-    print(f"\n{title}\n\n{frame.to_string()}", flush=True)
+Table = tuple[str, dict[str, dict[str, Any]]]  # title, then methods by columns
 
 
-def doubles(directory: Path, n: int) -> None:
+def doubles(directory: Path, n: int) -> Iterator[Table]:
     cells = Cells.of(ad.read_h5ad(directory / "norman_2019_mini.h5ad"))
     held = {read(x) for x in DOUBLES}
     is_held = np.array([p in held for p in cells.perturbations])
@@ -138,7 +148,7 @@ def doubles(directory: Path, n: int) -> None:
         "larger single": baseline(LargerSingle), "matching mean": baseline(MatchingMean),
         "additive": baseline(Additive), "no change": baseline(NoChange),
     }  # fmt: skip
-    columns: dict[str, dict[str, str]] = {name: {} for name in methods}
+    columns: dict[str, dict[str, Ratio]] = {name: {} for name in methods}
     for per in (15, 30, 60, 100):
         found: dict[str, list[float]] = {name: [] for name in methods}
         for r in range(n):
@@ -154,13 +164,13 @@ def doubles(directory: Path, n: int) -> None:
             for name, method in methods.items():
                 found[name].append(errors(predict(method, training, measured), measured)[0])
         for name in methods:
-            columns[name][f"{per} cells"] = ratio(
+            columns[name][f"{per} cells"] = Ratio.of(
                 np.array(found[name]), np.array(found["additive"])
             )
-    show("Norman 2019, five doubles: corrected error / additive", columns.items())
+    yield "Norman 2019, five doubles: corrected error / additive", columns
 
 
-def contexts(directory: Path, n: int) -> None:
+def contexts(directory: Path, n: int) -> Iterator[Table]:
     for name in ("zhao_2021", "datlinger_2021", "mcfaline_2023"):
         cells = Cells.of(ad.read_h5ad(directory / f"{name}_mini.h5ad"), CONTEXT[name])
         methods: dict[str, Predictor] = {
@@ -184,10 +194,10 @@ def contexts(directory: Path, n: int) -> None:
         for m, by_context in found.items():
             total = sum(by_context.values())
             rows[m] = {
-                kind: ratio(total[:, k], sum(base.values())[:, k])
+                kind: Ratio.of(total[:, k], sum(base.values())[:, k])
                 for k, kind in enumerate(("corrected", "plain"))
-            } | {c: ratio(e[:, 0], base[c][:, 0]) for c, e in by_context.items()}
-        show(f"{name}, each context held out: error / no change", rows.items())
+            } | {c: Ratio.of(e[:, 0], base[c][:, 0]) for c, e in by_context.items()}
+        yield f"{name}, each context held out: error / no change", rows
 
 
 def shuffled(
@@ -207,7 +217,7 @@ def kernel_or_mean(features: TargetFeatures) -> Predictor:
     return predicted
 
 
-def unseen(directory: Path, n: int) -> None:
+def unseen(directory: Path, n: int) -> Iterator[Table]:
     features = gene_sets(directory)
     for name, context in (
         ("papalexi_2021", None), ("datlinger_2021", None), ("datlinger_2021", "treatment"),
@@ -236,11 +246,13 @@ def unseen(directory: Path, n: int) -> None:
                     )
         base = found["no change"]
         rows = {
-            m: {kind: ratio(e[:, k], base[:, k]) for k, kind in enumerate(("corrected", "plain"))}
+            m: {
+                kind: Ratio.of(e[:, k], base[:, k]) for k, kind in enumerate(("corrected", "plain"))
+            }
             for m, e in found.items()
         }
         where = "" if context is None else f", by {context}"
-        show(f"{name}{where}, each target held out: error / no change", rows.items())
+        yield f"{name}{where}, each target held out: error / no change", rows
 
 
 def gene_sets(directory: Path) -> TargetFeatures:
@@ -275,7 +287,7 @@ def true_errors(
                      for x, p in zip(predicted, wanted, strict=True)])  # fmt: skip
 
 
-def simulation(directory: Path, n: int) -> None:
+def simulation(directory: Path, n: int) -> Iterator[Table]:
     """Norman-sized screens, five resamplings of each."""
     per_screen = 5
     found: dict[str, dict[str, np.ndarray]] = {}
@@ -317,36 +329,49 @@ def simulation(directory: Path, n: int) -> None:
                         regimes == regime
                     ].sum()
     base = found["no change"]
-    rows = {m: {k: ratio(e[k], base[k]) for k in sorted(base)} for m, e in found.items()}
-    show("Norman-sized simulation: error against the truth / no change", rows.items())
+    rows = {m: {k: Ratio.of(e[k], base[k]) for k in sorted(base)} for m, e in found.items()}
+    yield "Norman-sized simulation: error against the truth / no change", rows
 
 
-def speed(directory: Path, n: int) -> None:
+def speed(directory: Path, n: int) -> Iterator[Table]:
     adata = gpjepa.datasets.simulate(60_000, 5_000, n_targets=105, n_combinations=131)
     features = network_features(adata)
     cells = Cells.of(adata)
-    del adata
     table = cells.table(np.ones(len(cells.library), bool))
-    del cells
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    start = time.perf_counter()
-    fitted = EffectAnchor(features).fit(table)
-    one = [read("TF000")]
-    for scale in ("mean_log1p", "log1p_mean"):
-        fitted.predict(one, ["all"], scale)
-    took = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     names = sorted({p.targets[0] for _, p in table.rows if len(p.targets) == 1})
     pairs = [Perturbation.of([a, b]) for i, a in enumerate(names) for b in names[:i]]
+
+    def fit() -> EffectAnchor:
+        fitted = EffectAnchor(features).fit(table)
+        for scale in ("mean_log1p", "log1p_mean"):
+            fitted.predict(pairs[:1], ["all"], scale)
+        return fitted
+
+    fitted = fit()
+    yield (
+        f"{len(table.rows)} perturbations x {len(table.genes)} genes",
+        {
+            "effect table": measured_cost(lambda: cells.table(np.ones(len(cells.library), bool))),
+            "fit, both scales": measured_cost(fit),
+            f"{len(pairs)} pairs": measured_cost(
+                lambda: fitted.predict(pairs, ["all"] * len(pairs), SCALE)
+            ),
+        },
+    )
+
+
+def measured_cost(what: Callable[[], object]) -> dict[str, str]:
     start = time.perf_counter()
-    fitted.predict(pairs, ["all"] * len(pairs), SCALE)
-    seconds = time.perf_counter() - start
-    print(f"{len(table.rows)} perturbations x {len(table.genes)} genes. Fit, both scales: "
-          f"{took:.1f} s, {after - before:.2f} GB above the data ({before:.2f} GB). "
-          f"{len(pairs)} pairs: {seconds:.1f} s.")  # fmt: skip
+    what()
+    took = time.perf_counter() - start
+    tracemalloc.start()
+    what()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {"seconds": f"{took:.1f}", "GB above the data": f"{peak / 1e9:.2f}"}
 
 
-def gate(directory: Path, n: int) -> None:
+def gate(directory: Path, n: int) -> Iterator[Table]:
     """GP-JEPA with each gate; sums over folds of held-out targets, one training per fold."""
     features = gene_sets(directory)
     for name, size in (("papalexi_2021", 5), ("datlinger_2021", 5), ("norman_2019", 3)):
@@ -373,11 +398,13 @@ def gate(directory: Path, n: int) -> None:
                 for m in found:
                     found[m].append(errors(by_gate(model, m, [p for _, p in here.rows]), here)[0])
                 gates.append(model.gate_.get("unseen", {}).get("gate", 0.0))
-        show_gate(f"{name}, unseen targets", {m: np.array(e) for m, e in found.items()}, gates)
-    simulated_gate(n)
+        yield from show_gate(
+            f"{name}, unseen targets", {m: np.array(e) for m, e in found.items()}, gates
+        )
+    yield from simulated_gate(n)
 
 
-def simulated_gate(n: int) -> None:
+def simulated_gate(n: int) -> Iterator[Table]:
     found: dict[str, dict[str, list[float]]] = {}
     gates: dict[str, list[float]] = {}
     for r in range(5 * n):
@@ -405,7 +432,9 @@ def simulated_gate(n: int) -> None:
         for regime in set(regimes):
             gates.setdefault(regime, []).append(model.gate_.get(regime, {}).get("gate", 0.0))
     for regime, e in sorted(found.items()):
-        show_gate(f"simulation, {regime}", {m: np.array(x) for m, x in e.items()}, gates[regime])
+        yield from show_gate(
+            f"simulation, {regime}", {m: np.array(x) for m, x in e.items()}, gates[regime]
+        )
 
 
 def trained(adata: ad.AnnData, seed: int, features: object, library_size_key: str):
@@ -428,17 +457,21 @@ def by_gate(model: gpjepa.GPJEPA, method: str, wanted: list[Perturbation]) -> np
     return np.stack([model.predict_effects(p, gate=gate)["effect"].to_numpy() for p in wanted])
 
 
-def show_gate(title: str, found: dict[str, np.ndarray], gates: list[float]) -> None:
+def show_gate(title: str, found: dict[str, np.ndarray], gates: list[float]) -> Iterator[Table]:
     base = found["no change"]
-    rows = {m: {"error / no change": ratio(e, base), "error / anchor": ratio(e, found["anchor"])}
+    rows = {m: {"error / no change": Ratio.of(e, base), "error / anchor": Ratio.of(e, found["anchor"])}
             for m, e in found.items()}  # fmt: skip
     difference = (found["auto"] - found["anchor"]) / base.mean()
     draws = np.random.default_rng(0).integers(0, len(difference), (2_000, len(difference)))
     low, high = np.quantile(difference[draws].mean(1), [0.025, 0.975])
-    show(f"{title} ({len(base)} trainings)", rows.items())
-    print(f"auto - anchor, in units of no change: {difference.mean():.4f} ({low:.4f} to "
-          f"{high:.4f}); gate above 0 in {np.mean(np.array(gates) > 0):.0%}, mean "
-          f"{np.mean(gates):.2f}", flush=True)  # fmt: skip
+    yield f"{title} ({len(base)} trainings)", rows
+    yield "auto - anchor, in units of no change", {
+        "": {
+            "mean": f"{difference.mean():.4f}", "interval": f"{low:.4f} to {high:.4f}",
+            "gate above 0": f"{np.mean(np.array(gates) > 0):.0%}",
+            "mean gate": f"{np.mean(gates):.2f}",
+        }
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -448,4 +481,5 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path)
     parser.add_argument("--resamplings", type=int, default=20)
     given = parser.parse_args()
-    tables[given.table](given.directory, given.resamplings)
+    for title, rows in tables[given.table](given.directory, given.resamplings):
+        print(f"\n{title}\n\n{pd.DataFrame(rows).T.to_string()}", flush=True)

@@ -711,3 +711,12 @@ def test_interactions_are_what_is_not_additive(model, held_out, gate):
     assert (found["lower"] < found["interaction"]).all()
     with pytest.raises(ValueError, match="fewer than 2 targets"):
         model.predict_interactions(held_out.split("+")[0])
+
+
+def test_compare_refuses_targets_without_features_before_training(simulated, monkeypatch):
+    monkeypatch.setattr(GPJEPA, "train", lambda self: pytest.fail("trained"))
+    features = TargetFeatures(["TF999"], np.ones((1, 1)), "own")
+    label = next(x for x in simulated.obs["perturbation"].cat.categories if "TF" in x)
+    single = label.split("+")[0]
+    with pytest.raises(UnknownTargetError, match=f"without any feature in own: {single}"):
+        gpjepa.benchmark.compare(simulated, [single], model={"target_features": features})

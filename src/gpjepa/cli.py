@@ -33,6 +33,10 @@ DosageKey = Annotated[str | None, typer.Option(help="Column of obs with the dose
 LibraryKey = Annotated[str | None, typer.Option(help="Column of obs with whole-cell counts.")]
 Separator = Annotated[str, typer.Option(help="What joins targets; empty for single targets.")]
 Strip = Annotated[str | None, typer.Option(help="Regular expression removed from targets.")]
+GeneSets = Annotated[
+    list[str] | None,
+    typer.Option(help="GMT file with gene sets, features of targets never perturbed; repeatable."),
+]
 Seed = Annotated[int, typer.Option(help="Seed.")]
 
 
@@ -76,6 +80,16 @@ def _setup(
     }  # fmt: skip
 
 
+def _model(gene_sets: list[str] | None) -> dict[str, Any]:
+    """Arguments of the model; a target in none of the sets takes the mean effect."""
+    from gpjepa.perturbations import TargetFeatures
+
+    if not gene_sets:
+        return {}
+    features = TargetFeatures.from_gene_sets(gene_sets)
+    return {"target_features": features, "missing_features": "mean"}
+
+
 @app.command()
 @_told
 def demo(
@@ -88,6 +102,7 @@ def demo(
     control: Control = ["control"],  # noqa: B006
     context_key: ContextKey = None,
     library_size_key: LibraryKey = None,
+    gene_sets: GeneSets = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Hold perturbations out, train, predict them, and compare with baselines and the truth."""
@@ -104,11 +119,12 @@ def demo(
         "perturbation_key": perturbation_key, "control": control, "context_key": context_key,
         "library_size_key": library_size_key,
     }  # fmt: skip
+    model = _model(gene_sets)
     adata = None if data is None else _load(data)
     results = []
     for seed in range(seeds):
         console.print(f"[bold]Run {seed + 1} of {seeds}[/] (seed {seed})")
-        results.append(_run(adata, hold_out, hold_out_context, setup, seed))
+        results.append(_run(adata, hold_out, hold_out_context, setup, model, seed))
         console.print(_rich_table([results[-1]], f"Seed {seed}"))
         if not results[-1].model.gate_:
             console.print("The gate is 0: too few perturbations to judge the network by.")
@@ -128,8 +144,9 @@ def demo(
 
 
 def _run(
-    adata: Any, hold_out: list[str] | None, hold_out_context: str | None, setup: dict, seed: int
-) -> Comparison:
+    adata: Any, hold_out: list[str] | None, hold_out_context: str | None, setup: dict, model: dict,
+    seed: int,
+) -> Comparison:  # fmt: skip
     from gpjepa import benchmark, datasets
 
     if adata is None:
@@ -139,7 +156,7 @@ def _run(
         hold_out = list(combinations.sample(12, random_state=seed))
         setup = {}
     return benchmark.compare(
-        adata, hold_out, hold_out_context=hold_out_context, seed=seed, setup=setup
+        adata, hold_out, hold_out_context=hold_out_context, seed=seed, setup=setup, model=model
     )
 
 
@@ -199,6 +216,7 @@ def train(
     strip: Strip = None,
     max_epochs: Annotated[int | None, typer.Option(help="Epochs of stages B and C.")] = None,
     pretrain_epochs: Annotated[int | None, typer.Option(help="Epochs of stage A.")] = None,
+    gene_sets: GeneSets = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -206,6 +224,7 @@ def train(
     from gpjepa._files import check_free, written_whole
 
     check_free(out, overwrite)
+    options = _model(gene_sets)
     adata = _load(data)
     import scvi
 
@@ -217,7 +236,7 @@ def train(
     )  # fmt: skip
     scvi.settings.seed = seed
     GPJEPA.setup_anndata(adata, **setup)
-    model = GPJEPA(adata)
+    model = GPJEPA(adata, **options)
     model.train(max_epochs, pretrain_epochs)
     with written_whole(out) as draft:
         model.save(str(draft))

@@ -71,6 +71,7 @@ def compare(
     hold_out_context: str | None = None,
     seed: int = 0,
     setup: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
 ) -> Comparison:
     """Train without some perturbations, predict them, and set simple baselines beside it.
@@ -91,6 +92,8 @@ def compare(
         Seed of the halves and of training.
     setup
         Arguments of :meth:`gpjepa.GPJEPA.setup_anndata`.
+    model
+        Arguments of :class:`gpjepa.GPJEPA`, such as ``target_features``.
     train
         Arguments of :meth:`gpjepa.GPJEPA.train`.
 
@@ -116,28 +119,31 @@ def compare(
     scvi.settings.seed = seed
     trained = adata[~test & ~other].copy()
     GPJEPA.setup_anndata(trained, **setup)
-    model = GPJEPA(trained)
+    fitted = GPJEPA(trained, **(model or {}))
     wanted = sorted({labels[i] for i in np.flatnonzero(test)})
     for perturbation in wanted:
-        model.vocabulary.check(perturbation)
+        fitted.vocabulary.check(perturbation)
+    alone = {p.targets[0] for p, out in zip(labels, test, strict=True)
+             if len(p.targets) == 1 and not out}  # fmt: skip
+    fitted.new_anchor().check(wanted, alone)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        model.train(**(train or {}))
+        fitted.train(**(train or {}))
 
     held_contexts = sorted({contexts[i] for i in np.flatnonzero(test)})
     cells = adata[test | other].copy()
-    measured = _table(model, cells)
+    measured = _table(fitted, cells)
     keep = np.array([(c in held_contexts and p in set(wanted)) for c, p in measured.rows])
     measured = measured.subset(keep)
-    effects, sd = _predictions(model, measured)
-    effects[REPLICATE], replicate = _replicate(model, cells, measured, rng)
-    predicted = model.predict_perturbation(
+    effects, sd = _predictions(fitted, measured)
+    effects[REPLICATE], replicate = _replicate(fitted, cells, measured, rng)
+    predicted = fitted.predict_perturbation(
         adata[kept].copy(), wanted, context=held_contexts, seed=seed
     )
     return Comparison(
-        model, predicted, _scores(model, effects, measured, replicate),
+        fitted, predicted, _scores(fitted, effects, measured, replicate),
         {**effects, "measured": measured.effect["mean_log1p"]}, sd,
-        [(c, str(p)) for c, p in measured.rows], model.genes,
+        [(c, str(p)) for c, p in measured.rows], fitted.genes,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -257,8 +257,17 @@ class EffectAnchor:
         self.check(perturbations)
         return list(zip(perturbations, contexts, strict=True))
 
-    def check(self, perturbations: Sequence[Perturbation]) -> None:
-        """Refuse targets that were never perturbed and that no features know.
+    def check(
+        self, perturbations: Sequence[Perturbation], alone: Collection[str] | None = None
+    ) -> None:
+        """Refuse targets that were never perturbed alone and that no features know.
+
+        Parameters
+        ----------
+        perturbations
+            What is to be predicted.
+        alone
+            Targets perturbed alone in training; those of the fitted table by default.
 
         Raises
         ------
@@ -267,12 +276,13 @@ class EffectAnchor:
         """
         if not self.features or self.missing_features == "mean":
             return
-        never = {t for p in perturbations for t in p.targets} - self._alone
+        never = {t for p in perturbations for t in p.targets}
+        never -= set(self._alone if alone is None else alone)
         unknown = sorted(t for t in never if not any(f.covers(t) for f in self.features))
         if unknown:
             names = ", ".join(f.name for f in self.features)
             raise UnknownTargetError(
-                f"Never perturbed, and without any feature in {names}: {', '.join(unknown[:10])}. "
+                f"Never perturbed alone, and without any feature in {names}: {', '.join(unknown[:10])}. "
                 "Give features that cover them, or choose missing_features='mean' to predict the "
                 "shrunken mean effect for them."
             )

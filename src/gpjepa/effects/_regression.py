@@ -173,8 +173,10 @@ class UnseenTargets(Baseline):
         self.out_of_fold_ = {c: self._leave_one_out(c) for c in self._units}
         prior = np.zeros(len(self.experts))
         prior[0] = self._prior()
-        self.stack_ = self._stack(len(self.experts), prior, lambda t: self.covers(t))
-        self.mean_stack_ = self._stack(1, prior[:1], lambda t: True)
+        self.mean_stack_ = self._stack(prior[:1], np.zeros(1), lambda t: True)
+        # Features must earn their weight over the mean effect alone.
+        towards = np.append(self.mean_stack_.weights, np.zeros(len(self.experts) - 1))
+        self.stack_ = self._stack(prior, towards, self.covers)
         known = [k for c in self._units for k in self._left_out_kriging(c)]
         self._kriging_mean = float(np.mean(known)) if known else 1.0
 
@@ -206,7 +208,10 @@ class UnseenTargets(Baseline):
             found += [kernel_leave_one_out(kernel, ridge) for ridge in self.ridges]
         return np.stack(found) @ units.mean
 
-    def _stack(self, k: int, prior: np.ndarray, counts: Callable[[str], bool]) -> Stack:
+    def _stack(
+        self, prior: np.ndarray, towards: np.ndarray, counts: Callable[[str], bool]
+    ) -> Stack:
+        k = len(prior)
         rows, names, weights = [], [], [np.zeros((k, 0, len(self._row)))]
         for context, units in self._units.items():
             if len(units.targets) < 2:
@@ -216,7 +221,7 @@ class UnseenTargets(Baseline):
             names += [units.targets[units.unit[j]] for j in chosen]
             weights.append(self.out_of_fold_[context][:k, units.unit[chosen]])
         experts = Experts(rows, np.concatenate(weights, 1), names)
-        return fit_stack(self.effects_, self.scale, experts, prior, towards=np.zeros(k))
+        return fit_stack(self.effects_, self.scale, experts, prior, towards)
 
     def of_target(
         self, target: str, context: str, without: Sequence[str] = ()
