@@ -42,8 +42,9 @@ def fit_gate(
        {\sum_a \lVert N_a - A_a\rVert^2}
 
     between 0 and 1, times :math:`(1 - (s/T)^2)_+`, where *T* is the gain over the anchor with each
-    unit predicted by the gate of the others, and *s* its standard error: the spread between units,
-    and the noise of the controls, which is in every measured effect alike.
+    unit predicted by the gate of the others, and *s* its standard error: the spread between units
+    (with a t statistic's allowance for few of them), and the noise of the controls, which is in
+    every measured effect alike.
 
     Parameters
     ----------
@@ -76,7 +77,9 @@ def fit_gate(
     others = np.array([_slope(along.sum() - a, square.sum() - s)
                        for a, s in zip(along, square, strict=True)])  # fmt: skip
     gains = 2 * others * along - others**2 * square
-    between = len(gains) * gains.var(ddof=1)
+    n = len(names)
+    # The variance of a t statistic: with few units, the spread between them is itself uncertain.
+    between = n * gains.var(ddof=1) * (n - 1) / (n - 3)
     shared = (2 * gate) ** 2 * (added.sum(0) ** 2 * control_variance.mean(0)).sum()
     gain = float(gains.sum())
     kept = max(0.0, 1 - (between + shared) / gain**2) if gain > 0 else 0.0

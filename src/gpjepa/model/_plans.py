@@ -9,9 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from gpjepa.nn import ema_update
+from gpjepa.nn import ema_copy, ema_update
 
 from ._module import GPJEPAModule
+
+_AVERAGE = 0.98
+"""Momentum of the averaged weights of stages B and C: two epochs of 25 steps."""
 
 
 class _Plan(pl.LightningModule):
@@ -131,6 +134,7 @@ class ActionPlan(_Plan):
         self.weights = {
             "vicreg": vicreg_weight, "nb": nb_weight, "kl": kl_weight, "effect": effect_weight,
         }  # fmt: skip
+        self.averaged = ema_copy(module)
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
 
     targets: torch.Tensor
@@ -152,14 +156,22 @@ class ActionPlan(_Plan):
         )
         return self._log(losses, "train", len(batch["latent"]) // 2)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Averaged weights are judged and kept: they generalise better, and the best of many epochs
+        # is less of an accident.
+        ema_update(self.averaged, self.module, min(_AVERAGE, 1 - 1 / (1 + self.global_step / 5)))
+
     def on_train_epoch_end(self) -> None:
+        current = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+        averaged = {k: v.detach().clone() for k, v in self.averaged.state_dict().items()}
+        self.module.load_state_dict(averaged)
         self.module.eval()
         error = self.monitor()
+        self.module.load_state_dict(current)
         self.module.train()
         self.log("holdout_error", error, prog_bar=True)
         if self.best is None or error < self.best[0]:
-            state = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
-            self.best = (error, state)
+            self.best = (error, averaged)
 
 
 @contextmanager
