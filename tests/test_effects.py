@@ -264,6 +264,33 @@ def test_intervals_of_singles_and_sums_cover_the_truth(rng, n, size):
     assert n == 1 or np.mean(inside["sum"]) > 0.9
 
 
+@pytest.mark.parametrize("interaction", [0.0, 0.2])
+def test_intervals_of_combinations_cover_the_truth(rng, interaction):
+    """Measured ones, and ones that the stack of the others predicts."""
+    inside = {"measured": [], "predicted": []}
+    for _ in range(10):
+        names = [f"T{i:02d}" for i in range(16)]
+        truth = {t: rng.normal(0, 0.3, 150) for t in names}
+        pairs = [f"{a}+{b}" for a, b in zip(names[:-1], names[1:], strict=True)]
+        for pair in pairs:
+            a, b = (truth[t] for t in pair.split("+"))
+            truth[pair] = 0.8 * (a + b) + rng.normal(0, interaction, 150)
+        shared = rng.normal(0, 0.1, 150)
+        rows = {("c", t): e + rng.normal(0, 0.15, 150) - shared for t, e in truth.items()}
+        held = pairs[::4]
+        table = table_of({k: v for k, v in rows.items() if k[1] not in held})
+        for scale in SCALES:
+            table.variance[scale][:] = 0.15**2
+            table.control_variance[scale]["c"][:] = 0.1**2
+        anchor = EffectAnchor().fit(table)
+        for kind, labels in (("predicted", held), ("measured", pairs[1::4])):
+            found = anchor.predict([read(x) for x in labels], ["c"] * len(labels), "mean_log1p")
+            z = (found.mean - np.stack([truth[x] for x in labels])) / np.sqrt(found.variance)
+            inside[kind].append(np.abs(z) < 1.96)
+    assert 0.9 < np.mean(inside["measured"]) < 0.99
+    assert 0.9 < np.mean(inside["predicted"]) < 0.99
+
+
 def test_pure_noise_is_shrunk_away_with_few_perturbations(rng):
     for n in (1, 2, 5):
         kept = []

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpjepa.perturbations import Perturbation, TargetFeatures
+from gpjepa.splits import MIN_UNITS
 
 from ._regression import UnseenTargets, single_units
 from ._scales import Scale
@@ -22,6 +23,11 @@ doubles (``published`` L2 of Ahlmann-Eltze 2025: additive 2.42, no change 5.82, 
 taken off) it is 0.08."""
 
 _SPREAD, _UNSEEN, _WITHOUT_FEATURES, _TRANSFER = range(4)  # kinds of residual variance
+# Experts on combinations, by how many of their targets were measured alone.
+_OTHERS = "mean of the combinations"
+_BOTH = ("sum of the singles", "larger single", _OTHERS)
+_PARTLY = ("measured targets", "targets never measured", _OTHERS)
+_NEITHER = ("sum of the targets", _OTHERS)
 _SURPLUS = 0.1  # share of the spread of effects that a residual variance never falls below
 
 
@@ -48,11 +54,12 @@ class Share:
     weights: np.ndarray
     controls: np.ndarray
 
-    def times(self, factor: float) -> Share:
-        """The same share of a prediction that enters another with a factor."""
+    def times(self, factor: float, role: str = "") -> Share:
+        """The same share of a prediction that enters another with a factor, in some role."""
         return replace(
             self, weight=factor * self.weight, weights=factor * self.weights,
             controls=factor * self.controls,
+            expert=f"{role}, {self.expert}" if role and self.part else self.expert,
         )  # fmt: skip
 
 
@@ -126,6 +133,10 @@ class ScaleFit:
             effects, scale, transfer_experts(self.transfer), np.zeros(2), min_units=2
         )
         self.alone = {p.targets[0] for _, p in effects.rows if len(p.targets) == 1}
+        self.combinations: dict[str, list[int]] = {}
+        for i, (context, perturbation) in enumerate(effects.rows):
+            if len(perturbation.targets) > 1:
+                self.combinations.setdefault(context, []).append(i)
         self._cache: dict[tuple[str, Perturbation], Estimate] = {}
         self._shrink_singles()
         self._fit_combinations()
@@ -166,10 +177,9 @@ class ScaleFit:
         both: list[_Row] = []
         partly: list[_Row] = []
         neither: list[_Row] = []
-        for i, (context, perturbation) in enumerate(self.effects.rows):
+        for i in sorted(i for rows in self.combinations.values() for i in rows):
+            context, perturbation = self.effects.rows[i]
             singles = perturbation.singles
-            if len(singles) < 2:
-                continue
             parts = [self.single(s, context) for s in singles]
             known = [s.targets[0] in self.alone for s in singles]
             others = self._mean_combination(context, without=i)
@@ -193,23 +203,18 @@ class ScaleFit:
 
     def _mean_combination(self, context: str, without: int | None = None) -> Estimate:
         """Mean effect of the measured combinations of a context, but for one row."""
-        return self._mean_of([i for i in self._combinations(context) if i != without])
+        return self._mean_of([i for i in self.combinations.get(context, []) if i != without])
 
     def _without(self, context: str, targets: Sequence[str]) -> Estimate:
         """Mean effect of the combinations that have none of the targets."""
         rows = self.effects.rows
-        return self._mean_of(
-            [i for i in self._combinations(context) if not set(rows[i][1].targets) & set(targets)]
-        )
-
-    def _combinations(self, context: str) -> list[int]:
-        rows = enumerate(self.effects.rows)
-        return [i for i, (c, p) in rows if c == context and len(p.targets) > 1]
+        mine = self.combinations.get(context, [])
+        return self._mean_of([i for i in mine if not set(rows[i][1].targets) & set(targets)])
 
     def _mean_of(self, rows: list[int]) -> Estimate:
         weights = np.zeros(len(self.row))
         weights[rows] = 1 / max(len(rows), 1)
-        share = Share("", "mean of the combinations", 1.0, weights, np.zeros(len(self.controls)))
+        share = Share("", _OTHERS, 1.0, weights, np.zeros(len(self.controls)))
         return self._estimate([share])
 
     def _fit_parts(self, found: list[_Row], prior: np.ndarray) -> Stack:
@@ -228,11 +233,11 @@ class ScaleFit:
 
     def _misfit(self, both: list[_Row]) -> float:
         """Squared interaction over squared predicted effect, freed of sampling noise."""
-        if self.both.n_units < 5:
+        if self.both.n_units < MIN_UNITS:
             return _PRIOR_INTERACTION
         apart = size = 0.0
         for i, *experts in both:
-            estimate = _weigh(experts, self.both.weights)
+            estimate = _weigh(experts, self.both.weights, _BOTH)
             mean = self.mean([estimate])[0]
             noise = (self._on_profiles(self._one(i)) - self._on_profiles(estimate.weights)) ** 2
             apart += ((self.values[i] - mean) ** 2).sum()
@@ -314,10 +319,10 @@ class ScaleFit:
         known = [s.targets[0] in self.alone for s in perturbation.singles]
         others = self._mean_combination(context, self.row.get((context, perturbation)))
         if all(known):
-            return _weigh([parts, [self._larger(parts)], [others]], self.both.weights)
+            return _weigh([parts, [self._larger(parts)], [others]], self.both.weights, _BOTH)
         if not any(known):
-            return _weigh([parts, [others]], self.neither.weights)
-        return _weigh([*_divide(parts, known), [others]], self.partly.weights)
+            return _weigh([parts, [others]], self.neither.weights, _NEITHER)
+        return _weigh([*_divide(parts, known), [others]], self.partly.weights, _PARTLY)
 
     def _towards(self, row: int, expected: Estimate) -> Estimate:
         """A measured combination, shrunk towards what its singles say."""
@@ -443,10 +448,21 @@ def _divide(parts: list[Estimate], known: list[bool]) -> tuple[list[Estimate], l
     return first, [p for p, k in zip(parts, known, strict=True) if not k]
 
 
-def _weigh(experts: Sequence[list[Estimate]], weights: np.ndarray) -> Estimate:
-    """Weighted sum of experts, each a sum of estimates."""
-    pairs = zip(experts, weights, strict=True)
-    return total([e.times(float(w)) for parts, w in pairs for e in parts])
+def _weigh(
+    experts: Sequence[list[Estimate]], weights: np.ndarray, names: Sequence[str]
+) -> Estimate:
+    """Weighted sum of experts, each a sum of estimates; one estimate may be in several experts."""
+    factor: dict[int, float] = {}
+    shares: list[Share] = []
+    for parts, weight, name in zip(experts, weights, names, strict=True):
+        for part in parts:
+            factor[id(part)] = factor.get(id(part), 0.0) + float(weight)
+            if weight:
+                shares += [share.times(float(weight), name) for share in part.shares]
+    once = {id(part): part for parts in experts for part in parts}
+    return replace(
+        total([part.times(factor[key]) for key, part in once.items()]), shares=tuple(shares)
+    )
 
 
 def _less_sure(estimate: Estimate, kind: int, by: float) -> Estimate:
