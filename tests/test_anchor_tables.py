@@ -2,10 +2,15 @@
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import DATA, real_file
+
+from gpjepa.effects import SCALES, EffectAnchor, EffectTable
+from gpjepa.perturbations import LabelReader, TargetFeatures
 
 N = 5
 
@@ -52,3 +57,29 @@ def test_unseen_targets(tables):
     for by_method in rows.values():
         best = min(1.0, by_method["shrunken mean"]["corrected"].value)
         assert by_method["anchor, shuffled gene sets"]["corrected"].value <= 1.03 * best
+
+
+@pytest.mark.slow
+def test_norman_sized_screens_are_quick(rng):
+    names = [f"T{i:03d}" for i in range(105)]
+    pairs = [f"{a}+{b}" for i, a in enumerate(names) for b in names[:i]]
+    labels = sorted(names + list(rng.permutation(pairs)[:131]))
+    effects = rng.normal(0, 0.1, (236, 5_000)).astype(np.float32)
+    noise = np.full_like(effects, 0.002)
+    control = {"c": np.ones(5_000, np.float32)}
+    table = EffectTable(
+        np.array([f"g{i}" for i in range(5_000)], object),
+        tuple(("c", LabelReader().read(x)) for x in labels), np.full(236, 300),
+        dict.fromkeys(SCALES, effects), dict.fromkeys(SCALES, noise),
+        dict.fromkeys(SCALES, control), dict.fromkeys(SCALES, {"c": noise[0]}),
+    )  # fmt: skip
+    features = TargetFeatures(names, rng.normal(size=(105, 20)))
+    start = time.perf_counter()
+    anchor = EffectAnchor(features).fit(table)
+    for scale in SCALES:
+        anchor.predict([LabelReader().read(pairs[0])], ["c"], scale)
+    assert time.perf_counter() - start < 60
+    start = time.perf_counter()
+    wanted = [LabelReader().read(x) for x in pairs]
+    assert anchor.predict(wanted, ["c"] * len(wanted), "mean_log1p").mean.shape == (5_460, 5_000)
+    assert time.perf_counter() - start < 5

@@ -381,6 +381,8 @@ def test_the_linear_model_is_its_formula_in_plain_loops(rng):
 
 def test_the_linear_model_refuses_what_it_cannot_know(rng):
     table, other = random_table(rng, n_pairs=0), random_table(rng, n_pairs=0)
+    for scale in SCALES:
+        table.variance[scale][:] = 1e-3 + rng.random(table.variance[scale].shape) * 1e-4
     with pytest.raises(ValueError, match="same cells"):
         LinearModel(table.subset(np.arange(5))).fit(table)
     for scale in SCALES:
@@ -612,7 +614,9 @@ def test_measured_interactions_and_their_noise(rng):
         values.append(interaction[0])
     assert rows == [("c", read("A+B"))]
     assert np.var(values) == pytest.approx(variance.mean(), rel=0.1)
-    assert significant_interactions(interaction + 50, variance).all()
+    found = significant_interactions(interaction + 50, variance)
+    assert found.shape == interaction.shape
+    assert found.all()
     assert not significant_interactions(np.zeros((1, 10)), variance).any()
 
 
@@ -677,6 +681,144 @@ def test_held_out_rows_move_nothing(rng):
     np.testing.assert_array_equal(before, after)
 
 
+def test_what_is_measured_here_is_not_forgotten_for_one_other_context(rng):
+    common = rng.normal(size=60)
+    here = {("c1", f"T{i:02d}"): common + rng.normal(0, 0.1, 60) for i in range(12)}
+    there = {("c2", "X"): rng.normal(size=60), ("c2", "T00+X"): rng.normal(size=60)}
+    table = table_of(here | there, noise=0.003, contexts=("c1", "c2"))
+    found = EffectAnchor().fit(table).predict([read("X"), read("T00+X")], ["c1"] * 2, "mean_log1p")
+    assert ((found.mean[0] - common) ** 2).sum() < 0.1 * (common**2).sum()
+    assert (found.mean[1] ** 2).sum() > (common**2).sum()
+    assert found.regime == ["new context"] * 2
+
+
+def test_combinations_in_a_context_without_any(rng):
+    """All combinations do the same, whatever their singles do: so they do where none was made."""
+    same = rng.normal(size=60)
+    singles = {(c, f"T{i:02d}"): rng.normal(0, 0.3, 60) for c in ("c1", "c2") for i in range(12)}
+    pairs = {("c1", f"T{i:02d}+T{i + 1:02d}"): same for i in range(10)}
+    table = table_of(singles | pairs, noise=1e-3, contexts=("c1", "c2"))
+    found = EffectAnchor().fit(table).predict([read("T00+T09")], ["c2"], "mean_log1p").mean[0]
+    assert ((found - same) ** 2).sum() < 0.2 * (same**2).sum()
+
+
+def test_intervals_of_interactions_know_how_well_the_singles_are_known(rng):
+    inside = []
+    for _ in range(20):
+        truth = {f"T{i:02d}": rng.normal(0, 0.3, 100) for i in range(12)}
+        pairs = {f"T{i:02d}+T{i + 1:02d}": truth[f"T{i:02d}"] + truth[f"T{i + 1:02d}"]
+                 for i in range(11)}  # fmt: skip
+        rows = {("c", k): v + rng.normal(0, 0.3, 100) for k, v in truth.items()}
+        rows |= {("c", k): v + rng.normal(0, 0.03, 100) for k, v in pairs.items()}
+        table = table_of(rows)
+        for scale in SCALES:
+            for i, (_, p) in enumerate(table.rows):
+                table.variance[scale][i] = 0.3**2 if len(p.targets) == 1 else 0.03**2
+        found = (
+            EffectAnchor()
+            .fit(table)
+            .predict_interactions([read(x) for x in pairs], ["c"] * 11, "mean_log1p")
+        )
+        inside.append(np.abs(found.mean) < 1.96 * np.sqrt(found.variance))
+    assert np.mean(inside) > 0.9
+
+
+def test_a_target_never_perturbed_is_no_surer_in_a_new_context(rng):
+    effects = {}
+    for i in range(10):
+        effect = rng.normal(size=50)
+        effects |= {(c, f"T{i:02d}"): effect for c in ("a", "b", "c")}
+    table = table_of(effects, noise=1e-3, contexts=("a", "b", "c", "new"))
+    anchor = EffectAnchor().fit(table)
+    found = anchor.predict([read("NEW")] * 2, ["a", "new"], "mean_log1p").variance.mean(1)
+    assert found[1] >= 0.9 * found[0]
+
+
+def test_measured_perturbations_need_no_features(rng):
+    table = random_table(rng)
+    anchor = EffectAnchor(random_features(rng, table, names=["g0", "g1"])).fit(
+        table.subset(np.array([p != read("g3") for _, p in table.rows]))
+    )
+    assert anchor.predict([read("g3+g4")], ["c"], "mean_log1p").regime == ["seen"]
+    with pytest.raises(UnknownTargetError, match="without any feature in random: g3"):
+        anchor.predict([read("g3")], ["c"], "mean_log1p")
+
+
+def test_combinations_alone_do_not_predict_themselves(rng):
+    """Effects that have nothing in common say nothing of the next."""
+    kept = []
+    for _ in range(20):
+        effects = {("c", f"A{i}+B{i}"): rng.normal(0, 1, 200) for i in range(8)}
+        anchor = EffectAnchor().fit(table_of(effects, noise=1e-3))
+        new = anchor.predict([read("X+Y")], ["c"], "mean_log1p").mean[0]
+        mean = np.mean(list(effects.values()), axis=0)
+        kept.append((new**2).sum() / (mean**2).sum())
+    assert np.mean(kept) < 0.1
+
+
+def test_explanations_are_of_known_targets(rng):
+    with pytest.raises(UnknownTargetError, match="'g1_g2'"):
+        EffectAnchor().fit(random_table(rng)).explain("g1_g2")
+
+
+def test_combinations_at_other_doses_teach_combinations(rng):
+    """Singles at dose 1, pairs at half of it: weights are fitted where they are used."""
+    truth = {f"T{i:02d}": rng.normal(size=80) for i in range(12)}
+    effects = {("c", f"{t}@1"): e for t, e in truth.items()}
+    for i in range(10):
+        a, b = f"T{i:02d}", f"T{i + 1:02d}"
+        effects["c", f"{a}@0.5+{b}@0.5"] = 0.3 * (truth[a] + truth[b])
+    anchor = EffectAnchor().fit(table_of(effects, noise=1e-3))
+    found = anchor.predict([read("T00@0.5+T11@0.5")], ["c"], "mean_log1p").mean[0]
+    true = 0.3 * (truth["T00"] + truth["T11"])
+    assert ((found - true) ** 2).sum() < 0.2 * (true**2).sum()
+
+
+def test_few_targets_with_features_do_not_lose_the_mean(rng):
+    common = rng.normal(size=50)
+    effects = {("c", f"T{i:02d}"): common + rng.normal(0, 0.05, 50) for i in range(20)}
+    features = TargetFeatures(["T00", "T01", "NEW"], rng.normal(size=(3, 4)))
+    anchor = EffectAnchor(features).fit(table_of(effects, noise=1e-3))
+    found = anchor.predict([read("NEW")], ["c"], "mean_log1p").mean[0]
+    assert ((found - common) ** 2).sum() < 0.05 * (common**2).sum()
+
+
+def test_regimes_of_three_targets_and_of_other_contexts():
+    table = table_of(
+        {("c", x): [1.0, 2.0] for x in ("A", "B", "C", "A+Z")} | {("d", "D"): [1.0, 2.0]},
+        contexts=("c", "d"),
+    )
+    regime = EffectAnchor().fit(table).regime
+    found = [regime(read(p), c) for p, c in [("A+B+C", "c"), ("A+B+Y", "c"), ("X+Y+W", "c"),
+                                             ("Z", "c"), ("A+D", "c"), ("A+B", "d")]]  # fmt: skip
+    assert found == ["seen2", "seen1", "seen0", "in combinations", "new context", "new context"]
+
+
+def test_nothing_measured_is_nothing_known(rng):
+    table = random_table(rng, noise=0.1)
+    empty = EffectAnchor().fit(table.subset(np.zeros(len(table.rows), bool)))
+    found = empty.predict([read("g1")], ["c"], "mean_log1p")
+    assert not found.mean.any()
+    assert (found.variance > 0).all()
+
+
+def test_wrong_features_of_the_anchor_are_refused():
+    with pytest.raises(TypeError, match="not DataFrame"):
+        EffectAnchor([pd.DataFrame()])
+    with pytest.raises(ValueError, match="no target that was perturbed alone"):
+        effect_features(table_of({("c", "A+B"): [1.0, 2.0]}))
+
+
+def test_noise_and_genes_that_never_vary_are_no_features(rng):
+    noisy = {("c", f"T{i}"): rng.normal(0, 0.1, 300) for i in range(5)}
+    noisy["c", "T5"] = rng.normal(0, 3, 300)
+    features = effect_features(table_of(noisy, noise=0.02))
+    assert features.targets == ["T5"]
+    counts = sp.csr_matrix(np.column_stack([rng.poisson(5, (50, 3)), np.zeros(50)]))
+    coexpression = coexpression_features(counts, np.full(50, 100.0), list("abcd"))
+    assert coexpression.targets == list("abc")
+
+
 # The gate
 
 
@@ -690,11 +832,13 @@ def gate_case(rng, n=12, adds=0.5, noise=0.1):
 def test_the_gate_is_least_squares(rng):
     network, anchor, measured, noise = gate_case(rng, n=400)
     every = np.ones_like(anchor, bool)
-    gate = fit_gate(network, anchor, measured, noise, range(400), every)
+    gate = fit_gate(network, anchor, measured, noise, range(400), ["c"] * 400, every)
     x, y = (network - anchor).ravel(), (measured - anchor).ravel()
     assert gate.gate == pytest.approx((x @ y) / (x @ x), rel=1e-2)
     assert gate.error_gated < gate.error_anchor
-    assert fit_gate(network, anchor, measured, noise, [0] * 400, every).gate == 0  # one unit
+    assert (
+        fit_gate(network, anchor, measured, noise, [0] * 400, ["c"] * 400, every).gate == 0
+    )  # one unit
 
 
 def test_the_gate_stays_shut_for_a_network_that_knows_nothing(rng):
@@ -702,7 +846,7 @@ def test_the_gate_stays_shut_for_a_network_that_knows_nothing(rng):
     for _ in range(100):
         network, anchor, measured, noise = gate_case(rng, adds=0.0, noise=1.0)
         every = np.ones_like(anchor, bool)
-        gates.append(fit_gate(network, anchor, measured, noise, range(12), every).gate)
+        gates.append(fit_gate(network, anchor, measured, noise, range(12), ["c"] * 12, every).gate)
     assert np.mean(gates) < 0.02
 
 
@@ -714,5 +858,9 @@ def test_common_noise_of_the_controls_does_not_open_the_gate(rng):
         network = np.tile(rng.normal(size=60), (12, 1))
         measured = np.tile(shared, (12, 1)) + rng.normal(0, 0.1, (12, 60))
         every = np.ones_like(anchor, bool)
-        gates.append(fit_gate(network, anchor, measured, np.ones((12, 60)), range(12), every).gate)
+        gates.append(
+            fit_gate(
+                network, anchor, measured, np.ones((12, 60)), range(12), ["c"] * 12, every
+            ).gate
+        )
     assert np.mean(gates) < 0.05

@@ -678,7 +678,7 @@ def test_targets_never_perturbed_are_predicted_from_features(featured, simulated
     model, out = featured
     effects = model.predict_effects(out, "context0")
     assert set(effects["regime"]) == {"unseen"}
-    explained = model.anchor.explain(out, "context0")
+    explained = model.explain(out, "context0")
     assert explained.experts["expert"].str.contains("network|mean effect").all()
     with pytest.raises(UnknownTargetError, match="without any feature in network: GENE00001"):
         model.predict_perturbation(simulated, "GENE00001")
@@ -696,6 +696,37 @@ def test_a_target_outside_the_panel_is_predicted_if_features_know_it(simulated):
         assert model.predict_perturbation(simulated, "ELSEWHERE", n_samples=5, gate=gate).n_obs == 5
     with pytest.raises(UnknownTargetError, match="NOWHERE"):
         model.predict_effects("NOWHERE")
+
+
+def test_features_that_cover_no_training_target_are_told(simulated):
+    features = TargetFeatures(["tf001", "tf002"], np.ones((2, 1)), "lower case")
+    adata = simulated.copy()
+    GPJEPA.setup_anndata(adata)
+    fitted = GPJEPA(adata, n_latent=8, n_hidden=16, target_features=features)
+    with pytest.warns(UserWarning, match="lower case: covers 0 of the 15 targets"):
+        fitted.train(1, 1, enable_progress_bar=False)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_few_control_cells_train(simulated, n):
+    """Too few to spare half of them for the gate, which stays shut."""
+    control = np.flatnonzero(simulated.obs["perturbation"] == "control")
+    keep = np.ones(simulated.n_obs, bool)
+    keep[control[n:]] = False
+    fitted = train_quickly(simulated[keep], train={"max_epochs": 1})
+    assert fitted.gate_ == {}
+    assert len(fitted.predict_effects("TF001", gate=1)) == simulated.n_vars
+
+
+def test_explanations_take_labels_as_they_are_declared(model):
+    label = str(model.anchor.effects_.perturbations[0])
+    with pytest.raises(ValueError, match="Say in which context"):
+        model.explain(label)
+    with pytest.raises(ValueError, match="Unknown context 'nowhere'"):
+        model.explain(label, "nowhere")
+    with pytest.raises(UnknownTargetError, match="TF1"):
+        model.explain("TF1", "context0")
+    assert model.explain(label, "context0").regime == "seen"
 
 
 @pytest.mark.parametrize("gate", [0, 1])

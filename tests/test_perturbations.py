@@ -122,7 +122,7 @@ def test_gene_sets_weigh_small_sets_more(tmp_path):
     assert features.coverage(["A", "C", "Z"]).tolist() == [2, 1, 0]
     assert not features.covers("Z")
     assert not features.kernel(["Z"], ["A"]).any()
-    mapped = TargetFeatures.from_gene_sets({"small": "AB", "large": "ABCDEFGH"})
+    mapped = TargetFeatures.from_gene_sets({"small": ["A", "B"], "large": list("ABCDEFGH")})
     np.testing.assert_allclose(mapped.kernel(["A"], ["C"]), other)
 
 
@@ -181,3 +181,5 @@ def test_a_line_that_is_no_gene_set_is_named(tmp_path):
         read_gmt(path)
     with pytest.raises(ValueError, match="hold no genes"):
         TargetFeatures.from_gene_sets({})
+    with pytest.raises(TypeError, match="set 'S' is a string"):
+        TargetFeatures.from_gene_sets({"S": "STAT1"})

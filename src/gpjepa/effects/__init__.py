@@ -20,7 +20,7 @@ from ._interactions import (
 from ._library import library_shift, library_shifts
 from ._regression import KernelRidge, LinearModel, NearestPerturbation, ShrunkenMean, UnseenTargets
 from ._scales import PER, SCALES, Scale, check_scale, expected_log1p, log1p_rates
-from ._stack import Experts, Shrunken, Stack, fit_stack, shrink
+from ._stack import Experts, Shrunken, Stack, fit_stack, shrink, targeted
 from ._table import EffectTable, effect_table, noise_corrected_error
 from ._transfer import Transfer
 
@@ -65,4 +65,5 @@ __all__ = [
     "noise_corrected_error",
     "shrink",
     "significant_interactions",
+    "targeted",
 ]

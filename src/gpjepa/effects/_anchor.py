@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 import pandas as pd
 
-from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures, UnknownTargetError
+from gpjepa.perturbations import (
+    LabelReader,
+    Perturbation,
+    TargetFeatures,
+    UnknownTargetError,
+    Vocabulary,
+)
 from gpjepa.splits import MIN_UNITS
 
-from ._estimates import Estimate, ScaleFit, total
+from ._estimates import Estimate, ScaleFit
+from ._regression import check_no_leak
 from ._scales import Scale, check_scale
 from ._table import EffectTable
 
@@ -32,8 +39,8 @@ class AnchorPrediction:
         The part of the variance that is sampling noise of the measured effects; the rest is what
         shrinkage, kriging and interactions leave unknown. Shape (n_pairs, n_genes).
     regime
-        Regime of each pair: ``control``, ``seen``, ``seen2``/``seen1``/``seen0`` (a combination
-        with that many targets measured alone), ``in combinations`` (a target measured in
+        Regime of each pair: ``control``, ``seen``, ``seen2``/``seen1``/``seen0`` (a combination of
+        which both, one or none of two targets were measured alone; of more: all, some, none), ``in combinations`` (a target measured in
         combinations alone), ``unseen`` (in no perturbation), ``new dose`` or ``new context``.
     """
 
@@ -127,9 +134,18 @@ class EffectAnchor:
                 f"missing_features={missing_features!r} is not known; choose 'error' or 'mean'."
             )
         self.missing_features = missing_features
+        wrong = [type(f).__name__ for f in self.features if not isinstance(f, TargetFeatures)]
+        if wrong:
+            raise TypeError(
+                f"Target features are gpjepa.perturbations.TargetFeatures, not {wrong[0]}; make "
+                "them with TargetFeatures.from_gene_sets, from_table or another of its methods."
+            )
+        self._measured: set[Perturbation] = set()
 
     def fit(self, effects: EffectTable) -> Self:
         """Fit on measured effects; each scale when it is first asked for."""
+        for features in self.features:
+            check_no_leak(features.name, features.source, effects)
         self.effects_ = effects
         self._fits: dict[Scale, ScaleFit] = {}
         self._rows = set(effects.rows)
@@ -173,20 +189,8 @@ class EffectAnchor:
         single = [str(p) for p, _ in pairs if len(p.targets) < 2]
         if single:
             raise ValueError(f"Only combinations interact; {single[:5]} have fewer than 2 targets.")
-        estimates = [
-            total([fit.estimate(p, c), *(fit.single(s, c).times(-1) for s in p.singles)])
-            for p, c in pairs
-        ]
-        # What is left unknown of the singles is in the combination as well, and cancels.
-        whole = [fit.estimate(p, c) for p, c in pairs]
-        mean = fit.mean(estimates)
-        noise, _ = fit.variances(estimates, mean)
-        _, left = fit.variances(whole, fit.mean(whole))
-        regimes = [self.regime(p, c) for p, c in pairs]
-        return AnchorPrediction(
-            mean.astype(np.float32), (noise + left).astype(np.float32), noise.astype(np.float32),
-            regimes,
-        )  # fmt: skip
+        size = fit.mean([fit.estimate(p, c) for p, c in pairs]) if pairs else None
+        return self._prediction(fit, [fit.interaction(p, c) for p, c in pairs], pairs, size)
 
     def explain(
         self, perturbation: str | Perturbation, context: str | None = None,
@@ -209,6 +213,8 @@ class EffectAnchor:
             Tables of experts and measured effects; ``plot()`` draws them.
         """
         perturbation = LabelReader().read(perturbation)
+        featured = [t for f in self.features for t in f.targets]
+        Vocabulary(self._perturbed, [*map(str, self.effects_.genes), *featured]).check(perturbation)
         if context is None:
             if len(self.effects_.contexts) > 1:
                 raise ValueError(f"Say in which context: {self.effects_.contexts}.")
@@ -276,8 +282,8 @@ class EffectAnchor:
         """
         if not self.features or self.missing_features == "mean":
             return
-        never = {t for p in perturbations for t in p.targets}
-        never -= set(self._alone if alone is None else alone)
+        known = self._alone if alone is None else set(alone)
+        never = {t for p in perturbations if p not in self._measured for t in p.targets} - known
         unknown = sorted(t for t in never if not any(f.covers(t) for f in self.features))
         if unknown:
             names = ", ".join(f.name for f in self.features)
@@ -288,14 +294,14 @@ class EffectAnchor:
             )
 
     def _prediction(
-        self, fit: ScaleFit, estimates: Sequence[Estimate], pairs: list[tuple[Perturbation, str]]
-    ) -> AnchorPrediction:
-        shape = (len(pairs), len(self.effects_.genes))
+        self, fit: ScaleFit, estimates: Sequence[Estimate], pairs: list[tuple[Perturbation, str]],
+        size: np.ndarray | None = None,
+    ) -> AnchorPrediction:  # fmt: skip
         if not pairs:
-            empty = np.zeros(shape, np.float32)
+            empty = np.zeros((0, len(self.effects_.genes)), np.float32)
             return AnchorPrediction(empty, empty, empty, [])
         mean = fit.mean(estimates)
-        noise, left = fit.variances(estimates, mean)
+        noise, left = fit.variances(estimates, mean if size is None else size)
         return AnchorPrediction(
             mean.astype(np.float32), (noise + left).astype(np.float32), noise.astype(np.float32),
             [self.regime(p, c) for p, c in pairs],
@@ -308,15 +314,16 @@ class EffectAnchor:
         if (context, perturbation) in self._rows:
             return "seen"
         here = self._alone_here.get(context, set())
-        if not here.issuperset(perturbation.targets) and (
-            perturbation in self._measured or context not in self._contexts
-        ):
+        known = [t in self._alone for t in perturbation.targets]
+        carried = (set(perturbation.targets) & self._alone) - here
+        elsewhere = perturbation in self._measured and not here.issuperset(perturbation.targets)
+        if carried or elsewhere or context not in self._contexts:
             return "new context"
-        if len(perturbation.targets) == 1:
-            if perturbation.targets[0] in self._alone:
+        if len(known) == 1:
+            if known[0]:
                 return "new dose"
             return "unseen" if self.never_perturbed(perturbation) else "in combinations"
-        return f"seen{sum(t in self._alone for t in perturbation.targets)}"
+        return "seen2" if all(known) else "seen1" if any(known) else "seen0"
 
     def never_perturbed(self, perturbation: Perturbation) -> bool:
         """Whether one of the targets occurs in no training perturbation."""

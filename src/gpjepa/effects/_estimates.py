@@ -13,9 +13,9 @@ from gpjepa.splits import MIN_UNITS
 
 from ._regression import UnseenTargets, single_units
 from ._scales import Scale
-from ._stack import Experts, Stack, fit_stack, shrink
+from ._stack import Experts, Stack, fit_stack, shrink, stack_residual
 from ._table import EffectTable
-from ._transfer import Transfer, transfer_experts
+from ._transfer import MIN_CONTEXTS, Transfer, transfer_experts
 
 _PRIOR_INTERACTION = 0.1
 """Squared interaction over squared effect where too few combinations were measured. On Norman's
@@ -79,6 +79,8 @@ class Estimate:
         Weights on the kinds of residual variance.
     interaction
         Weight on the variance of interactions.
+    singles
+        Of a combination: what it takes of the estimate of each single.
     """
 
     shares: tuple[Share, ...]
@@ -87,13 +89,14 @@ class Estimate:
     left: np.ndarray
     residual: np.ndarray
     interaction: float = 0.0
+    singles: tuple[float, ...] = ()
 
     def times(self, factor: float) -> Estimate:
         """The estimate times a factor."""
         return Estimate(
             tuple(s.times(factor) for s in self.shares), factor * self.weights,
             factor * self.controls, factor**2 * self.left, factor**2 * self.residual,
-            factor**2 * self.interaction,
+            factor**2 * self.interaction, tuple(factor * s for s in self.singles),
         )  # fmt: skip
 
 
@@ -127,10 +130,15 @@ class ScaleFit:
         self.spread = self._spread()
         self.unseen = UnseenTargets(features, scale=scale).fit(effects)
         self.transfer = Transfer("mean", scale).fit(effects)
-        # From a single other context nothing is carried over. Two weights rest on all genes of all
-        # rows, so that a few contexts are enough to fit them.
+        elsewhere = transfer_experts(self.transfer)
         self.transfer_stack = fit_stack(
-            effects, scale, transfer_experts(self.transfer), np.zeros(2), min_units=2
+            effects, scale, elsewhere, np.zeros(2), min_units=MIN_CONTEXTS
+        )
+        transfer_residual = stack_residual(effects, scale, elsewhere, self.transfer_stack.weights)
+        kinds = (None, self.unseen.residual_, self.unseen.mean_residual_, transfer_residual)
+        # Residual variances of each kind, shape (4, n_genes).
+        self.residuals = np.stack(
+            [self.spread if r is None else r + _SURPLUS * self.spread for r in kinds]
         )
         self.alone = {p.targets[0] for _, p in effects.rows if len(p.targets) == 1}
         self.combinations: dict[str, list[int]] = {}
@@ -144,11 +152,15 @@ class ScaleFit:
     # Fitting
 
     def _spread(self) -> np.ndarray:
-        """Noise-corrected mean square of the effects per gene: how large an effect may be."""
+        """Noise-corrected mean square of the effects per gene: how large an effect may be.
+
+        At least the noise of the controls: less than that cannot be told from no effect.
+        """
+        floor = np.full(self.values.shape[1], self.variance[len(self.row) :].mean())
         if not len(self.values):
-            return np.zeros(self.values.shape[1])
+            return floor
         square = np.mean(self.values**2 - self.effects.noise(self.scale), axis=0)
-        return np.maximum(square, 0) + max(square.mean(), 0) * _SURPLUS
+        return np.maximum(np.maximum(square, 0) + max(square.mean(), 0) * _SURPLUS, floor)
 
     def _shrink_singles(self) -> None:
         """Towards no change, the mean effect, or what is predicted of each without itself."""
@@ -180,40 +192,53 @@ class ScaleFit:
         for i in sorted(i for rows in self.combinations.values() for i in rows):
             context, perturbation = self.effects.rows[i]
             singles = perturbation.singles
-            parts = [self.single(s, context) for s in singles]
-            known = [s.targets[0] in self.alone for s in singles]
+            known = [self._known(s) for s in singles]
+            # Where nothing was perturbed alone, combinations predict each other: not themselves.
+            out = [self._left_out(s, context, ["+".join(perturbation.targets)]) for s in singles]
+            parts = [self.single(s, context) if k else o
+                     for s, k, o in zip(singles, known, out, strict=True)]  # fmt: skip
             others = self._mean_combination(context, without=i)
-            if all((context, s) in self.row for s in singles):
-                both.append((i, parts, [self._larger(parts)], [others]))
-                # As if one, or all, of them had never been measured alone.
-                for j, single in enumerate(singles):
-                    rest = parts[:j] + parts[j + 1 :]
-                    out = [self._left_out(single, context, single.targets)]
-                    partly.append((i, rest, out, [self._without(context, single.targets)]))
-                out = [self._left_out(s, context, perturbation.targets) for s in singles]
-                neither.append((i, out, [self._without(context, perturbation.targets)]))
-            elif not any(known):
-                neither.append((i, parts, [others]))
-            else:
-                partly.append((i, *_divide(parts, known), [others]))
+            if not all(known):
+                experts = _divide(parts, known) if any(known) else (parts,)
+                (partly if any(known) else neither).append((i, *experts, [others]))
+                continue
+            both.append((i, parts, [self._larger(parts)], [others]))
+            if not all((context, s) in self.row for s in singles):
+                continue
+            # As if one, or all, of them had never been measured alone.
+            for j, single in enumerate(singles):
+                one = [self._left_out(single, context, single.targets)]
+                rest = parts[:j] + parts[j + 1 :]
+                partly.append((i, rest, one, [self._without(context, single.targets)]))
+            all_out = [self._left_out(s, context, perturbation.targets) for s in singles]
+            neither.append((i, all_out, [self._without(context, perturbation.targets)]))
         self.both = self._fit_parts(both, np.array([1.0, 0.0, 0.0]))
         self.partly = self._fit_parts(partly, np.array([1.0, 1.0, 0.0]))
         self.neither = self._fit_parts(neither, np.array([1.0, 0.0]))
         self.misfit = self._misfit(both)
 
+    def _known(self, single: Perturbation) -> bool:
+        """Whether its target was measured alone, in whatever context and dose."""
+        return single.targets[0] in self.alone
+
     def _mean_combination(self, context: str, without: int | None = None) -> Estimate:
-        """Mean effect of the measured combinations of a context, but for one row."""
-        return self._mean_of([i for i in self.combinations.get(context, []) if i != without])
+        """Mean effect of the measured combinations, but for one row; else of other contexts."""
+        mine = [i for i in self.combinations.get(context, []) if i != without]
+        if mine or without is not None:
+            return self._mean_of([mine])
+        return self._mean_of(list(self.combinations.values()))
 
     def _without(self, context: str, targets: Sequence[str]) -> Estimate:
         """Mean effect of the combinations that have none of the targets."""
         rows = self.effects.rows
         mine = self.combinations.get(context, [])
-        return self._mean_of([i for i in mine if not set(rows[i][1].targets) & set(targets)])
+        return self._mean_of([[i for i in mine if not set(rows[i][1].targets) & set(targets)]])
 
-    def _mean_of(self, rows: list[int]) -> Estimate:
+    def _mean_of(self, groups: list[list[int]]) -> Estimate:
+        """Mean over groups of rows of the mean in each."""
         weights = np.zeros(len(self.row))
-        weights[rows] = 1 / max(len(rows), 1)
+        for rows in groups:
+            weights[rows] = 1 / max(len(rows), 1) / len(groups)
         share = Share("", _OTHERS, 1.0, weights, np.zeros(len(self.controls)))
         return self._estimate([share])
 
@@ -263,30 +288,22 @@ class ScaleFit:
         return mean + controls @ self.controls if controls.any() else mean
 
     def variances(
-        self, estimates: Sequence[Estimate], mean: np.ndarray
+        self, estimates: Sequence[Estimate], size: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Sampling noise of the predictions, and what the priors leave; each as ``mean``."""
+        """Sampling noise of the predictions, and what shrinkage and priors leave.
+
+        ``size`` are the effects that interactions are in proportion to. Each of shape
+        (n_estimates, n_genes).
+        """
         weights = np.array([e.weights for e in estimates])
         controls = np.array([e.controls for e in estimates])
         noise = self.effects.on_profiles(weights, controls) ** 2 @ self.variance
         left = np.array([e.left for e in estimates]) @ self.variance
-        left += np.array([e.residual for e in estimates]) @ self._residuals
+        left += np.array([e.residual for e in estimates]) @ self.residuals
         interaction = np.array([e.interaction for e in estimates])[:, None]
-        square = mean**2
+        square = size**2
         left += interaction * 0.5 * (square + square.mean(1, keepdims=True))
         return noise, left
-
-    @property
-    def _residuals(self) -> np.ndarray:
-        """Residual variances of each kind, shape (4, n_genes)."""
-        kinds = (None, self.unseen.stack_, self.unseen.mean_stack_, self.transfer_stack)
-        return np.stack(
-            [
-                self.spread if kind is None or kind.residual is None
-                else kind.residual + _SURPLUS * self.spread
-                for kind in kinds
-            ]
-        )  # fmt: skip
 
     def single(self, single: Perturbation, context: str) -> Estimate:
         """A target alone: measured here, at another dose, elsewhere, or never."""
@@ -316,13 +333,41 @@ class ScaleFit:
     def _expected(self, perturbation: Perturbation, context: str) -> Estimate:
         """A combination from its singles alone."""
         parts = [self.single(s, context) for s in perturbation.singles]
-        known = [s.targets[0] in self.alone for s in perturbation.singles]
+        known = [self._known(s) for s in perturbation.singles]
         others = self._mean_combination(context, self.row.get((context, perturbation)))
         if all(known):
-            return _weigh([parts, [self._larger(parts)], [others]], self.both.weights, _BOTH)
-        if not any(known):
-            return _weigh([parts, [others]], self.neither.weights, _NEITHER)
-        return _weigh([*_divide(parts, known), [others]], self.partly.weights, _PARTLY)
+            larger = self._larger(parts)
+            whole, alone, _ = self.both.weights
+            expected = _weigh([parts, [larger], [others]], self.both.weights, _BOTH)
+            singles = [whole + alone * (part is larger) for part in parts]
+        elif any(known):
+            expected = _weigh([*_divide(parts, known), [others]], self.partly.weights, _PARTLY)
+            singles = [self.partly.weights[0 if k else 1] for k in known]
+        else:
+            expected = _weigh([parts, [others]], self.neither.weights, _NEITHER)
+            singles = [self.neither.weights[0]] * len(parts)
+        return replace(expected, singles=tuple(map(float, singles)))
+
+    def interaction(self, perturbation: Perturbation, context: str) -> Estimate:
+        """A combination minus the sum of its singles.
+
+        What is unknown of a single is in both, as far as the combination is made of it.
+        """
+        whole = self.estimate(perturbation, context)
+        parts = [self.single(s, context) for s in perturbation.singles]
+        taken = whole.singles or (0.0,) * len(parts)
+        summed = total([whole, *(part.times(-1) for part in parts)])
+        measured = (context, perturbation) in self.row
+        left, residual = whole.left.copy(), whole.residual.copy()
+        for part, share in zip(parts, taken, strict=True):
+            # A measured combination's own doubt is that of its distance from what was expected.
+            of_single = (share - 1) ** 2 - (0 if measured else share**2)
+            left += of_single * part.left
+            residual += of_single * part.residual
+        return replace(
+            summed, left=np.maximum(left, 0), residual=np.maximum(residual, 0),
+            interaction=whole.interaction,
+        )  # fmt: skip
 
     def _towards(self, row: int, expected: Estimate) -> Estimate:
         """A measured combination, shrunk towards what its singles say."""
@@ -332,7 +377,8 @@ class ScaleFit:
         factor = float(found.factor[0])
         own = self._share(self.effects.rows[row][1], "measured effect", factor, self._one(row))
         rest = expected.times(1 - factor)
-        return self._estimate([own, *rest.shares], left=found.left[0])
+        whole = self._estimate([own, *rest.shares], left=found.left[0])
+        return replace(whole, singles=rest.singles)
 
     def _other_dose(self, single: Perturbation, context: str) -> Estimate | None:
         """Between measured doses of the target: linear in log1p dose, from no effect at dose 0."""
@@ -382,27 +428,31 @@ class ScaleFit:
         self, perturbation: Perturbation, context: str,
         source: Callable[[str], Estimate | None],
     ) -> Estimate | None:  # fmt: skip
-        """From the other contexts: their mean, and how their controls differ from these."""
+        """From the other contexts: their mean, and how their controls differ from these.
+
+        None if no context is a source, or a single one is and this context has effects of its own.
+        """
         found = {c: source(c) for c in self.effects.contexts if c != context}
         sources = {c: e for c, e in found.items() if e is not None}
-        if not sources:
-            return None
-        if len(sources) == 1:
+        if len(sources) < 2:
+            has_own = any(c == context for c, _ in self.row)
+            if not sources or has_own:
+                return None
             return _less_sure(self._estimate([]), _SPREAD, 1.0)
         mean, state = self.transfer_stack.weights
         away = np.array([(c in sources) / len(sources) for c in self.effects.contexts])
         away[self.effects.contexts.index(context)] = -1
         elsewhere = total([e.times(1 / len(sources)) for e in sources.values()])
+        nothing = np.zeros(len(self.row))
         shares = [
-            self._share(
-                perturbation, "mean effect elsewhere", float(mean), elsewhere.weights
-            ),
-            self._share(
-                perturbation, "controls elsewhere - controls here", float(state),
-                np.zeros(len(self.row)), away,
-            ),
-        ]  # fmt: skip
-        return _less_sure(self._estimate([s for s in shares if s.weight]), _TRANSFER, 1.0)
+            self._share(perturbation, "mean effect elsewhere", float(mean), elsewhere.weights),
+            self._share(perturbation, "controls elsewhere - here", float(state), nothing, away),
+        ]
+        carried = self._estimate([s for s in shares if s.weight], left=mean**2 * elsewhere.left)
+        # What was unknown of the sources does not average out: it is unknown of the target.
+        unknown = np.max([e.residual for e in sources.values()], axis=0)
+        carried = replace(carried, residual=unknown)
+        return _less_sure(carried, _TRANSFER, 1.0)
 
     def _larger(self, parts: Sequence[Estimate]) -> Estimate:
         """The part whose effect is largest."""

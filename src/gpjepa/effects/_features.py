@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from gpjepa.perturbations import TargetFeatures
 
-from ._baselines import ShrunkenAdditive
 from ._scales import Scale, log1p_rates
+from ._stack import shrink
 from ._table import EffectTable
 
 
@@ -31,13 +32,14 @@ def effect_features(
     name
         What explanations call these features.
     """
-    singles = [row for row in effects.rows if len(row[1].targets) == 1]
-    model = ShrunkenAdditive(scale).fit(effects)
-    found = model.predict([p for _, p in singles], [c for c, _ in singles])
-    targets = sorted({p.targets[0] for _, p in singles})
-    member = np.array([[p.targets[0] == t for _, p in singles] for t in targets], float)
-    mean = member / member.sum(1, keepdims=True) @ found
-    return TargetFeatures(targets, mean, name, source=effects.fingerprints)
+    singles = [i for i, (_, p) in enumerate(effects.rows) if len(p.targets) == 1]
+    if not singles:
+        raise ValueError(f"{name}: the other data set has no target that was perturbed alone.")
+    nothing = np.zeros((len(singles), len(effects.rows)))
+    shrunken = shrink(effects, singles, [nothing], scale).weights @ effects.effect[scale]
+    names = [effects.rows[i][1].targets[0] for i in singles]
+    mean = pd.DataFrame(shrunken, names).groupby(level=0).mean()
+    return TargetFeatures(list(mean.index), mean.to_numpy(), name, source=effects.fingerprints)
 
 
 def gene_loadings(values: np.ndarray, n_components: int) -> np.ndarray:
@@ -83,4 +85,6 @@ def coexpression_features(
         What explanations call these features.
     """
     values = log1p_rates(sp.csr_matrix(counts), np.asarray(library)).toarray()
-    return TargetFeatures(list(map(str, genes)), gene_loadings(values, n_components), name)
+    loadings = gene_loadings(values, n_components)
+    loadings[values.min(0) == values.max(0)] = 0  # rounding errors of genes that never vary
+    return TargetFeatures(list(map(str, genes)), loadings, name)

@@ -34,7 +34,7 @@ class Gate:
 
 def fit_gate(
     network: np.ndarray, anchor: np.ndarray, measured: np.ndarray, control_variance: np.ndarray,
-    units: Sequence, scored: np.ndarray,
+    units: Sequence, contexts: Sequence[str], scored: np.ndarray,
 ) -> Gate:  # fmt: skip
     r"""Least squares of what the anchor misses on what the network adds, shrunk by its own gain.
 
@@ -54,8 +54,8 @@ def fit_gate(
     control_variance
         Sampling variance of the control profile behind each measured effect, shape
         (n_rows, n_genes).
-    units
-        What each row counts as.
+    units, contexts
+        What each row counts as, and its context.
     scored
         Mask of the genes that count, shape (n_rows, n_genes).
 
@@ -80,7 +80,11 @@ def fit_gate(
     n = len(names)
     # The variance of a t statistic: with few units, the spread between them is itself uncertain.
     between = n * gains.var(ddof=1) * (n - 1) / (n - 3)
-    shared = (2 * gate) ** 2 * (added.sum(0) ** 2 * control_variance.mean(0)).sum()
+    shared = 0.0
+    for context in set(contexts):
+        mine = np.array([c == context for c in contexts])
+        noise = control_variance[mine][0]
+        shared += float((2 * gate) ** 2 * (added[mine].sum(0) ** 2 * noise).sum())
     gain = float(gains.sum())
     kept = max(0.0, 1 - (between + shared) / gain**2) if gain > 0 else 0.0
     return Gate(kept * gate, len(names), error_anchor, error_network, error_anchor - gain)

@@ -60,7 +60,8 @@ def significant_interactions(
         Mask of the shape of ``interaction``.
     """
     z = np.abs(interaction) / np.sqrt(np.maximum(variance, 1e-12))
-    return false_discovery_control(2 * norm.sf(z), axis=None) <= level
+    p = false_discovery_control(2 * norm.sf(z), axis=None)
+    return np.reshape(p <= level, z.shape)
 
 
 def interaction_recall(

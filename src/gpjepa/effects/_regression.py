@@ -12,7 +12,7 @@ from gpjepa.perturbations import Perturbation, TargetFeatures
 
 from ._baselines import Additive, Baseline
 from ._scales import Scale
-from ._stack import Experts, Stack, fit_stack
+from ._stack import Experts, Stack, fit_stack, stack_residual
 from ._table import EffectTable
 
 RIDGES = (0.1, 0.3, 1.0)
@@ -70,19 +70,19 @@ def kernel_leave_one_out(kernel: np.ndarray, ridge: float) -> np.ndarray:
     return (hat - np.diag(own)) / (1 - own)[:, None]
 
 
-def check_no_leak(features: TargetFeatures, effects: EffectTable) -> None:
-    """Refuse features made of the cells whose effects they are to predict.
+def check_no_leak(name: str, source: frozenset[bytes], effects: EffectTable) -> None:
+    """Refuse what was made of the profiles whose effects it is to predict.
 
     Raises
     ------
     ValueError
-        If features and table share measured profiles: targets that are held out would be known by
+        If source and table share measured profiles: targets that are held out would be known by
         their own effects.
     """
-    if features.source & effects.fingerprints:
+    if source & effects.fingerprints:
         raise ValueError(
-            f"{features.name}: made from effects of the same cells as the training effects, so "
-            "that held-out targets are known by their own effects. Take another data set."
+            f"{name}: made from effects of the same cells as the training effects, so that "
+            "held-out targets are known by their own effects. Take another data set."
         )
 
 
@@ -94,7 +94,7 @@ class _OfTargets(Additive):
         self.features = features
 
     def _fit(self) -> None:
-        check_no_leak(self.features, self.effects_)
+        check_no_leak(self.features.name, self.features.source, self.effects_)
         self._units = {c: single_units(self.effects_, c) for c in self._in_context}
 
     def _single(self, single: Perturbation, context: str) -> np.ndarray:
@@ -164,7 +164,7 @@ class UnseenTargets(Baseline):
 
     def _fit(self) -> None:
         for features in self.features:
-            check_no_leak(features, self.effects_)
+            check_no_leak(features.name, features.source, self.effects_)
         self._units = {c: single_units(self.effects_, c) for c in self._in_context}
         self._kernels = {
             c: [f.kernel(u.targets, u.targets) for f in self.features]
@@ -173,10 +173,10 @@ class UnseenTargets(Baseline):
         self.out_of_fold_ = {c: self._leave_one_out(c) for c in self._units}
         prior = np.zeros(len(self.experts))
         prior[0] = self._prior()
-        self.mean_stack_ = self._stack(prior[:1], np.zeros(1), lambda t: True)
+        self.mean_stack_, self.mean_residual_ = self._stack(prior[:1], np.zeros(1), lambda t: True)
         # Features must earn their weight over the mean effect alone.
-        towards = np.append(self.mean_stack_.weights, np.zeros(len(self.experts) - 1))
-        self.stack_ = self._stack(prior, towards, self.covers)
+        mean_alone = np.append(self.mean_stack_.weights, np.zeros(len(self.experts) - 1))
+        self.stack_, self.residual_ = self._stack(mean_alone, mean_alone, self.covers)
         known = [k for c in self._units for k in self._left_out_kriging(c)]
         self._kriging_mean = float(np.mean(known)) if known else 1.0
 
@@ -210,7 +210,7 @@ class UnseenTargets(Baseline):
 
     def _stack(
         self, prior: np.ndarray, towards: np.ndarray, counts: Callable[[str], bool]
-    ) -> Stack:
+    ) -> tuple[Stack, np.ndarray | None]:
         k = len(prior)
         rows, names, weights = [], [], [np.zeros((k, 0, len(self._row)))]
         for context, units in self._units.items():
@@ -221,7 +221,8 @@ class UnseenTargets(Baseline):
             names += [units.targets[units.unit[j]] for j in chosen]
             weights.append(self.out_of_fold_[context][:k, units.unit[chosen]])
         experts = Experts(rows, np.concatenate(weights, 1), names)
-        return fit_stack(self.effects_, self.scale, experts, prior, towards)
+        stack = fit_stack(self.effects_, self.scale, experts, prior, towards)
+        return stack, stack_residual(self.effects_, self.scale, experts, stack.weights)
 
     def of_target(
         self, target: str, context: str, without: Sequence[str] = ()
@@ -364,11 +365,7 @@ class LinearModel(Baseline):
     def _fit(self) -> None:
         given = self.embedding
         if isinstance(given, EffectTable):
-            if given.fingerprints & self.effects_.fingerprints:
-                raise ValueError(
-                    "The embedding holds effects of the same cells as the training effects: "
-                    "held-out targets would be known by their own effects. Take another screen."
-                )
+            check_no_leak("The embedding", given.fingerprints, self.effects_)
             given = _screen_embedding(given, self.n_components, self.scale)
         self._models = {
             c: self._fit_context(c, single_units(self.effects_, c), given) for c in self._in_context

@@ -20,6 +20,7 @@ from ._scales import Scale
 from ._table import EffectTable
 
 _BLOCK = 64  # rows predicted at a time
+_NOTHING = 1e-4  # a weight below this says nothing
 
 
 def targeted(effects: EffectTable, rows: Sequence[int]) -> np.ndarray:
@@ -132,15 +133,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class Stack:
-    """Weights of experts, and what is left unexplained.
+    """Weights of experts.
 
     Attributes
     ----------
     weights
         Shape (n_experts,).
-    residual
-        Squared error of the stack out of fold without sampling noise, shape (n_genes,); None if
-        too few rows show it.
     n_units
         Independent rows that the weights rest on.
     kept
@@ -148,7 +146,6 @@ class Stack:
     """
 
     weights: np.ndarray
-    residual: np.ndarray | None
     n_units: int
     kept: float
 
@@ -164,7 +161,8 @@ def fit_stack(
     :math:`\langle e_k, d_a\rangle` the expected sampling noise that both share is taken off; of
     :math:`\langle e_k, e_l\rangle` nothing is: that noise is there at prediction too. The weights
     go the share :math:`(1 - (s/T)^2)_+` of the way from ``towards``, where *T* is their gain over it
-    with each unit left out, and *s* the standard error that shared noise gives to *T*.
+    when each unit is judged by the weights of the others, and *s* the standard error that shared
+    noise gives to *T*.
 
     Parameters
     ----------
@@ -187,8 +185,7 @@ def fit_stack(
     towards = prior if towards is None else towards
     names = list(dict.fromkeys(experts.units))
     if len(names) < min_units or not names:
-        residual = _residual(effects, scale, experts, prior) if len(names) > 1 else None
-        return Stack(prior, residual, len(names), 0.0)
+        return Stack(prior, len(names), 0.0)
     square, along, shared = _normal_equations(effects, scale, experts)
     code = np.array([names.index(u) for u in experts.units])
     member = (code == np.arange(len(names))[:, None]).astype(float)
@@ -204,7 +201,8 @@ def fit_stack(
     error = float(np.linalg.norm(2 * (shared @ (weights - towards)) * spread))
     kept = max(0.0, 1 - (error / gain) ** 2) if gain > 0 else 0.0
     weights = towards + kept * (weights - towards)
-    return Stack(weights, _residual(effects, scale, experts, weights), len(names), kept)
+    weights = np.where(weights < _NOTHING, 0, weights)
+    return Stack(weights, len(names), kept)
 
 
 def _gain(weights: np.ndarray, square: np.ndarray, along: np.ndarray) -> float:
@@ -261,10 +259,18 @@ def _on_profiles(effects: EffectTable, experts: Experts, k: int, block: np.ndarr
     return effects.on_profiles(experts.weights[k, block], controls)
 
 
-def _residual(
+def stack_residual(
     effects: EffectTable, scale: Scale, experts: Experts, weights: np.ndarray
-) -> np.ndarray:
-    """Mean squared error of the stacked prediction per gene, without sampling noise."""
+) -> np.ndarray | None:
+    """Mean squared error of the stacked prediction per gene, without sampling noise.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        Shape (n_genes,); None if fewer than two units show it.
+    """
+    if len(set(experts.units)) < 2:
+        return None
     variance = effects.profile_variance(scale)
     total = count = np.zeros(len(effects.genes))
     for block in _blocks(experts):

@@ -64,7 +64,8 @@ class EffectTable:
         # The variance of a profile is made of its own cells alone, whatever the controls are.
         by_name = np.argsort(self.genes.astype(str), kind="stable")
         own = self.variance["mean_log1p"][:, by_name]
-        return frozenset(blake2b(row.tobytes(), digest_size=16).digest() for row in own)
+        varied = own[own.min(1) < own.max(1)]
+        return frozenset(blake2b(row.tobytes(), digest_size=16).digest() for row in varied)
 
     def noise(self, scale: Scale) -> np.ndarray:
         """Sampling variance of each effect, the control's included, shape (n_rows, n_genes)."""

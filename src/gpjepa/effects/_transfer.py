@@ -14,6 +14,10 @@ from ._scales import Scale
 from ._stack import Experts, fit_stack
 
 Form = Literal["mean", "similar", "log_rate", "state"]
+MIN_CONTEXTS = 3
+"""Contexts that weights of transfer need. Two weights rest on all genes of all rows, so that fewer
+than for other weights are enough; with two, each is judged by the other alone."""
+
 _PSEUDO = 0.1  # counts per 10,000 added to rates before their ratio is taken
 
 
@@ -40,10 +44,10 @@ class Transfer(Baseline):
 
     def _fit(self) -> None:
         self.slope_ = 0.0
-        experts = transfer_experts(self)
-        if self.form == "state" and experts.rows:
+        if self.form == "state":
+            prior = np.array([1.0, 0.0])
             fitted = fit_stack(
-                self.effects_, self.scale, experts, np.array([1.0, 0.0]), min_units=2
+                self.effects_, self.scale, transfer_experts(self), prior, min_units=MIN_CONTEXTS
             )
             self.slope_ = float(fitted.weights[1])
 

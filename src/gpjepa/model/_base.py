@@ -53,6 +53,8 @@ class Registered(BaseModelClass):
         missing_features: Literal["error", "mean"] = "error",
     ) -> None:
         super().__init__(adata, registry)
+        if not isinstance(target_features, TargetFeatures):
+            target_features = tuple(target_features)
         self.new_anchor = partial(EffectAnchor, target_features, missing_features)
         fields = self.registry_["field_registries"]
         self.genes = np.asarray(fields[REGISTRY_KEYS.X_KEY]["state_registry"]["column_names"])

@@ -13,6 +13,7 @@ from gpjepa.effects import (
     PER,
     SCALES,
     EffectAnchor,
+    Explanation,
     Scale,
     check_scale,
     expected_log1p,
@@ -235,6 +236,31 @@ class Predicting(Registered):
         chosen = self._contexts(contexts, self.anchor.effects_.contexts)
         frames = [self._effect(p, c, gate).frame(self.genes, scale) for p in wanted for c in chosen]
         return pd.concat(frames, ignore_index=True)
+
+    def explain(
+        self, perturbation: str | Perturbation, context: str | None = None, *,
+        scale: Scale = "mean_log1p",
+    ) -> Explanation:  # fmt: skip
+        """What the anchor's prediction is made of: which expert says what, with which weight.
+
+        Parameters
+        ----------
+        perturbation
+            Such as ``"KLF1+MAP2K6"``.
+        context
+            Where; may be left out if there is only one.
+        scale
+            Scale of the effect.
+
+        Returns
+        -------
+        gpjepa.effects.Explanation
+            Tables of experts and measured effects; ``plot()`` draws them.
+        """
+        (wanted,) = self._parse([perturbation])
+        if context is not None:
+            self._contexts(context, [])
+        return self.anchor.explain(wanted, context, scale)
 
     def predict_interactions(
         self,

@@ -20,9 +20,10 @@ from gpjepa.effects import (
     fit_gate,
     gene_loadings,
     library_shifts,
+    targeted,
 )
 from gpjepa.perturbations import Perturbation
-from gpjepa.splits import Holdout, exclude, hold_out
+from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches
@@ -241,7 +242,8 @@ class Trainable(Predicting):
         if holdout.kind == "cells":
             return holdout, rank % 10 == 9
         out = exclude(cells.perturbations, cells.contexts, holdout)
-        if holdout.kind == "perturbations":
+        control = pd.Series(cells.contexts)[cells.is_control].value_counts()
+        if holdout.kind == "perturbations" and control.min() >= 4:
             # Half of the controls, so that what is held out is measured against controls that the
             # network has not seen: noise that both shared would pass for skill.
             out |= cells.is_control & (rank % 2 == 1)
@@ -254,9 +256,25 @@ class Trainable(Predicting):
             cells.counts, cells.library, cells.perturbations, cells.contexts, self.genes
         )
         self._anchor = None
+        self._warn_of_coverage()
         self.library_shifts_ = library_shifts(
             cells.library, cells.perturbations, cells.contexts, ~out
         )
+
+    def _warn_of_coverage(self) -> None:
+        """Features can only be judged by perturbed targets that they cover."""
+        assert self.effects_ is not None
+        targets = {p.targets[0] for p in self.effects_.perturbations if len(p.targets) == 1}
+        for features in self.anchor.features:
+            covered = sum(features.covers(t) for t in targets)
+            if covered < MIN_UNITS:
+                warnings.warn(
+                    f"{features.name}: covers {covered} of the {len(targets)} targets perturbed "
+                    f"alone, of which {MIN_UNITS} are needed to judge it; it gets no weight. Are "
+                    "its names written as the targets are?",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
     def _prepare_action(self, cells: Cells, out: np.ndarray) -> torch.Tensor:
         """States of all cells, the latent image of the anchor, features, reference controls."""
@@ -275,7 +293,7 @@ class Trainable(Predicting):
         contexts = np.array(cells.contexts, dtype=object)
         self.reference_ = {}
         for context in sorted(set(cells.contexts)):
-            mine = np.flatnonzero(is_control & (contexts == context))
+            mine = np.flatnonzero(is_control & ~out & (contexts == context))
             chosen, _ = _random.choose(cells.names[mine], min(_N_REFERENCE, len(mine)), 0)
             mine = mine[chosen]
             self.reference_[context] = {
@@ -300,6 +318,8 @@ class _ActionStage:
         for i in np.flatnonzero(~out):
             members.setdefault(keys[i], []).append(int(i))
         self.members = {key: np.array(found) for key, found in members.items()}
+        # Whether what is held out has control cells of its own.
+        self.independent = bool((out & cells.is_control).any()) and holdout.kind != "cells"
         self.inside = self._table(~out)
         self.rows = self.inside.rows
         if holdout.kind == "cells":
@@ -308,7 +328,7 @@ class _ActionStage:
                 self.outside = self.inside
         else:
             held = {keys[i] for i in np.flatnonzero(out)}
-            measured = self._table(out) if holdout.kind == "perturbations" else model.effects_
+            measured = self._table(out) if self.independent else model.effects_
             self.outside = measured.subset(np.array([r in held for r in measured.rows], bool))
         # What the anchor would have said had the held-out rows never been measured.
         features = model.new_anchor().features
@@ -316,9 +336,7 @@ class _ActionStage:
         pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
         self.predicted = {s: self.anchor.predict(*pairs, s) for s in SCALES}
         # A perturbation that hits its target is no success of a prediction.
-        self.scored = np.array(
-            [~np.isin(model.genes, p.targets) for _, p in self.outside.rows], bool
-        )
+        self.scored = ~targeted(self.outside, range(len(self.outside.rows)))
 
     def _table(self, keep: np.ndarray) -> EffectTable:
         cells = self.cells
@@ -369,7 +387,7 @@ class _ActionStage:
 
     def gates(self) -> dict[str, dict[str, Any]]:
         """Gate of each regime, on held-out perturbations."""
-        if self.holdout.kind != "perturbations" or not self.outside.rows:
+        if not self.independent:
             return {}
         scale: Scale = "mean_log1p"
         network, predicted = self._networks(scale), self.predicted[scale]
@@ -381,7 +399,8 @@ class _ActionStage:
             mine = np.flatnonzero(regimes == regime)
             gate = fit_gate(
                 network[mine], predicted.mean[mine], self.outside.effect[scale][mine],
-                shared[mine], [self.outside.rows[i][1].targets for i in mine], self.scored[mine],
+                shared[mine], [self.outside.rows[i][1].targets for i in mine],
+                [self.outside.rows[i][0] for i in mine], self.scored[mine],
             )  # fmt: skip
             gates[str(regime)] = asdict(gate)
         return gates

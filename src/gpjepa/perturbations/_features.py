@@ -133,6 +133,9 @@ class TargetFeatures:
             What explanations call these features.
         """
         if isinstance(gene_sets, Mapping):
+            text = [k for k, v in gene_sets.items() if isinstance(v, str)]
+            if text:
+                raise TypeError(f"{name}: set {text[0]!r} is a string; give a list of genes.")
             sets = {str(k): set(v) for k, v in gene_sets.items()}
         else:
             paths = [gene_sets] if isinstance(gene_sets, str | Path) else list(gene_sets)
