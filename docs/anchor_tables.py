@@ -2,9 +2,9 @@
 
     python docs/anchor_tables.py TABLE DIRECTORY [--resamplings 20]
 
-TABLE is doubles, contexts, unseen, simulation, speed or gate. DIRECTORY holds the real cells
-(norman_2019_mini.h5ad, papalexi_2021_mini.h5ad, ...) and knowledge/*.gmt; simulation and speed read
-nothing from it.
+TABLE is doubles, contexts, unseen, simulation, interactions, speed or gate. DIRECTORY holds the real cells
+(norman_2019_mini.h5ad, papalexi_2021_mini.h5ad, ...) and knowledge/*.gmt; simulation,
+interactions and speed read nothing from it.
 
 In every resampling the control cells are split in half: predictions see one half, effects are
 measured against the other. Errors are sums over all genes but the targeted ones; "corrected" is
@@ -42,6 +42,7 @@ from gpjepa.effects import (
     ShrunkenMean,
     Transfer,
     effect_table,
+    interaction_recall,
     noise_corrected_error,
 )
 from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures
@@ -49,6 +50,7 @@ from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures
 SCALE = "mean_log1p"
 DOUBLES = ("KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAPK1+TGFBR2")
 CONTEXT = {"zhao_2021": "patient", "mcfaline_2023": "cell_line", "datlinger_2021": "treatment"}
+INTERACTS = 0.1  # an interaction larger than this, in mean log1p counts per 10,000, is one
 read = LabelReader().read
 
 Predictor = Callable[[EffectTable, list[Perturbation], list[str]], np.ndarray]
@@ -287,19 +289,23 @@ def true_errors(
                      for x, p in zip(predicted, wanted, strict=True)])  # fmt: skip
 
 
-def simulation(directory: Path, n: int) -> Iterator[Table]:
-    """Norman-sized screens, five resamplings of each."""
-    per_screen = 5
-    found: dict[str, dict[str, np.ndarray]] = {}
+def screens(n: int) -> Iterator[tuple[int, Cells, ad.AnnData]]:
+    """Norman-sized simulated screens, five resamplings of each."""
     for r in range(n):
-        if r % per_screen == 0:
+        if r % 5 == 0:
             adata = gpjepa.datasets.simulate(
-                60_000, 5_000, n_targets=105, n_combinations=131, seed=r // per_screen
+                60_000, 5_000, n_targets=105, n_combinations=131, seed=r // 5
             )
-            truth, informative = true_effects(adata), network_features(adata)
             cells = Cells.of(adata)
-            singles = sorted(p for p in truth if len(p.targets) == 1)
-            pairs = sorted(p for p in truth if len(p.targets) == 2)
+        yield r, cells, adata
+
+
+def simulation(directory: Path, n: int) -> Iterator[Table]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for r, cells, adata in screens(n):
+        truth, informative = true_effects(adata), network_features(adata)
+        singles = sorted(p for p in truth if len(p.targets) == 1)
+        pairs = sorted(p for p in truth if len(p.targets) == 2)
         rng = np.random.default_rng(r)
         training = cells.table(cells.halves(rng)[0] | ~cells.is_control)
         noise = TargetFeatures(
@@ -331,6 +337,48 @@ def simulation(directory: Path, n: int) -> Iterator[Table]:
     base = found["no change"]
     rows = {m: {k: Ratio.of(e[k], base[k]) for k in sorted(base)} for m, e in found.items()}
     yield "Norman-sized simulation: error against the truth / no change", rows
+
+
+def interactions(directory: Path, n: int) -> Iterator[Table]:
+    """What is not additive in held-out combinations: gain over additive, and recall."""
+    recall: dict[str, list[pd.Series]] = {}
+    error: dict[str, list[float]] = {}
+    covered, shares = [], []
+    for r, cells, adata in screens(n):
+        rows = adata.uns["simulation"]["rows"]["perturbation"]
+        true = dict(
+            zip(map(read, rows), adata.uns["simulation"]["interaction"][SCALE], strict=True)
+        )
+        rng = np.random.default_rng(r)
+        pairs = sorted(p for p in true if len(p.targets) == 2)
+        held = [pairs[i] for i in sorted(rng.permutation(len(pairs))[: len(pairs) // 2])]
+        table = cells.table(cells.halves(rng)[0] | ~cells.is_control)
+        rest = table.subset(np.array([p not in set(held) for _, p in table.rows]))
+        where = ["all"] * len(held)
+        scored = np.array([~np.isin(cells.genes, p.targets) for p in held])
+        truth = np.stack([true[p] for p in held])
+        interacts = (np.abs(truth) > INTERACTS) & scored
+        shares.append(interacts.sum() / scored.sum())
+        additive = Additive().fit(rest).predict(held, where)
+        predicted = EffectAnchor().fit(rest).predict_interactions(held, where, SCALE)
+        inside = np.abs(predicted.mean - truth) < 1.96 * np.sqrt(predicted.variance)
+        covered.append(inside[scored].mean())
+        methods = {"anchor": predicted.mean} | {
+            name: kind().fit(rest).predict(held, where) - additive
+            for name, kind in (("larger single", LargerSingle), ("matching mean", MatchingMean))
+        }
+        for name, found in (methods | {"additive": np.zeros_like(truth)}).items():
+            error.setdefault(name, []).append(float(((found - truth)[scored] ** 2).sum()))
+            calls = np.where(scored, found, 0)
+            recall.setdefault(name, []).append(interaction_recall(calls, interacts))
+    base = np.array(error["additive"])
+    yield (
+        f"Norman-sized simulation, held-out combinations: {np.mean(shares):.1%} of the genes "
+        f"interact by more than {INTERACTS}; 95% intervals hold {np.mean(covered):.1%}",
+        {name: {"error / none predicted": Ratio.of(np.array(e), base)}
+               | {f"recall at {level:g} false": f"{np.mean([x[level] for x in recall[name]]):.3f}"
+                  for level in recall[name][0].index} for name, e in error.items()},
+    )  # fmt: skip
 
 
 def speed(directory: Path, n: int) -> Iterator[Table]:
@@ -475,7 +523,18 @@ def show_gate(title: str, found: dict[str, np.ndarray], gates: list[float]) -> I
 
 
 if __name__ == "__main__":
-    tables = {f.__name__: f for f in (doubles, contexts, unseen, simulation, speed, gate)}
+    tables = {
+        f.__name__: f
+        for f in (
+            doubles,
+            contexts,
+            unseen,
+            simulation,
+            interactions,
+            speed,
+            gate,
+        )
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=tables)
     parser.add_argument("directory", type=Path)

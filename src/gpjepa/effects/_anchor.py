@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -19,12 +19,10 @@ from gpjepa.perturbations import (
 from gpjepa.splits import MIN_UNITS
 
 from ._estimates import Estimate, ScaleFit
+from ._explanation import Explanation
 from ._regression import check_no_leak
 from ._scales import Scale, check_scale
 from ._table import EffectTable
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -48,46 +46,6 @@ class AnchorPrediction:
     variance: np.ndarray
     noise: np.ndarray
     regime: list[str]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What an anchor's prediction is made of.
-
-    Attributes
-    ----------
-    perturbation, context, regime, scale
-        What was predicted.
-    genes
-        Names of the genes.
-    experts
-        One row per expert: the part of the perturbation it speaks of, its weight, and the size
-        (Euclidean norm) of what it contributes.
-    sources
-        Weight of each measured effect in the prediction, largest first.
-    contributions
-        What each expert contributes to the effect of each gene, shape (n_experts, n_genes); their
-        sum is the prediction.
-    mean, sd
-        The prediction and its standard deviation, shape (n_genes,).
-    """
-
-    perturbation: str
-    context: str
-    regime: str
-    scale: Scale
-    genes: np.ndarray
-    experts: pd.DataFrame
-    sources: pd.DataFrame
-    contributions: np.ndarray
-    mean: np.ndarray
-    sd: np.ndarray
-
-    def plot(self, n_genes: int = 15) -> Figure:
-        """Draw what each expert contributes to the genes that are predicted to move most."""
-        from gpjepa.plotting import explanation
-
-        return explanation(self, n_genes)
 
 
 class EffectAnchor:

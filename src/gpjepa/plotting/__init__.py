@@ -7,32 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from gpjepa._figure import COLORS, new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gpjepa.benchmark import Comparison
-    from gpjepa.effects import Explanation
 
-__all__ = ["effect_scatter", "explanation", "method_errors", "top_genes"]
-
-# Okabe and Ito's palette: distinct for colour-blind readers as well.
-_COLORS = {
-    "GP-JEPA": "#0072B2",
-    "additive": "#E69F00",
-    "mean": "#CC79A7",
-    "no change": "#999999",
-    "replicate": "#009E73",
-    "measured": "#000000",
-}
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+__all__ = ["effect_scatter", "method_errors", "top_genes"]
 
 
 def method_errors(scores: pd.DataFrame) -> Figure:
@@ -43,7 +25,7 @@ def method_errors(scores: pd.DataFrame) -> Figure:
     scores
         :attr:`gpjepa.benchmark.Comparison.scores`, of one run or several.
     """
-    figure = _figure(7, 3.2)
+    figure = new_figure(7, 3.2)
     axes = figure.add_subplot()
     total = scores.groupby("method", sort=False)["squared_error"].sum()
     base = total["no change"]
@@ -51,7 +33,7 @@ def method_errors(scores: pd.DataFrame) -> Figure:
     order = list(total.sort_values(ascending=False).index)
     rng = np.random.default_rng(0)
     for y, method in enumerate(order):
-        color = _COLORS.get(method, "#56B4E9")
+        color = COLORS.get(method, "#56B4E9")
         axes.barh(y, total[method] / base, color=color, alpha=0.35, height=0.7)
         points = scores.loc[scores["method"] == method, "squared_error"] * n / base
         jitter = rng.uniform(-0.18, 0.18, len(points))
@@ -77,7 +59,7 @@ def effect_scatter(result: Comparison, row: int = 0) -> Figure:
     row
         Which of ``result.rows``.
     """
-    figure = _figure(9, 3.6)
+    figure = new_figure(9, 3.6)
     methods = ["GP-JEPA", "additive", "mean"]
     axes = figure.subplots(1, len(methods), sharex=True, sharey=True)
     measured = result.effects["measured"][row]
@@ -87,7 +69,7 @@ def effect_scatter(result: Comparison, row: int = 0) -> Figure:
     for ax, method in zip(axes, methods, strict=True):
         predicted = result.effects[method][row]
         ax.plot([-limit, limit], [-limit, limit], color="#bbbbbb", linewidth=0.8, zorder=0)
-        ax.scatter(measured, predicted, s=7, alpha=0.5, color=_COLORS[method], linewidth=0)
+        ax.scatter(measured, predicted, s=7, alpha=0.5, color=COLORS[method], linewidth=0)
         for g in np.argsort(-np.abs(measured))[:5]:
             ax.annotate(result.genes[g], (measured[g], predicted[g]), fontsize=7,
                         xytext=(3, 3), textcoords="offset points")  # fmt: skip
@@ -116,7 +98,7 @@ def top_genes(result: Comparison, row: int = 0, n: int = 20) -> Figure:
     """
     from scipy.stats import norm
 
-    figure = _figure(8, 4)
+    figure = new_figure(8, 4)
     axes = figure.add_subplot()
     measured = result.effects["measured"][row]
     top = np.argsort(-np.abs(measured), kind="stable")[:n]
@@ -124,10 +106,10 @@ def top_genes(result: Comparison, row: int = 0, n: int = 20) -> Figure:
     x = np.arange(len(top))
     error = norm.ppf(0.975) * result.sd[row][top]
     axes.errorbar(x, result.effects["GP-JEPA"][row][top], yerr=error, fmt="o", markersize=5,
-                  color=_COLORS["GP-JEPA"], elinewidth=1.2, label="GP-JEPA, 95% interval")  # fmt: skip
-    axes.scatter(x, result.effects["additive"][row][top], marker="_", s=90, color=_COLORS["additive"],
+                  color=COLORS["GP-JEPA"], elinewidth=1.2, label="GP-JEPA, 95% interval")  # fmt: skip
+    axes.scatter(x, result.effects["additive"][row][top], marker="_", s=90, color=COLORS["additive"],
                  label="additive", zorder=3)  # fmt: skip
-    axes.scatter(x, measured[top], marker="D", s=22, color=_COLORS["measured"], label="measured",
+    axes.scatter(x, measured[top], marker="D", s=22, color=COLORS["measured"], label="measured",
                  zorder=4)  # fmt: skip
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set_xticks(x, result.genes[top], rotation=60, ha="right", fontsize=8)
@@ -136,47 +118,5 @@ def top_genes(result: Comparison, row: int = 0, n: int = 20) -> Figure:
     where = "" if context == "all" else f" in {context}"
     axes.set_title(f"{perturbation}{where}: the {n} genes that moved most", loc="left")
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def explanation(explained: Explanation, n_genes: int = 15) -> Figure:
-    """What each expert of the anchor contributes, to the genes that are predicted to move most.
-
-    Parameters
-    ----------
-    explained
-        What :meth:`gpjepa.effects.EffectAnchor.explain` returns.
-    n_genes
-        Genes to show.
-    """
-    from scipy.stats import norm
-
-    figure = _figure(9, 4.2)
-    axes = figure.add_subplot()
-    top = np.argsort(-np.abs(explained.mean), kind="stable")[:n_genes]
-    top = top[np.argsort(explained.mean[top], kind="stable")]
-    x = np.arange(len(top))
-    above, below = np.zeros(len(top)), np.zeros(len(top))
-    palette = list(_COLORS.values())[:3] + ["#009E73", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
-    for i, expert in explained.experts.iterrows():
-        part = explained.contributions[int(i)][top]
-        bottom = np.where(part >= 0, above, below)
-        what = f"{expert['part']}: {expert['expert']}" if expert["part"] else expert["expert"]
-        axes.bar(x, part, bottom=bottom, width=0.7, color=palette[int(i) % len(palette)],
-                 label=f"{what} × {expert['weight']:.2f}")  # fmt: skip
-        above = above + np.maximum(part, 0)
-        below = below + np.minimum(part, 0)
-    error = norm.ppf(0.975) * explained.sd[top]
-    axes.errorbar(x, explained.mean[top], yerr=error, fmt="o", color="black", markersize=4,
-                  elinewidth=1, label="prediction, 95% interval")  # fmt: skip
-    axes.axhline(0, color="#999999", linewidth=0.8)
-    axes.set_xticks(x, explained.genes[top], rotation=60, ha="right", fontsize=8)
-    unit = "mean log1p" if explained.scale == "mean_log1p" else "log1p mean"
-    axes.set_ylabel(f"effect ({unit} counts per 10,000)")
-    where = "" if explained.context == "all" else f" in {explained.context}"
-    axes.set_title(f"{explained.perturbation}{where} ({explained.regime}): who says what",
-                   loc="left")  # fmt: skip
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
