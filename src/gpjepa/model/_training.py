@@ -200,17 +200,30 @@ class Trainable(Predicting):
         return interrupted
 
     def _fit_standardisation(self, cells: Cells, where: np.ndarray) -> None:
-        """Mean and spread of each gene over the training cells, and its share of the counts."""
-        total = square = share = np.zeros(len(self.genes))
+        """Mean and spread of each gene over the training cells, its share of the counts, dispersion.
+
+        Dispersion by moments, as Var(k) = ℓr + ℓ²r²/θ gives θ = r²Σℓ² / Σ((k - ℓr)² - k): the steps
+        that training has would not bring it there.
+        """
+        total = square = share = counts = excess = np.zeros(len(self.genes))
+        crossed = np.zeros(len(self.genes))
         for start in range(0, len(where), _CHUNK):
             batch = cells.tensors(where[start : start + _CHUNK])
-            values = batch["values"].double()
+            values, k = batch["values"].double(), batch["counts"].double()
+            library = batch["library"].double()[:, None]
             total = total + values.sum(0).numpy()
             square = square + values.square().sum(0).numpy()
-            share = share + (batch["counts"] / batch["library"][:, None]).sum(0).numpy()
+            share = share + (k / library).sum(0).numpy()
+            counts = counts + k.sum(0).numpy()
+            excess = excess + (k.square() - k).sum(0).numpy()
+            crossed = crossed + (k * library).sum(0).numpy()
         mean = total / len(where)
         spread = np.sqrt(np.maximum(square / len(where) - mean**2, 0))
         self.gene_share_ = np.maximum(share / len(where), 1e-8)
+        library = cells.library[where]
+        rate, libraries = counts / library.sum(), float((library**2).sum())
+        excess = excess - 2 * rate * crossed + rate**2 * libraries
+        dispersion = rate**2 * libraries / np.maximum(excess, 1e-12)
         encoders = (self.module.encoder, self.module.target_encoder)
         for encoder in encoders:
             encoder.center.copy_(torch.from_numpy(mean))
@@ -219,6 +232,8 @@ class Trainable(Predicting):
             rest = [max(1 - self.gene_share_.sum(), 1e-4)] if self.module.decoder.rest else []
             logits = np.log(np.append(self.gene_share_, rest))
             self.module.decoder.out.bias.copy_(torch.from_numpy(logits))
+            log_dispersion = np.log(np.clip(dispersion, 0.05, 100))
+            self.module.decoder.log_dispersion.copy_(torch.from_numpy(log_dispersion))
 
     def _warn_of_collapse(self) -> None:
         history = self.history_ or {}
