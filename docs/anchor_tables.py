@@ -440,8 +440,9 @@ def gate(directory: Path, n: int) -> Iterator[Table]:
                 out = set(order[start : start + size])
                 known = np.array([not set(p.targets) & out for p in cells.perturbations])
                 model = trained(adata[known & ~theirs], r, features, "library_size")
+                asked = {t for t in out if t in model.vocabulary.index}  # others are refused
                 here = measured.subset(np.array(
-                    [len(p.targets) == 1 and p.targets[0] in out for _, p in measured.rows]
+                    [len(p.targets) == 1 and p.targets[0] in asked for _, p in measured.rows]
                 ))  # fmt: skip
                 for m in found:
                     found[m].append(errors(by_gate(model, m, [p for _, p in here.rows]), here)[0])
