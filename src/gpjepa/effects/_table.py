@@ -120,7 +120,8 @@ class EffectTable:
         -------
         anndata.AnnData
             ``X`` effects, with a row of zeros for the control of each context, so that pertpy's
-            ``PerturbationSpace`` can add and subtract them; ``layers["noise"]`` their sampling
+            ``PerturbationSpace`` can add and subtract them (``ensure_consistency=False``: they are
+            differences from the control already); ``layers["noise"]`` their sampling
             variance; ``obs`` perturbation, context and number of cells; ``varm["control"]`` the
             control profiles. Rows are named by their perturbation, and the context where there
             are several.
