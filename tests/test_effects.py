@@ -865,3 +865,10 @@ def test_common_noise_of_the_controls_does_not_open_the_gate(rng):
             ).gate
         )
     assert np.mean(gates) < 0.05
+
+
+def test_only_weighted_sums_show_weights(rng):
+    table = random_table(rng, n_pairs=0)
+    assert Additive().fit(table).weights([read("g1+g2")], ["c"]).sum() == 2
+    for other in (LinearModel(), Transfer("log_rate")):
+        assert not hasattr(other.fit(table), "weights")

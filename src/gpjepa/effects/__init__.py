@@ -9,6 +9,7 @@ from ._baselines import (
     MeanEffect,
     NoChange,
     ShrunkenAdditive,
+    WeightedBaseline,
 )
 from ._features import coexpression_features, effect_features, gene_loadings
 from ._gate import Gate, fit_gate
@@ -49,6 +50,7 @@ __all__ = [
     "Stack",
     "Transfer",
     "UnseenTargets",
+    "WeightedBaseline",
     "check_scale",
     "coexpression_features",
     "effect_features",

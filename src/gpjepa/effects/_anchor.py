@@ -38,8 +38,9 @@ class AnchorPrediction:
         shrinkage, kriging and interactions leave unknown. Shape (n_pairs, n_genes).
     regime
         Regime of each pair: ``control``, ``seen``, ``seen2``/``seen1``/``seen0`` (a combination of
-        which both, one or none of two targets were measured alone; of more: all, some, none), ``in combinations`` (a target measured in
-        combinations alone), ``unseen`` (in no perturbation), ``new dose`` or ``new context``.
+        which both, one or none of two targets were measured alone; of more: all, some, none),
+        ``in combinations`` (a target measured in combinations alone), ``unseen`` (in no
+        perturbation), ``new dose`` or ``new context``.
     """
 
     mean: np.ndarray
@@ -55,24 +56,25 @@ class EffectAnchor:
 
     * a *measured* single is shrunk as a whole vector (:func:`gpjepa.effects.shrink`) towards no
       change, the mean effect, or what is predicted of it without itself;
-    * a *combination* takes its shrunken singles, stacked as their sum and the larger one; measured
-      itself, it is shrunk towards that;
+    * a *combination* takes its shrunken singles, stacked as their sum, the larger one, and the mean
+      of the other combinations; measured itself, it is shrunk towards that;
     * a target *never perturbed* takes the mean effect and kernel ridge over target features,
       stacked (:class:`gpjepa.effects.UnseenTargets`);
     * in a *new context*, the mean effect elsewhere and the difference of the control profiles,
-      stacked; from a single other context nothing is carried over.
+      stacked; from a single other context nothing is carried over: what this context's own
+      targets say, if it has any, or no change.
 
     Stacking weights (:func:`gpjepa.effects.fit_stack`) are fitted out of fold, freed of the
-    control noise that the effects of a context share, and shrunk towards a prior by their own gain.
-    With fewer than five independent rows the prior stands in: shrunken additive for combinations,
-    half of the shrunken mean for targets never perturbed.
+    control noise that the effects of a context share, and shrunk by their own gain. With fewer than
+    five independent rows (three contexts) a prior stands in: shrunken additive for combinations,
+    half of the mean without its noise for targets never perturbed, no change across contexts.
 
     Parameters
     ----------
     features
         Kinds of target features, for targets never perturbed.
     missing_features
-        What to do with a target never perturbed that no features know, where features were given:
+        What to do with a target never perturbed alone that no features know, where features were given:
         ``"error"`` refuses it by name, ``"mean"`` lets it take the shrunken mean effect.
 
     Attributes

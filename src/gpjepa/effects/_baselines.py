@@ -1,13 +1,14 @@
 """Baselines: each is a row of the benchmark, and what the anchor is made of.
 
 All share ``fit(effects)`` and ``predict(perturbations, contexts)``, with one effect per pair,
-shape (n_pairs, n_genes). A prediction is a weighted sum of the training effects, and ``weights``
-shows the weights: what an estimate is made of, which noise is in it, and which noise it shares with
+shape (n_pairs, n_genes). Most predictions are weighted sums of the training effects, and show their
+``weights``: what an estimate is made of, which noise is in it, and which noise it shares with
 another, can all be read off them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
@@ -20,7 +21,7 @@ from ._stack import shrink
 from ._table import EffectTable
 
 
-class Baseline:
+class Baseline(ABC):
     """A predictor of mean effects on one scale.
 
     Parameters
@@ -42,8 +43,19 @@ class Baseline:
         self._fit()
         return self
 
-    def _fit(self) -> None:
+    def _fit(self) -> None:  # noqa: B027  # most have nothing to learn but the table itself
         pass
+
+    @abstractmethod
+    def predict(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
+        """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes)."""
+
+    def _elsewhere(self, perturbation: Perturbation) -> list[int]:
+        return [i for (_, p), i in self._row.items() if p == perturbation]
+
+
+class WeightedBaseline(Baseline):
+    """A baseline whose predictions are weighted sums of the training effects."""
 
     def weights(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
         """Weight of each training effect in each prediction, shape (n_pairs, n_rows)."""
@@ -55,8 +67,9 @@ class Baseline:
         """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes)."""
         return self.weights(perturbations, contexts) @ self.effects_.effect[self.scale]
 
+    @abstractmethod
     def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        raise NotImplementedError
+        """Weight of each training effect, shape (n_rows,)."""
 
     def _zeros(self) -> np.ndarray:
         return np.zeros(len(self._row))
@@ -74,9 +87,6 @@ class Baseline:
             weights[self._in_context[c]] = 1 / len(self._in_context[c]) / len(chosen)
         return weights
 
-    def _elsewhere(self, perturbation: Perturbation) -> list[int]:
-        return [i for (_, p), i in self._row.items() if p == perturbation]
-
     def _single(self, single: Perturbation, context: str) -> np.ndarray:
         """Measured here, or its mean over other contexts, or the mean effect (scPerturBench)."""
         if (context, single) in self._row:
@@ -89,14 +99,14 @@ class Baseline:
         return weights
 
 
-class NoChange(Baseline):
+class NoChange(WeightedBaseline):
     """Every perturbed profile is the control profile."""
 
     def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
         return self._zeros()
 
 
-class MeanEffect(Baseline):
+class MeanEffect(WeightedBaseline):
     """Every effect is the mean of the training effects of its context.
 
     The perturbed mean of Systema (Viñas Torné et al. 2025), one vote per perturbation; the strong
@@ -107,7 +117,7 @@ class MeanEffect(Baseline):
         return self._mean(context)
 
 
-class Additive(Baseline):
+class Additive(WeightedBaseline):
     """Effects of single perturbations add up (Ahlmann-Eltze, Huber, Anders 2025).
 
     A single that was not measured in the context takes its mean over the other contexts, and
@@ -158,7 +168,7 @@ class LargerSingle(Additive):
 class MatchingMean(Additive):
     """A combination is the mean of its singles (Systema, Viñas Torné et al. 2025).
 
-    A single that was not measured takes the mean effect.
+    A single that was not measured here takes its mean over other contexts, or the mean effect.
     """
 
     def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:

@@ -194,9 +194,9 @@ class ScaleFit:
             singles = perturbation.singles
             known = [self._known(s) for s in singles]
             # Where nothing was perturbed alone, combinations predict each other: not themselves.
-            out = [self._left_out(s, context, ["+".join(perturbation.targets)]) for s in singles]
-            parts = [self.single(s, context) if k else o
-                     for s, k, o in zip(singles, known, out, strict=True)]  # fmt: skip
+            own = ["+".join(perturbation.targets)]
+            parts = [self.single(s, context) if k else self._left_out(s, context, own)
+                     for s, k in zip(singles, known, strict=True)]  # fmt: skip
             others = self._mean_combination(context, without=i)
             if not all(known):
                 experts = _divide(parts, known) if any(known) else (parts,)

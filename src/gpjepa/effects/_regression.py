@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import pandas as pd
 
 from gpjepa.perturbations import Perturbation, TargetFeatures
 
-from ._baselines import Additive, Baseline
+from ._baselines import Additive, Baseline, WeightedBaseline
 from ._scales import Scale
 from ._stack import Experts, Stack, fit_stack, stack_residual
 from ._table import EffectTable
@@ -108,8 +109,9 @@ class _OfTargets(Additive):
         units = self._units[context]
         return self._of_units(single.targets[0], units) @ units.mean
 
+    @abstractmethod
     def _of_units(self, target: str, units: Units) -> np.ndarray:
-        raise NotImplementedError
+        """Weight of each unit in the prediction of a target, shape (n_units,)."""
 
 
 class KernelRidge(_OfTargets):
@@ -136,7 +138,7 @@ class KernelRidge(_OfTargets):
         return kernel_weights(kernel, self.features.kernel([target], units.targets), self.ridge)[0]
 
 
-class UnseenTargets(Baseline):
+class UnseenTargets(WeightedBaseline):
     """Targets never perturbed: the mean effect and kernel ridge over target features, stacked.
 
     The experts are the mean effect of the context's targets and, for each kind of features, kernel

@@ -55,47 +55,41 @@ class Transfer(Baseline):
         """Rows of the perturbation in other contexts."""
         return [i for i in self._elsewhere(perturbation) if self.effects_.rows[i][0] != context]
 
-    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        rows = self.sources(perturbation, context)
-        weights = self._zeros()
-        if rows:
-            weights[rows] = self._alike(rows, context) if self.form == "similar" else 1 / len(rows)
-        return weights
-
     def _alike(self, rows: list[int], context: str) -> np.ndarray:
         control = self.effects_.control[self.scale]
         names = [self.effects_.rows[i][0] for i in rows]
         distance = np.array([((control[c] - control[context]) ** 2).sum() for c in names], float)
-        near = np.exp(-distance / max(distance.min(), 1e-12))
-        return near / near.sum()
-
-    def state_weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        """Weights of the control profiles in (mean control elsewhere - control here)."""
-        return _state(self, self.sources(perturbation, context), context)
+        return np.exp(-distance / max(distance.min(), 1e-12))
 
     def predict(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
-        """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes)."""
-        pairs = list(zip(perturbations, contexts, strict=True))
-        if self.form == "log_rate":
-            return np.stack([self._log_rate(p, c) for p, c in pairs])
-        predicted = super().predict(perturbations, contexts)
-        if self.form == "state":
-            states = np.stack([self.state_weights(p, c) for p, c in pairs])
-            predicted = predicted + self.slope_ * states @ self.effects_.control_profiles(
-                self.scale
-            )
-        return predicted
+        """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes).
 
-    def _log_rate(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        No change for a perturbation that was measured in no other context.
+        """
+        pairs = zip(perturbations, contexts, strict=True)
+        return np.stack([self._predict(p, c) for p, c in pairs])
+
+    def _predict(self, perturbation: Perturbation, context: str) -> np.ndarray:
+        rows = self.sources(perturbation, context)
+        if not rows:
+            return np.zeros(len(self.effects_.genes))
+        if self.form == "log_rate":
+            return self._log_rate(rows, context)
+        weights = self._alike(rows, context) if self.form == "similar" else np.ones(len(rows))
+        carried = np.average(self.effects_.effect[self.scale][rows], axis=0, weights=weights)
+        if self.form == "state":
+            state = _state(self, rows, context) @ self.effects_.control_profiles(self.scale)
+            carried = carried + self.slope_ * state
+        return carried
+
+    def _log_rate(self, rows: list[int], context: str) -> np.ndarray:
         control = self.effects_.control[self.scale]
         here = np.expm1(control[context].astype(float)) + _PSEUDO
         ratios = []
-        for i in self.sources(perturbation, context):
+        for i in rows:
             before = control[self.effects_.rows[i][0]].astype(float)
             after = np.maximum(before + self.effects_.effect[self.scale][i], 0)
             ratios.append(np.log((np.expm1(after) + _PSEUDO) / (np.expm1(before) + _PSEUDO)))
-        if not ratios:
-            return np.zeros(len(self.effects_.genes))
         moved = np.maximum(here * np.exp(np.mean(ratios, axis=0)) - _PSEUDO, 0)
         return np.log1p(moved) - control[context]
 
@@ -123,10 +117,10 @@ def transfer_experts(transfer: Transfer) -> Experts:
 
 
 def _state(transfer: Transfer, sources: list[int], context: str) -> np.ndarray:
+    """Weights of the control profiles in (mean control elsewhere - control here)."""
     effects = transfer.effects_
     weights = np.zeros(len(effects.contexts))
-    if sources:
-        for i in sources:
-            weights[effects.contexts.index(effects.rows[i][0])] += 1 / len(sources)
-        weights[effects.contexts.index(context)] -= 1
+    for i in sources:
+        weights[effects.contexts.index(effects.rows[i][0])] += 1 / len(sources)
+    weights[effects.contexts.index(context)] -= 1
     return weights
