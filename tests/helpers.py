@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -28,3 +30,10 @@ def train_quickly(adata, *, train=None, model=None, **setup):
         fitted.train(**({"max_epochs": 3, "pretrain_epochs": 2, "enable_progress_bar": False}
                         | (train or {})))  # fmt: skip
     return fitted
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints when it runs `code`."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3_000:]
+    return run.stdout

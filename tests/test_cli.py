@@ -1,9 +1,7 @@
-import subprocess
-import sys
-
 import anndata as ad
 import pandas as pd
 import pytest
+from helpers import python
 from typer.testing import CliRunner
 
 import gpjepa
@@ -13,14 +11,10 @@ from gpjepa.cli import app
 run = CliRunner().invoke
 
 
-def python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-
 def test_importing_is_light():
     heavy = "torch", "scvi", "pertpy", "scanpy", "anndata"
     code = f"import gpjepa, gpjepa.cli, sys; print([m for m in {heavy} if m in sys.modules])"
-    assert python(code).stdout.strip() == "[]"
+    assert python(code).strip() == "[]"
     assert "GPJEPA" in dir(gpjepa)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = gpjepa.nothing
