@@ -1,4 +1,4 @@
-"""The command line: ``gpjepa demo``, ``train``, ``predict``, ``simulate``."""
+"""The command line: ``gpjepa demo``, ``train``, ``predict``, ``simulate``, ``benchmark``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
     def told(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
             Console(stderr=True).print(
                 f"[bold red]Error:[/] {escape(str(text))}", highlight=False, soft_wrap=True
@@ -163,18 +163,17 @@ def _run(
 def _rich_table(results: list[Comparison], title: str) -> Any:
     from rich.table import Table
 
-    from gpjepa.benchmark import METRICS
+    from gpjepa.benchmark import COMPARED, METRICS
 
     n = len(results[0].rows)
     table = Table(title=f"{title}: {n} held-out perturbation{'s' if n > 1 else ''}")
     table.add_column("method")
     table.add_column("error ÷ no change", justify="right")
-    names = [name for name in METRICS if name != "squared_error"]
-    for name in names:
+    for name in COMPARED:
         table.add_column(METRICS[name].label, justify="right")
     mean = sum(r.table for r in results) / len(results)
     for method, row in mean.iterrows():
-        values = [row["relative_error"], *(row[name] for name in names)]
+        values = [row["relative_error"], *(row[name] for name in COMPARED)]
         style = "bold" if method == "GP-JEPA" else None
         table.add_row(str(method), *("–" if v != v else f"{v:.3f}" for v in values), style=style)
     return table
@@ -307,3 +306,34 @@ def simulate(
     with written_whole(out) as draft:
         adata.write_h5ad(draft, compression="gzip")
     console.print(f"Wrote {adata.n_obs} cells x {adata.n_vars} genes to {out}.")
+
+
+@app.command("benchmark")
+@_told
+def run_benchmark(
+    config: Annotated[str, typer.Argument(help="A preset by name, or a YAML file.")],
+    out: Annotated[Path, typer.Option(help="Directory; a run that was stopped goes on there.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the configuration and the splits; run nothing.")
+    ] = False,
+) -> None:
+    """Compare methods on held-out perturbations, and write a report."""
+    from gpjepa import benchmark
+
+    read = benchmark.BenchmarkConfig.read(config)
+    if check:
+        for data in read.data:
+            manifest = data.make_splits(*data.load_joined())
+            console.print(
+                f"{data.name}: {len(manifest.splits)} splits, {len(read.methods)} methods."
+            )
+        return
+    result = benchmark.run(read, out)
+    n = (result.runs["status"] != "run").sum()
+    if n:
+        console.print(
+            f"{n} of {len(result.runs)} cells of the grid were not run; the report says why."
+        )
+    console.print(
+        f"Wrote {out}/: report.html, report.md, table.csv, scores.csv, runs.csv, splits/."
+    )

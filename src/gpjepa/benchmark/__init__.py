@@ -1,6 +1,48 @@
-"""Predictions beside simple baselines, the truth and a replicate."""
+"""Methods, metrics and splits that nobody can call unfair; predictions beside baselines."""
 
-from ._compare import Comparison, compare
-from ._metrics import METRICS, Metric, score
+from ._compare import COMPARED, Comparison, compare
+from ._config import BenchmarkConfig, presets
+from ._methods import METHODS, NEGATIVE, ORACLES, Method
+from ._metrics import (
+    INTERVALS,
+    METRICS,
+    Metric,
+    Prediction,
+    Scoring,
+    energy_distance_unbiased,
+    risk_coverage,
+    score,
+)
+from ._runner import BenchmarkResult, run
+from ._summary import calibration, summarise, verdicts
+from ._tasks import CellSet, Task, Truth, moved, standard_cells
 
-__all__ = ["METRICS", "Comparison", "Metric", "compare", "score"]
+__all__ = [
+    "COMPARED",
+    "INTERVALS",
+    "METHODS",
+    "METRICS",
+    "NEGATIVE",
+    "ORACLES",
+    "BenchmarkConfig",
+    "BenchmarkResult",
+    "CellSet",
+    "Comparison",
+    "Method",
+    "Metric",
+    "Prediction",
+    "Scoring",
+    "Task",
+    "Truth",
+    "calibration",
+    "compare",
+    "energy_distance_unbiased",
+    "moved",
+    "presets",
+    "risk_coverage",
+    "run",
+    "score",
+    "standard_cells",
+    "summarise",
+    "verdicts",
+]

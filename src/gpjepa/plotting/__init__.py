@@ -1,4 +1,4 @@
-"""Figures over a comparison. Each returns a matplotlib figure."""
+"""Figures over a comparison or a benchmark. Each returns a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import pandas as pd
 
 from gpjepa._figure import COLORS, new_figure
 
+from ._benchmark import benchmark_scores, calibration
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gpjepa.benchmark import Comparison
 
-__all__ = ["effect_scatter", "method_errors", "top_genes"]
+__all__ = ["benchmark_scores", "calibration", "effect_scatter", "method_errors", "top_genes"]
 
 
 def method_errors(scores: pd.DataFrame) -> Figure:

@@ -1,0 +1,373 @@
+"""What a benchmark runs, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import anndata as ad
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gpjepa import datasets, splits
+from gpjepa.perturbations import TargetFeatures, read_gmt
+from gpjepa.splits import Manifest, Row, Split
+
+from ._methods import METHODS, ORACLES
+from ._metrics import METRICS
+from ._tasks import data_hash, measured_rows, standard_cells
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UnseenSingles(_Strict):
+    """K folds of targets that are in no training perturbation."""
+
+    kind: Literal["unseen-singles"]
+    folds: Annotated[int, Field(ge=2)] = 5
+    seeds: list[int] = [0]
+    blocks: Literal["family"] | Path | None = Field(
+        None, description="Keep gene families, or genes that share a set of a GMT file, together."
+    )
+
+    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
+        targets = {t for _, p in rows for t in p.targets}
+        blocks = None
+        if self.blocks == "family":
+            blocks = splits.gene_families(targets)
+        elif self.blocks is not None:
+            blocks = splits.gene_set_blocks(targets, read_gmt(self.blocks))
+        found = []
+        for seed in self.seeds:
+            for s in splits.unseen_singles(rows, folds=self.folds, seed=seed, blocks=blocks):
+                found.append(Split(f"{s.name}-seed-{seed}", s.kind, s.train, s.test, seed))
+        return found
+
+
+class GearsSimulation(_Strict):
+    """GEARS's simulation split: unseen singles, and combinations with 2, 1 or 0 targets seen."""
+
+    kind: Literal["gears-simulation"]
+    seen: Share = 0.75
+    seen2: Share = 0.75
+    seeds: list[int] = [0]
+
+    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
+        return [
+            splits.gears_simulation(rows, seen=self.seen, seen2=self.seen2, seed=seed)
+            for seed in self.seeds
+        ]
+
+
+class Doubles(_Strict):
+    """All singles and a share of the combinations are known."""
+
+    kind: Literal["doubles"]
+    fraction: Share = 0.5
+    seeds: list[int] = [0]
+
+    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
+        return [splits.doubles(rows, fraction=self.fraction, seed=seed) for seed in self.seeds]
+
+
+class HeldOutContext(_Strict):
+    """Each context in turn, of which only control cells are known."""
+
+    kind: Literal["held-out-context"]
+
+    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
+        return splits.leave_one_context_out(rows)
+
+
+class FewShot(_Strict):
+    """Each context in turn, of which some perturbations are known."""
+
+    kind: Literal["few-shot"]
+    known: Positive
+    seeds: list[int] = [0]
+
+    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
+        return [s for seed in self.seeds
+                for s in splits.few_shot_context(rows, known=self.known, seed=seed)]  # fmt: skip
+
+
+class CrossDataset(_Strict):
+    """Each of several joined data sets in turn, of which only control cells are known."""
+
+    kind: Literal["cross-dataset"]
+
+    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
+        return splits.leave_one_context_out(rows, groups=contexts)
+
+
+class OwnManifest(_Strict):
+    """Splits of a manifest: JSON as :class:`gpjepa.splits.Manifest` writes it."""
+
+    kind: Literal["manifest"]
+    path: Path
+
+
+AnySplit = Annotated[
+    UnseenSingles | GearsSimulation | Doubles | HeldOutContext | FewShot | CrossDataset
+    | OwnManifest,
+    Field(discriminator="kind"),
+]  # fmt: skip
+
+
+class Features(_Strict):
+    """Features of targets, from one kind of file."""
+
+    gene_sets: list[Path] | None = None
+    regulons: Path | None = None
+    graph: Path | None = None
+    table: Path | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Features:
+        given = [k for k in ("gene_sets", "regulons", "graph", "table") if getattr(self, k)]
+        if len(given) != 1:
+            raise ValueError(f"give one of gene_sets, regulons, graph, table; found {given}")
+        return self
+
+    def read(self) -> TargetFeatures:
+        if self.gene_sets:
+            return TargetFeatures.from_gene_sets(self.gene_sets, self.name or "gene sets")
+        if self.regulons:
+            return TargetFeatures.from_regulons(pd.read_csv(self.regulons), self.name or "regulons")
+        if self.graph:
+            return TargetFeatures.from_graph(pd.read_csv(self.graph), name=self.name or "graph")
+        table = pd.read_csv(self.table, index_col=0)
+        return TargetFeatures.from_table(table, self.name or "table")
+
+
+class _Cells(_Strict):
+    """Where cells come from, and how they are labelled; see ``GPJEPA.setup_anndata``."""
+
+    source: str | None = Field(None, description="A data set by name, or a .h5ad or .zarr file.")
+    simulate: dict[str, Any] | None = Field(None, description="Arguments of datasets.simulate.")
+    layer: str | None = None
+    perturbation_key: str = "perturbation"
+    control: str | list[str] = "control"
+    context_key: str | None = None
+    library_size_key: str | None = None
+    separator: str | None = "+"
+    strip: str | None = None
+
+    def load(self) -> ad.AnnData:
+        """The cells, as every method gets them."""
+        if self.simulate is not None:
+            adata = datasets.simulate(**self.simulate)
+        else:
+            adata = datasets.load(str(self.source))
+        if not isinstance(adata, ad.AnnData):
+            raise TypeError(f"{self.source} holds {type(adata).__name__}; give an AnnData.")
+        setup = {
+            k: getattr(self, k) for k in _Cells.model_fields if k not in ("source", "simulate")
+        }
+        if self.simulate is not None and setup["context_key"] is None:
+            setup["context_key"] = "context" if "context" in adata.obs else None
+        return standard_cells(adata, **setup)
+
+
+class Source(_Cells):
+    """One of several data sets that are joined."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Source:
+        if (self.source is None) == (self.simulate is None):
+            raise ValueError("give either `source` or `simulate`")
+        return self
+
+
+class Data(_Cells):
+    """A data set, or several joined on their shared genes, and how it is split."""
+
+    name: str
+    join: dict[str, Source] | None = Field(
+        None, description="Data sets by name instead of `source`; contexts are named after them."
+    )
+    n_genes: Positive | None = Field(None, description="Variable genes, chosen on training cells.")
+    features: list[Features] = []
+    splits: Annotated[list[AnySplit], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one(self) -> Data:
+        given = [k for k in ("source", "simulate", "join") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of `source`, `simulate` and `join`; found {given}")
+        return self
+
+    def load_joined(self) -> tuple[ad.AnnData, dict[str, str]]:
+        """The cells, and the data set that each context comes from."""
+        if self.join is None:
+            cells = self.load()
+            return cells, dict.fromkeys(cells.obs["context"].unique(), self.name)
+        parts: list[ad.AnnData] = []
+        origin: dict[str, str] = {}
+        for name, source in self.join.items():
+            part = source.load()
+            single = part.obs["context"].nunique() == 1
+            context = name if single else name + ": " + part.obs["context"].astype(str)
+            part.obs["context"] = context
+            part.obs_names = name + ":" + part.obs_names
+            origin |= dict.fromkeys(part.obs["context"].unique(), name)
+            parts.append(part)
+        joined = ad.concat(parts, join="inner")
+        if joined.n_vars == 0:
+            raise ValueError(f"{self.name}: {list(self.join)} share no gene by name.")
+        # Counts of genes that others lack are part of the library size still.
+        return joined[joined.obs_names.argsort()].copy(), origin
+
+    def make_splits(self, cells: ad.AnnData, origin: dict[str, str]) -> Manifest:
+        """All splits of these cells.
+
+        Raises
+        ------
+        ValueError
+            If a manifest is for other cells, or a split is empty.
+        """
+        rows = list(measured_rows(cells))
+        found: list[Split] = []
+        hashed = data_hash(cells)
+        for split in self.splits:
+            if isinstance(split, OwnManifest):
+                manifest = Manifest.read(split.path)
+                manifest.check(rows, hashed)
+                found += manifest.splits
+            else:
+                found += split.make(rows, origin)
+        return Manifest(self.name, hashed, tuple(found))
+
+
+class MethodConfig(_Strict):
+    """A method by name, with options."""
+
+    name: str
+    label: str | None = Field(None, description="What tables call it; its name by default.")
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        known = [*METHODS, *ORACLES]
+        if self.name not in known:
+            raise ValueError(f"{self.name!r} is not a method; known are {', '.join(known)}")
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+
+class BenchmarkConfig(_Strict):
+    """A benchmark: data × splits × methods × seeds.
+
+    Made from a YAML file or a preset by :meth:`read`.
+    """
+
+    title: str
+    description: str = ""
+    data: Annotated[list[Data], Field(min_length=1)]
+    methods: Annotated[list[MethodConfig], Field(min_length=1)]
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    metrics: list[str] = list(METRICS)
+    focus: str | None = Field(None, description="The method that the report speaks of.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> BenchmarkConfig:
+        unknown = sorted(set(self.metrics) - set(METRICS))
+        if unknown:
+            raise ValueError(f"metrics: {unknown} are not known; known are {', '.join(METRICS)}")
+        _no_repeats("methods", [m.title for m in self.methods])
+        _no_repeats("data", [d.name for d in self.data])
+        if self.focus is not None and self.focus not in {m.title for m in self.methods}:
+            raise ValueError(f"focus: {self.focus!r} is none of the methods")
+        # What scaled values are made of is always run.
+        missing = [n for n in ("mean", "replicate") if n not in {m.name for m in self.methods}]
+        if missing:
+            raise ValueError(f"methods: floor and ceiling of scaled values are missing: {missing}")
+        return self
+
+    @classmethod
+    def read(cls, source: str | Path | dict[str, Any]) -> BenchmarkConfig:
+        """A preset by name, a YAML file, or a dict of the same form.
+
+        Paths in a file are relative to it.
+
+        Raises
+        ------
+        ValueError
+            Naming each key that is wrong.
+        """
+        import yaml
+
+        folder, name = None, "the configuration"
+        if isinstance(source, dict):
+            content = source
+        else:
+            path = PRESETS / f"{source}.yaml"
+            if not path.exists():
+                path, folder = Path(source), Path(source).parent
+            if not path.is_file():
+                raise ValueError(
+                    f"{source!r} is neither a file nor a preset; presets are {', '.join(presets())}."
+                )
+            name = str(source)
+            try:
+                content = yaml.safe_load(path.read_text())
+            except yaml.YAMLError as error:
+                raise ValueError(f"{source} is not YAML: {error}") from error
+        try:
+            config = cls.model_validate(content)
+        except ValidationError as error:
+            raise ValueError(f"{name} is not a benchmark:\n{_told(error)}") from error
+        return config if folder is None else cls.model_validate(_anchored(content, folder))
+
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def presets() -> list[str]:
+    """Names of the presets."""
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def _no_repeats(key: str, names: Iterable[str]) -> None:
+    seen = list(names)
+    repeats = sorted({n for n in seen if seen.count(n) > 1})
+    if repeats:
+        raise ValueError(f"{key}: {repeats} occur more than once; give each a name or label")
+
+
+def _told(error: ValidationError) -> str:
+    """One line per wrong key, such as ``data.0.splits.1.folds``."""
+    lines = []
+    for e in error.errors():
+        where = ".".join(str(x) for x in e["loc"]) or "(whole file)"
+        lines.append(f"  {where}: {e['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+_PATHS = {"source", "path", "regulons", "graph", "table", "blocks", "gene_sets"}
+
+
+def _anchored(value: Any, folder: Path, key: str = "") -> Any:
+    """Paths made relative to the folder of the file that holds them."""
+    if isinstance(value, dict):
+        return {k: _anchored(v, folder, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_anchored(v, folder, key) for v in value]
+    if key in _PATHS and isinstance(value, str) and (folder / value).exists():
+        return str(folder / value)
+    return value

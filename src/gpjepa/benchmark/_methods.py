@@ -1,0 +1,419 @@
+"""Methods: one small protocol, and everything of our own behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from gpjepa.effects import (
+    Additive,
+    Baseline,
+    EffectAnchor,
+    EffectTable,
+    KernelRidge,
+    LargerSingle,
+    LinearModel,
+    MatchingMean,
+    MeanEffect,
+    NearestPerturbation,
+    NoChange,
+    ShrunkenAdditive,
+    ShrunkenMean,
+    Transfer,
+    effect_table,
+)
+from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures
+from gpjepa.splits import Split
+
+from ._metrics import Prediction
+from ._tasks import SCALE, CellSet, Task, moved
+
+_read = LabelReader().read
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a method must be able to do. Nothing has to be inherited.
+
+    ``fit`` gets the training cells: counts in ``X``; ``obs`` ``perturbation`` (``"A+B"``,
+    ``"control"``), ``context`` and ``library_size``; and the split, whose ``test`` rows it may know
+    by name.
+
+    ``predict`` is called once per context, with the names of the perturbations and the control
+    cells of that context, and returns an AnnData with the same genes (in any order),
+    ``obs["perturbation"]``, and ``uns["scale"]`` saying what ``X`` is:
+
+    ``"counts"``
+        Predicted cells, as many as it likes; ``obs["library_size"]`` if it is not their sum.
+    ``"log1p"``
+        log1p of counts per 10,000. Several rows of a perturbation are cells; one row is its mean
+        profile, and its cells are control cells moved by the effect.
+
+    It may state more: ``uns["effect"]``, the mean effects (perturbations × genes, differences of
+    mean log1p counts per 10,000 from the control) where they are not those of its cells, and
+    ``uns["effect_sd"]``, their standard deviations. Several predictions of one training, such as
+    with two settings, are returned as a dict of names to AnnData.
+    """
+
+    def fit(self, train: ad.AnnData, split: Split) -> None:
+        """Learn from the training cells."""
+
+    def predict(
+        self, perturbations: Sequence[str], control: ad.AnnData
+    ) -> ad.AnnData | dict[str, ad.AnnData]:
+        """Predict perturbations of the context of the control cells."""
+
+
+# From what a method returns to what is scored
+
+
+def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]:
+    """Ask a fitted method for all rows of a task.
+
+    Returns
+    -------
+    dict
+        A prediction per name: ``name``, or ``name`` and what the method calls it.
+
+    Raises
+    ------
+    ValueError
+        If what it returns is not what :class:`Method` asks for.
+    """
+    answers: dict[str, dict[str, ad.AnnData]] = {}
+    for context in sorted({c for c, _ in task.rows}):
+        control = task.control[(task.control.obs["context"] == context).to_numpy()].copy()
+        wanted = [str(p) for c, p in task.rows if c == context]
+        found = method.predict(wanted, control)
+        for variant, cells in (found if isinstance(found, dict) else {"": found}).items():
+            label = f"{name} ({variant})" if variant else name
+            answers.setdefault(label, {})[context] = _checked(cells, wanted, task.genes, label)
+    return {label: _assemble(task, parts) for label, parts in answers.items()}
+
+
+def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: str) -> ad.AnnData:
+    if not isinstance(cells, ad.AnnData):
+        raise ValueError(f"{name} returned {type(cells).__name__}, not an AnnData.")
+    scale = cells.uns.get("scale")
+    if scale not in ("counts", "log1p"):
+        raise ValueError(f"{name}: uns['scale'] is {scale!r}; say 'counts' or 'log1p'.")
+    if "perturbation" not in cells.obs:
+        raise ValueError(f"{name}: its AnnData has no obs['perturbation'].")
+    given = cells.obs["perturbation"].astype(str)
+    lacking = sorted(set(wanted) - set(given))
+    if lacking:
+        raise ValueError(f"{name} predicts nothing for {lacking}.")
+    if not cells.var_names.is_unique or set(genes) - set(cells.var_names):
+        absent = sorted(set(genes) - set(cells.var_names))
+        raise ValueError(f"{name}: its genes repeat or lack {len(absent)}, such as {absent[:3]}.")
+    cells = cells[given.isin(wanted).to_numpy(), genes].copy()
+    values = cells.X.data if sp.issparse(cells.X) else np.asarray(cells.X)
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"{name} predicts values that are negative or not finite.")
+    return cells
+
+
+def _assemble(task: Task, parts: Mapping[str, ad.AnnData]) -> Prediction:
+    effects, sets, sds = [], [], []
+    for i, (context, perturbation) in enumerate(task.rows):
+        part = parts[context]
+        label = str(perturbation)
+        mine = part[(part.obs["perturbation"].astype(str) == label).to_numpy()]
+        control = task.control_profiles[i]
+        cells, profile = _one_row(task, mine, control, context, i)
+        stated = part.uns.get("effect")
+        effects.append(_of(stated, label, task.genes) if stated is not None else profile - control)
+        sets.append(cells)
+        sd = part.uns.get("effect_sd")
+        sds.append(None if sd is None else _of(sd, label, task.genes))
+    return Prediction(
+        np.stack(effects),
+        CellSet(
+            sp.csr_matrix(sp.vstack([c.counts for c in sets])),
+            np.concatenate([c.library for c in sets]), np.concatenate([c.row for c in sets]),
+            np.concatenate([c.context for c in sets]),
+        ),
+        None if any(s is None for s in sds) else np.stack([s for s in sds if s is not None]),
+    )  # fmt: skip
+
+
+def _of(frame: pd.DataFrame, label: str, genes: np.ndarray) -> np.ndarray:
+    return frame.loc[label, genes].to_numpy(float)
+
+
+def _one_row(
+    task: Task, mine: ad.AnnData, control: np.ndarray, context: str, row: int
+) -> tuple[CellSet, np.ndarray]:
+    """Cells and mean profile that a method predicts for one row."""
+    base = task.controls
+    here = np.flatnonzero(base.context == context)
+    base = CellSet(base.counts[here], base.library[here], base.row[here], base.context[here])
+    if mine.uns["scale"] == "counts":
+        counts = sp.csr_matrix(mine.X).astype(np.float32)
+        library = np.asarray(counts.sum(1)).ravel()
+        if "library_size" in mine.obs:
+            library = mine.obs["library_size"].to_numpy(float)
+        # A cell without counts has no rates; its expression is 0 whatever it is divided by.
+        cells = _cells(counts, np.maximum(library, 1), row, context)
+        return cells, np.asarray(cells.log1p.mean(0)).ravel()
+    values = mine.X.toarray() if sp.issparse(mine.X) else np.asarray(mine.X, float)
+    # The same stream for every row: what is predicted to be equal stays equal.
+    rng = np.random.default_rng(0)
+    if mine.n_obs == 1:
+        counts = moved(base, control, values[0], rng)
+        return _cells(counts, base.library, row, context), values[0]
+    library = base.library[np.arange(mine.n_obs) % len(here)]
+    rates = np.expm1(np.asarray(values, float)) * library[:, None] / 1e4
+    counts = sp.csr_matrix(rng.poisson(rates).astype(np.float32))
+    return _cells(counts, library, row, context), values.mean(0)
+
+
+def _cells(counts: sp.csr_matrix, library: np.ndarray, row: int, context: str) -> CellSet:
+    n = counts.shape[0]
+    return CellSet(counts, library, np.full(n, row), np.full(n, context, dtype=object).astype(str))
+
+
+# Baselines
+
+
+@dataclass
+class EffectMethod:
+    """A method that predicts mean effects from the table of training effects.
+
+    Parameters
+    ----------
+    predictor
+        From the effects of the training cells, perturbations and contexts to mean effects, and
+        their standard deviations or None.
+    """
+
+    predictor: Callable[
+        [EffectTable, list[Perturbation], list[str]], tuple[np.ndarray, np.ndarray | None]
+    ]
+
+    def fit(self, train: ad.AnnData, split: Split) -> None:
+        """Make the table of training effects."""
+        self.effects_ = effect_table(
+            train.X, train.obs["library_size"].to_numpy(float),
+            [_read(p) for p in train.obs["perturbation"]], train.obs["context"].tolist(),
+            train.var_names,
+        )  # fmt: skip
+
+    def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> ad.AnnData:
+        """Mean profiles of the perturbations."""
+        context = str(control.obs["context"].iloc[0])
+        wanted = [_read(p) for p in perturbations]
+        effect, sd = self.predictor(self.effects_, wanted, [context] * len(wanted))
+        found = pd.DataFrame(effect, list(perturbations), control.var_names)
+        profile = self.effects_.control[SCALE][context] + effect
+        cells = ad.AnnData(
+            np.maximum(profile, 0), pd.DataFrame({"perturbation": perturbations},
+                                                 index=list(perturbations)),
+            control.var[[]], uns={"scale": "log1p", "effect": found},
+        )  # fmt: skip
+        if sd is not None:
+            cells.uns["effect_sd"] = pd.DataFrame(sd, list(perturbations), control.var_names)
+        return cells
+
+
+def _baseline(make: Callable[[], Baseline]) -> EffectMethod:
+    return EffectMethod(lambda effects, p, c: (make().fit(effects).predict(p, c), None))
+
+
+def _anchor(features: Sequence[TargetFeatures]) -> EffectMethod:
+    def predict(
+        effects: EffectTable, wanted: list[Perturbation], contexts: list[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        found = EffectAnchor(features, "mean").fit(effects).predict(wanted, contexts, SCALE)
+        return found.mean, np.sqrt(found.variance)
+
+    return EffectMethod(predict)
+
+
+# Negative controls
+
+
+def _permuted_labels(features: Sequence[TargetFeatures], seed: int) -> EffectMethod:
+    """The anchor, of effects that were dealt out to other perturbations."""
+    anchor = _anchor(features)
+
+    def predict(
+        effects: EffectTable, wanted: list[Perturbation], contexts: list[str]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        order = np.arange(len(effects.rows))
+        rng = np.random.default_rng(seed)
+        for context in effects.contexts:
+            mine = np.flatnonzero([c == context for c, _ in effects.rows])
+            order[mine] = rng.permutation(mine)
+        dealt = replace(effects.subset(order), rows=effects.rows)
+        return anchor.predictor(dealt, wanted, contexts)
+
+    return EffectMethod(predict)
+
+
+def _random_features(seed: int) -> EffectMethod:
+    """The anchor, with features of targets that say nothing."""
+
+    def predict(
+        effects: EffectTable, wanted: list[Perturbation], contexts: list[str]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        targets = sorted({t for p in (*effects.perturbations, *wanted) for t in p.targets})
+        values = np.random.default_rng(seed).normal(size=(len(targets), 16))
+        return _anchor([TargetFeatures(targets, values, "random")]).predictor(
+            effects, wanted, contexts
+        )
+
+    return EffectMethod(predict)
+
+
+def _noisy_mean(seed: int) -> EffectMethod:
+    """The mean effect, with noise of the size of a measured effect's, another for each row."""
+
+    def predict(
+        effects: EffectTable, wanted: list[Perturbation], contexts: list[str]
+    ) -> tuple[np.ndarray, None]:
+        mean = MeanEffect().fit(effects).predict(wanted, contexts)
+        sd = np.sqrt(np.median(effects.noise(SCALE), axis=0))
+        return mean + np.random.default_rng(seed).normal(size=mean.shape) * sd, None
+
+    return EffectMethod(predict)
+
+
+# GP-JEPA
+
+
+@dataclass
+class GPJEPAMethod:
+    """GP-JEPA, predicted with each of several gates after one training.
+
+    Parameters
+    ----------
+    features
+        Features of targets that were never perturbed.
+    seed
+        Seed of training and of the predicted cells.
+    gates
+        Gates to predict with: ``"auto"``, 0, 1.
+    model, train
+        Arguments of :class:`gpjepa.GPJEPA` and of its ``train``.
+    """
+
+    features: Sequence[TargetFeatures] = ()
+    seed: int = 0
+    gates: Sequence[Any] = ("auto", 0, 1)
+    model: Mapping[str, Any] | None = None
+    train: Mapping[str, Any] | None = None
+
+    def fit(self, train: ad.AnnData, split: Split) -> None:
+        """Train on the cells."""
+        import scvi
+
+        from gpjepa.model import GPJEPA
+
+        scvi.settings.seed = self.seed
+        cells = train.copy()
+        GPJEPA.setup_anndata(cells, context_key="context", library_size_key="library_size")
+        self.model_ = GPJEPA(
+            cells, target_features=self.features, missing_features="mean", **(self.model or {})
+        )
+        self.model_.train(**{"enable_progress_bar": False, **(self.train or {})})
+        self.n_parameters_ = sum(p.numel() for p in self.model_.module.parameters())
+
+    def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> dict[str, ad.AnnData]:
+        """Cells with each gate, and their mean effects."""
+        context = str(control.obs["context"].iloc[0])
+        found = {}
+        for gate in self.gates:
+            cells = self.model_.predict_perturbation(
+                control, list(perturbations), context=context, seed=self.seed, gate=gate
+            )
+            tidy = self.model_.predict_effects(list(perturbations), context, gate=gate)
+            wide = {column: tidy.pivot(index="perturbation", columns="gene", values=column)
+                    for column in ("effect", "sd")}  # fmt: skip
+            cells.uns = {"scale": "counts", "effect": wide["effect"], "effect_sd": wide["sd"]}
+            found["" if gate == "auto" else f"gate {gate}"] = cells
+        return found
+
+
+# Oracles: controls that see the truth
+
+ORACLES = ("replicate", "interpolated duplicate", "truth")
+
+
+def oracle(name: str, task: Task, half: int) -> Prediction:
+    """A positive control for one half of the truth.
+
+    ``replicate`` is the other half; ``truth`` this half; ``interpolated duplicate`` the effects
+    halfway between the mean response and the replicate, and cells of each (Mejia et al. 2025).
+    """
+    truth = task.truths[half if name == "truth" else 1 - half]
+    keep = np.flatnonzero(truth.cells.row >= 0)
+    cells = CellSet(
+        *(getattr(truth.cells, f)[keep] for f in ("counts", "library", "row", "context"))
+    )
+    if name != "interpolated duplicate":
+        return Prediction(truth.effect.astype(float), cells)
+    mean = predict_rows(_fitted(_baseline(MeanEffect), task), task, "mean")["mean"]
+    parts = [_every_other(c, i) for i, c in enumerate((cells, mean.cells))]
+    joined = CellSet(
+        sp.csr_matrix(sp.vstack([c.counts for c in parts])),
+        *(np.concatenate([getattr(c, f) for c in parts]) for f in ("library", "row", "context")),
+    )
+    return Prediction((truth.effect + mean.effect) / 2, joined)
+
+
+def _fitted(method: Method, task: Task) -> Method:
+    method.fit(task.train, task.split)
+    return method
+
+
+def _every_other(cells: CellSet, start: int) -> CellSet:
+    keep = np.flatnonzero(np.arange(len(cells.row)) % 2 == start)
+    return CellSet(*(getattr(cells, f)[keep] for f in ("counts", "library", "row", "context")))
+
+
+# By name
+
+
+def _need(features: Sequence[TargetFeatures], name: str) -> TargetFeatures:
+    if not features:
+        raise ValueError(
+            f"Method {name!r} needs features of the targets: give the data `features`."
+        )
+    return features[0]
+
+
+Factory = Callable[[Sequence[TargetFeatures], int, dict[str, Any]], Method]
+
+METHODS: dict[str, Factory] = {
+    "no change": lambda f, s, o: _baseline(NoChange),
+    "mean": lambda f, s, o: _baseline(MeanEffect),
+    "shrunken mean": lambda f, s, o: _baseline(ShrunkenMean),
+    "matching mean": lambda f, s, o: _baseline(MatchingMean),
+    "additive": lambda f, s, o: _baseline(Additive),
+    "shrunken additive": lambda f, s, o: _baseline(ShrunkenAdditive),
+    "larger single": lambda f, s, o: _baseline(LargerSingle),
+    "linear": lambda f, s, o: _baseline(lambda: LinearModel(**o)),
+    "kernel ridge": lambda f, s, o: _baseline(lambda: KernelRidge(_need(f, "kernel ridge"), **o)),
+    "nearest": lambda f, s, o: _baseline(lambda: NearestPerturbation(_need(f, "nearest"))),
+    "transfer": lambda f, s, o: _baseline(lambda: Transfer(**o)),
+    "anchor": lambda f, s, o: _anchor(f),
+    "permuted labels": lambda f, s, o: _permuted_labels(f, s),
+    "random features": lambda f, s, o: _random_features(s),
+    "mean plus noise": lambda f, s, o: _noisy_mean(s),
+    "GP-JEPA": lambda f, s, o: GPJEPAMethod(f, s, **o),
+}
+"""Methods by name: from features of the targets, a seed and options of the method."""
+
+SEEDED = ("permuted labels", "random features", "mean plus noise", "GP-JEPA")
+"""Methods that another seed changes."""
+
+NEGATIVE = ("no change", "mean", "matching mean", "permuted labels", "random features",
+            "mean plus noise")  # fmt: skip
+"""Negative controls: a metric or a split on which one of them wins says nothing."""

@@ -1,0 +1,108 @@
+"""Figures over a benchmark. Each returns a matplotlib figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from gpjepa._figure import COLORS, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_OTHER = "#56B4E9"
+
+
+def benchmark_scores(table: pd.DataFrame, metric: str = "squared_error") -> Figure:
+    """One metric of every method, with 95% intervals: a panel per data set and kind of split.
+
+    Parameters
+    ----------
+    table
+        :meth:`gpjepa.benchmark.BenchmarkResult.table`.
+    metric
+        A metric of it.
+
+    Raises
+    ------
+    ValueError
+        If the table does not hold the metric.
+    """
+    from gpjepa.benchmark import METRICS
+
+    declared = METRICS[metric]
+    part = table[table["metric"] == metric]
+    if part.empty:
+        raise ValueError(f"The table has no values of {metric!r}.")
+    groups = list(part.groupby(["data", "kind"], sort=False))
+    height = sum(0.24 * len(g) + 0.7 for _, g in groups)
+    figure = new_figure(7, height + 0.3)
+    panels = figure.subplots(
+        len(groups), 1, squeeze=False, height_ratios=[len(g) for _, g in groups]
+    )[:, 0]
+    for axes, (name, group) in zip(panels, groups, strict=True):
+        group = group.sort_values("value", ascending=declared.direction == "higher")
+        for y, (_, row) in enumerate(group.iterrows()):
+            color = COLORS.get(row["method"], _OTHER)
+            axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.6)
+            axes.plot(row["value"], y, "o", color=color, markersize=5)
+        axes.set_yticks(range(len(group)), group["method"])
+        axes.axvline(declared.best, color="black", linewidth=0.8)
+        axes.set_title(f"{name[0]}: {name[1]} ({group['n_rows'].iloc[0]} rows)", loc="left",
+                       fontsize=10)  # fmt: skip
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.25)
+        # One method that fails by far would squeeze the others into a line.
+        ends = group[["low", "high"]].to_numpy()
+        far = np.nanquantile(ends, 0.9) + 1.5 * np.nanstd(ends[ends <= np.nanquantile(ends, 0.9)])
+        if declared.direction == "lower" and np.nanmax(ends) > 2 * far > 0:
+            axes.set_xlim(right=far)
+    better = {"higher": "more is better", "lower": "less is better", "closest": "closest is best"}
+    panels[-1].set_xlabel(f"{declared.label} ({better[declared.direction]}; line: perfect)")
+    return figure
+
+
+def calibration(table: pd.DataFrame) -> Figure:
+    """Share of measured effects inside the intervals of each stated level.
+
+    Parameters
+    ----------
+    table
+        :meth:`gpjepa.benchmark.BenchmarkResult.table`.
+
+    Raises
+    ------
+    ValueError
+        If no method states an uncertainty.
+    """
+    from gpjepa.benchmark import INTERVALS
+
+    names = {f"coverage_{level}": level / 100 for level in INTERVALS}
+    part = table[table["metric"].isin(names)]
+    if part.empty:
+        raise ValueError("No method states how sure it is.")
+    groups = list(part.groupby(["data", "kind"], sort=False))
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = new_figure(3.1 * columns, 3.0 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    methods = list(dict.fromkeys(part["method"]))
+    palette = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999"]
+    color = {m: palette[i % len(palette)] for i, m in enumerate(methods)}
+    for axes, (name, group) in zip(panels, groups, strict=False):
+        axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
+        for method, mine in group.groupby("method", sort=False):
+            at = mine["metric"].map(names)
+            axes.plot(
+                at, mine["value"], "o-", color=color[str(method)], markersize=4, linewidth=1.2
+            )
+        axes.set(xlim=(0.4, 1.0), ylim=(0, 1.02), xlabel="stated", ylabel="measured inside")
+        axes.set_title(f"{name[0]}: {name[1]}", loc="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(groups) :]:
+        axes.set_visible(False)
+    handles = [panels[0].plot([], [], "o-", color=color[m], label=m)[0] for m in methods]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,578 @@
+"""The benchmark: what a metric says, what cannot win, and that a run can be trusted."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from helpers import real_file
+
+import gpjepa
+from gpjepa import benchmark, splits
+from gpjepa.benchmark import METRICS, Prediction, Scoring, Task, score, standard_cells
+from gpjepa.benchmark._cell_eval import cell_eval_config, cell_eval_files
+from gpjepa.benchmark._methods import METHODS, oracle, predict_rows
+from gpjepa.benchmark._tasks import data_hash, measured_rows
+
+EFFECT = ["squared_error", "pearson_delta", "pearson_centroid", "l2_top1000", "r2_top20",
+          "embedding_cosine", "embedding_retrieval"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cells():
+    adata = gpjepa.datasets.simulate(2_500, 80, n_targets=12, n_combinations=16, seed=2)
+    return standard_cells(adata, context_key="context")
+
+
+@pytest.fixture(scope="module")
+def task(cells):
+    return Task.of(cells, splits.doubles(measured_rows(cells), seed=1))
+
+
+def fitted(name, task, features=(), seed=0, **options):
+    method = METHODS[name](features, seed, options)
+    method.fit(task.train, task.split)
+    return predict_rows(method, task, name)[name]
+
+
+def scores(task, prediction, half=0, metrics=tuple(METRICS)):
+    return score(Scoring(task, task.truths[half], prediction), metrics)
+
+
+# What a task shows, and to whom
+
+
+def test_nobody_sees_what_is_held_out(task, cells):
+    train = set(task.train.obs_names)
+    halves = [t.cells for t in task.truths]
+    n_held = sum(n for r, n in measured_rows(cells).items() if r in task.rows)
+    assert sum((h.row >= 0).sum() for h in halves) == n_held
+    labels = set(task.train.obs["perturbation"])
+    assert not labels & {str(p) for _, p in task.rows}
+    n_control = (cells.obs["perturbation"] == "control").sum()
+    n = [task.control.n_obs, *((h.row < 0).sum() for h in halves)]
+    assert sum(n) == n_control
+    assert abs(n[0] - n_control / 2) <= 1
+    assert abs(n[1] - n_control / 4) <= 1
+    assert set(task.control.obs_names) <= train
+
+
+def test_held_out_cells_decide_nothing_that_is_fitted(task, cells):
+    """Other counts in the held-out cells leave training, components and genes as they were."""
+    changed = cells.copy()
+    held = changed.obs["perturbation"].isin([str(p) for _, p in task.rows]).to_numpy()
+    scrambled = changed.X.toarray()
+    scrambled[held] = np.random.default_rng(0).permutation(scrambled[held].T).T * 3
+    changed.X = sp.csr_matrix(scrambled)
+    changed.obs["library_size"] = scrambled.sum(1)
+    for n_genes in (None, 40):
+        a, b = (Task.of(x, task.split, n_genes) for x in (cells.copy(), changed.copy()))
+        assert list(a.genes) == list(b.genes)
+        assert (a.train.X != b.train.X).nnz == 0
+        np.testing.assert_array_equal(a.pca.components_, b.pca.components_)
+        np.testing.assert_array_equal(a.mean_response, b.mean_response)
+    assert not np.allclose(a.truths[0].effect, b.truths[0].effect)
+
+
+def test_order_of_cells_and_genes_does_not_matter(cells):
+    adata = gpjepa.datasets.simulate(2_500, 80, n_targets=12, n_combinations=16, seed=2)
+    rng = np.random.default_rng(0)
+    mixed = adata[rng.permutation(adata.n_obs), rng.permutation(adata.n_vars)].copy()
+    other = standard_cells(mixed, context_key="context")
+    assert data_hash(other) == data_hash(cells)
+    split = splits.doubles(measured_rows(cells))
+    a, b = (fitted("additive", Task.of(x, split)) for x in (cells, other))
+    order = other.var_names.get_indexer(cells.var_names)
+    np.testing.assert_allclose(a.effect, b.effect[:, order], atol=1e-5)
+
+
+def test_small_groups_are_told(cells):
+    some = [str(p) for _, p in measured_rows(cells)][0]
+    mine = np.flatnonzero(cells.obs["perturbation"] == some)
+    few = cells[np.delete(np.arange(cells.n_obs), mine[5:])].copy()
+    rows = list(measured_rows(few))
+    (row,) = [r for r in rows if str(r[1]) == some]
+    test = [r for r in rows if r[0] == row[0]][:4]
+    split = splits.Split("mine", "own", tuple(set(rows) - {row, *test}), (row, *test))
+    assert Task.of(few, split).dropped == {row: 5}
+    lone = splits.Split("mine", "own", tuple(set(rows) - {row}), (row,))
+    with pytest.raises(ValueError, match="nothing can be tested"):
+        Task.of(few, lone)
+    control = np.flatnonzero(few.obs["perturbation"] == "control")
+    with pytest.raises(ValueError, match="has 3 control cells; at least 8"):
+        Task.of(few[np.delete(np.arange(few.n_obs), control[3:])].copy(), split)
+
+
+def test_unlabelled_and_normalised_cells_are_refused(cells):
+    with pytest.raises(KeyError, match="guide"):
+        standard_cells(cells, perturbation_key="guide")
+    with pytest.raises(ValueError, match="not integers"):
+        standard_cells(ad.AnnData(cells.X.copy() * 0.5, cells.obs))
+
+
+# Metrics
+
+
+def test_energy_distance_is_that_of_a_double_loop_and_pertpy():
+    import pertpy
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(9, 4)), rng.normal(0.5, 1, (7, 4))
+
+    def mean(a, b, skip):
+        values = [np.sqrt(((p - q) ** 2).sum()) for i, p in enumerate(a) for j, q in enumerate(b)
+                  if not (skip and i == j)]  # fmt: skip
+        return np.mean(values)
+
+    ours = benchmark.energy_distance_unbiased(x, y)
+    loop = 2 * mean(x, y, False) - mean(x, x, True) - mean(y, y, True)
+    assert ours == pytest.approx(loop, abs=1e-10)
+    # pertpy's is the V-statistic: a cell's distance 0 to itself is among the distances within.
+    within = (mean(x, x, True) / len(x)) + (mean(y, y, True) / len(y))
+    theirs = float(pertpy.tl.Distance("edistance")(x, y))
+    assert theirs == pytest.approx(loop + within, abs=1e-6)
+
+
+def test_values_are_those_of_cell_eval2_on_the_command_line(task, tmp_path):
+    predicted = fitted("additive", task)
+    found = scores(task, predicted)
+    pred, real = cell_eval_files(task, task.truths[0], predicted.cells, task.rows[0][0])
+    pred.write_h5ad(tmp_path / "pred.h5ad")
+    real.write_h5ad(tmp_path / "real.h5ad")
+    own = cell_eval_config().to_dict()
+    assert own["de"]["backend"] == "scanpy"
+    subprocess.run(
+        ["cell-eval2", "run", "-ap", tmp_path / "pred.h5ad", "-ar", tmp_path / "real.h5ad",
+         "--preset", "vcc2026", "--pert-col", "perturbation", "--control", "control",
+         "--no-target-genes", "--set", "device=cpu", "--set", "de.backend=scanpy",
+         "-o", tmp_path / "out"],
+        check=True, capture_output=True, env={**os.environ, "PATH": _path()},
+    )  # fmt: skip
+    theirs = pd.read_csv(tmp_path / "out" / "results.csv")
+    theirs = theirs.pivot(index="perturbation", columns="metric", values="value")
+    theirs = theirs.loc[[str(p) for _, p in task.rows]]
+    for name in ("pds_cosine", "de_wilcoxon_sig_jaccard", "de_wilcoxon_direction_reach_raw",
+                 "de_wilcoxon_direction_fidelity_yield_raw", "de_wilcoxon_lfc_nmae"):  # fmt: skip
+        np.testing.assert_allclose(found[name], theirs[name], atol=1e-8)
+    np.testing.assert_allclose(
+        found["expr_mse_unbiased_capped_norm"], theirs["expr_mse_unbiased_capped"], atol=1e-8
+    )
+
+
+def _path():
+    return f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_what_does_not_depend_on_the_perturbation_tells_none_apart(task):
+    for name in ("no change", "mean"):
+        found = scores(task, fitted(name, task), metrics=["pds_cosine", "embedding_retrieval"])
+        assert found["pds_cosine"].mean() == pytest.approx(0.5, abs=1e-12), name
+        assert found["embedding_retrieval"].mean() == pytest.approx(0.5, abs=1e-12), name
+    found = scores(task, fitted("mean", task), metrics=["pearson_centroid"])
+    assert (found["pearson_centroid"] == 0).all()
+
+
+def test_truth_is_perfect_and_no_change_has_the_measured_size(task):
+    found = scores(task, oracle("truth", task, 0))
+    for name, best in (("pearson_delta", 1), ("l2_top1000", 0), ("r2_top20", 1),
+                       ("variance_log_ratio", 0), ("gene_correlation_error", 0),
+                       ("embedding_cosine", 0), ("embedding_retrieval", 1), ("pds_cosine", 1),
+                       ("de_wilcoxon_sig_jaccard", 1)):  # fmt: skip
+        np.testing.assert_allclose(found[name], best, atol=1e-6, err_msg=name)
+    none = scores(task, fitted("no change", task), metrics=["squared_error"])
+    np.testing.assert_allclose(none["squared_error"], none["squared_effect"])
+
+
+def test_targeted_genes_do_not_count(task):
+    """Whatever is said of them: no metric on effects or of cell-eval2 moves."""
+    base = fitted("additive", task)
+    effect = base.effect.copy()
+    effect[~task.scored] += 5
+    before, after = (scores(task, p, metrics=EFFECT) for p in (base, replace(base, effect=effect)))
+    pd.testing.assert_frame_equal(before, after)
+    pred, real = cell_eval_files(task, task.truths[0], base.cells, task.rows[0][0])
+    named = {t for _, p in task.rows for t in p.targets}
+    assert not named & set(pred.var_names)
+    assert not named & set(real.var_names)
+
+
+def test_noisier_cells_and_wrong_spread_are_seen(task):
+    truth = oracle("truth", task, 0)
+    values = truth.cells.counts.copy()
+    values.data = values.data * np.random.default_rng(0).choice([1, 4], values.nnz)
+    noisy = replace(truth, cells=replace(truth.cells, counts=values))
+    names = ["variance_log_ratio", "energy_distance_unbiased", "gene_correlation_error"]
+    before, after = (scores(task, p, metrics=names).mean() for p in (truth, noisy))
+    assert (after > before + 0.01).all()
+
+
+def test_intervals_are_as_wide_as_their_errors(task):
+    rng = np.random.default_rng(0)
+    truth = task.truths[0]
+    sd = np.full_like(truth.effect, 0.3)
+    noise = np.sqrt(truth.table.noise("mean_log1p"))
+    centre = truth.effect - rng.normal(size=sd.shape) * np.sqrt(sd**2 + noise**2)
+    good = Prediction(centre, oracle("truth", task, 0).cells, sd)
+    names = [f"coverage_{x}" for x in benchmark.INTERVALS]
+    found = scores(task, good, metrics=[*names, "crps"])
+    for name in names:
+        assert found[name].mean() == pytest.approx(METRICS[name].best, abs=0.03)
+    for factor in (0.3, 3):
+        other = replace(good, sd=sd * factor)
+        assert scores(task, other, metrics=["crps"])["crps"].mean() > found["crps"].mean()
+    error = np.arange(1.0, 9.0)
+    assert benchmark.risk_coverage(error, error) < 0.7
+    assert benchmark.risk_coverage(error, -error) > 1.3
+    assert benchmark.risk_coverage(np.ones(5), error[:5]) == 1
+
+
+def test_crps_is_that_of_the_definition():
+    from scipy.integrate import quad
+    from scipy.stats import norm
+
+    y, mu, sd = 0.7, 0.2, 0.5
+    below = quad(lambda x: norm.cdf(x, mu, sd) ** 2, mu - 10, y)[0]
+    above = quad(lambda x: (1 - norm.cdf(x, mu, sd)) ** 2, y, mu + 10)[0]
+    z = (y - mu) / sd
+    closed = sd * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+    assert closed == pytest.approx(below + above, abs=1e-7)
+
+
+# Exploits
+
+
+def test_known_ways_of_gaming_do_not_win(task):
+    """Each raises some metric elsewhere; here an honest prediction stays ahead of it."""
+    honest = scores(task, fitted("shrunken additive", task)).mean()
+    mean, noisy = (scores(task, fitted(n, task)).mean() for n in ("mean", "mean plus noise"))
+    # Predicting what all share is no discrimination, and noise on top of it neither.
+    for cheat in (mean, noisy):
+        assert cheat["pearson_centroid"] < honest["pearson_centroid"]
+        assert cheat["pds_cosine"] < honest["pds_cosine"]
+        assert cheat["squared_error"] > honest["squared_error"]
+    # Effects blown up keep every correlation and rank, and are caught by error and cells.
+    base = fitted("additive", task)
+    names = ["pearson_delta", "squared_error", "expr_mse_unbiased_capped_norm"]
+    large = scores(task, replace(base, effect=base.effect * 4), metrics=names[:2]).mean()
+    plain = scores(task, base, metrics=names).mean()
+    assert large["pearson_delta"] == pytest.approx(plain["pearson_delta"])
+    assert large["squared_error"] > 3 * plain["squared_error"]
+    # Moving every cell to its mean removes the noise of the counts, and the distribution with it.
+    flat = base.cells.counts.copy()
+    for row in range(len(task.rows)):
+        mine = np.flatnonzero(base.cells.row == row)
+        flat = sp.lil_matrix(flat)
+        flat[mine] = np.rint(np.asarray(flat[mine].mean(0)))
+    collapsed = replace(base, cells=replace(base.cells, counts=sp.csr_matrix(flat)))
+    names = ["energy_distance_unbiased", "variance_log_ratio", "gene_correlation_error"]
+    assert (scores(task, collapsed, metrics=names).mean()
+            > scores(task, base, metrics=names).mean()).all()  # fmt: skip
+
+
+# Methods of others
+
+
+class Stranger:
+    """The method of the documentation: every effect is twice the mean."""
+
+    def fit(self, train, split):
+        rates = np.log1p(1e4 * train.X.toarray() / train.obs[["library_size"]].to_numpy())
+        control = (train.obs["perturbation"] == "control").to_numpy()
+        self.effect = rates[~control].mean(0) - rates[control].mean(0)
+
+    def predict(self, perturbations, control):
+        rates = np.log1p(1e4 * control.X.toarray() / control.obs[["library_size"]].to_numpy())
+        profile = np.maximum(rates.mean(0) + 2 * self.effect, 0)
+        obs = pd.DataFrame({"perturbation": perturbations}, index=perturbations)
+        values = np.tile(profile, (len(obs), 1))
+        return ad.AnnData(values, obs, control.var, uns={"scale": "log1p"})
+
+
+def test_a_stranger_can_take_part(task):
+    stranger = Stranger()
+    assert isinstance(stranger, benchmark.Method)
+    stranger.fit(task.train, task.split)
+    predicted = predict_rows(stranger, task, "twice")["twice"]
+    found = scores(task, predicted)
+    assert np.isfinite(found["squared_error"]).all()
+    assert found["pds_cosine"].mean() == pytest.approx(0.5, abs=1e-12)
+    assert found["coverage_95"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: a[:, :5].copy(), "repeat or lack 75"),
+        (lambda a: a[1:].copy(), "predicts nothing for"),
+        (lambda a: ad.AnnData(a.X, a.obs, a.var), "say 'counts' or 'log1p'"),
+        (lambda a: ad.AnnData(a.X - 9, a.obs, a.var, uns=a.uns), "negative or not finite"),
+        (lambda a: ad.AnnData(a.X, a.obs[[]], a.var, uns=a.uns), "no obs"),
+        (lambda a: a.to_df(), "not an AnnData"),
+    ],
+)
+def test_predictions_of_another_form_are_refused(task, spoil, message):
+    class Spoilt(Stranger):
+        def predict(self, perturbations, control):
+            return spoil(super().predict(perturbations, control))
+
+    method = Spoilt()
+    method.fit(task.train, task.split)
+    with pytest.raises(ValueError, match=message):
+        predict_rows(method, task, "spoilt")
+
+
+def test_genes_may_come_in_any_order(task):
+    class Mixed(Stranger):
+        def predict(self, perturbations, control):
+            return super().predict(perturbations, control)[:, ::-1].copy()
+
+    a, b = Stranger(), Mixed()
+    for method in (a, b):
+        method.fit(task.train, task.split)
+    x, y = (predict_rows(m, task, "x")["x"] for m in (a, b))
+    np.testing.assert_array_equal(x.effect, y.effect)
+    assert (x.cells.counts != y.cells.counts).nnz == 0
+
+
+def test_control_cells_move_as_far_as_is_predicted(task):
+    base = task.controls
+    control = task.control_profiles[0]
+    change = np.random.default_rng(0).choice([-0.7, 0, 0.9], len(control)) * np.minimum(control, 1)
+    moved = benchmark.moved(base, control, control + change, np.random.default_rng(1))
+    rates = np.asarray(moved.sum(0)).ravel() / base.library.sum() * 1e4
+    before = np.asarray(base.counts.sum(0)).ravel() / base.library.sum() * 1e4
+    wanted = before * np.expm1(control + change) / np.expm1(control)
+    seen = before > 5
+    np.testing.assert_allclose(rates[seen], wanted[seen], rtol=0.15)
+    assert (moved.data == np.rint(moved.data)).all()
+    assert moved.min() >= 0
+
+
+# Runs
+
+TINY = {
+    "title": "tiny",
+    "data": [
+        {
+            "name": "simulated",
+            "simulate": {"n_cells": 1_200, "n_genes": 40, "n_targets": 8, "n_combinations": 8},
+            "splits": [{"kind": "doubles"}, {"kind": "unseen-singles", "folds": 2}],
+        }
+    ],
+    "methods": ["additive", "anchor", "mean", "no change", "replicate", "truth"],
+    "focus": "anchor",
+}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("benchmark")
+    return benchmark.run(TINY, out, progress=False), out
+
+
+def test_floor_is_0_ceiling_is_1_and_truth_is_no_worse(result):
+    table = result[0].table()
+    scaled = table.pivot_table(index=["kind", "metric"], columns="method", values="scaled")
+    assert len(scaled) > 10
+    np.testing.assert_allclose(scaled["mean"], 0, atol=1e-12)
+    np.testing.assert_allclose(scaled["replicate"], 1, atol=1e-12)
+    errors = ["squared_error", "l2_top1000", "pearson_delta", "pds_cosine", "embedding_cosine"]
+    best = scaled["truth"].unstack("kind").reindex(errors).to_numpy()
+    assert (best[np.isfinite(best)] >= 1 - 1e-9).all()
+
+
+def test_two_runs_give_the_same_tables_and_a_second_one_is_quick(result, tmp_path):
+    first, out = result
+    again = benchmark.run(TINY, tmp_path, progress=False)
+    pd.testing.assert_frame_equal(first.scores, again.scores)
+    assert (tmp_path / "table.csv").read_bytes() == (out / "table.csv").read_bytes()
+    start = time.perf_counter()
+    benchmark.run(TINY, out, progress=False)
+    assert time.perf_counter() - start < 15
+
+
+def test_corrupt_cells_are_computed_again_and_said_so(result, caplog):
+    first, out = result
+    kept = sorted((out / "cells").iterdir())
+    (kept[0] / "scores.csv").write_text("nothing")
+    (kept[1] / "run.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        again = benchmark.run(TINY, out, progress=False)
+    assert caplog.text.count("is corrupt") == 2
+    pd.testing.assert_frame_equal(first.scores, again.scores)
+
+
+def test_what_decides_a_score_decides_where_it_is_kept(result, tmp_path):
+    _, out = result
+    before = set(os.listdir(out / "cells"))
+    more = {
+        **TINY,
+        "methods": [*TINY["methods"], {"name": "transfer", "options": {"form": "similar"}}],
+    }
+    benchmark.run(more, out, progress=False)
+    after = set(os.listdir(out / "cells"))
+    assert len(after - before) == 3
+    assert before < after
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(result, tmp_path):
+    code = f"""
+import json
+from gpjepa import benchmark
+benchmark.run(json.loads({json.dumps(json.dumps(TINY))}), {str(tmp_path / "out")!r}, progress=False)
+"""
+    run = subprocess.Popen([sys.executable, "-c", code])
+    kept = tmp_path / "out" / "cells"
+    while not (kept.exists() and len(os.listdir(kept)) >= 4):
+        assert run.poll() is None, "ended before it could be killed"
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    times = {p.name: p.stat().st_mtime_ns for p in kept.iterdir() if not p.name.startswith(".")}
+    assert 0 < len(times) < 18
+    again = benchmark.run(TINY, tmp_path / "out", progress=False)
+    assert {p: (kept / p).stat().st_mtime_ns for p in times} == times
+    pd.testing.assert_frame_equal(result[0].scores, again.scores)
+
+
+def test_a_method_that_fails_is_named_and_the_others_go_on(tmp_path):
+    config = {**TINY, "methods": [*TINY["methods"], "kernel ridge"]}
+    config["data"] = [{**TINY["data"][0], "splits": [{"kind": "doubles"}]}]
+    found = benchmark.run(config, tmp_path, progress=False)
+    lost = found.runs[found.runs["status"] == "not run"]
+    assert list(lost["method"]) == ["kernel ridge"]
+    assert "needs features" in lost["reason"].iloc[0]
+    assert "needs features" in (tmp_path / "report.md").read_text()
+    assert "needs features" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["additve", "mean", "replicate"]}, "methods.0: 'additve' is not a method"),
+        ({"methods": ["mean"], "focus": None}, "floor and ceiling"),
+        (
+            {"methods": ["mean", "mean", "replicate"], "focus": None},
+            r"methods: \['mean'\] occur more than once",
+        ),
+        ({"metrics": ["r2"]}, r"\['r2'\] are not known"),
+        ({"title": None}, "title: "),
+        ({"sedes": [1]}, "sedes: Extra inputs"),
+        ({"focus": "mine"}, "focus: 'mine' is none"),
+        ({"data": []}, "data: "),
+        ({"data": [{**TINY["data"][0], "source": "x.h5ad"}]}, "give one of `source`"),
+        (
+            {"data": [{**TINY["data"][0], "splits": [{"kind": "unseen-singles", "folds": 1}]}]},
+            "data.0.splits.0.unseen-singles.folds: ",
+        ),
+        ({"data": [{**TINY["data"][0], "splits": [{"kind": "random"}]}]}, "data.0.splits.0: "),
+    ],
+)
+def test_errors_of_a_configuration_name_the_key(change, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.BenchmarkConfig.read({**TINY, **change})
+
+
+def test_configurations_that_are_not_there_name_the_presets(tmp_path):
+    with pytest.raises(ValueError, match="presets are .*smoke"):
+        benchmark.BenchmarkConfig.read("smok")
+    (tmp_path / "x.yaml").write_text("title: [")
+    with pytest.raises(ValueError, match="is not YAML"):
+        benchmark.BenchmarkConfig.read(tmp_path / "x.yaml")
+    for name in benchmark.presets():
+        assert benchmark.BenchmarkConfig.read(name).title
+
+
+def test_own_manifest_is_followed(result, tmp_path):
+    _, out = result
+    (tmp_path / "b.yaml").write_text(
+        json.dumps(
+            {
+                **TINY,
+                "data": [{**TINY["data"][0], "splits": [{"kind": "manifest", "path": "m.json"}]}],
+            }
+        )
+    )
+    manifest = splits.Manifest.read(out / "splits" / "simulated.json")
+    replace(manifest, splits=manifest.splits[:1]).write(tmp_path / "m.json")
+    config = benchmark.BenchmarkConfig.read(tmp_path / "b.yaml")
+    (data,) = config.data
+    assert data.make_splits(*data.load_joined()).splits == manifest.splits[:1]
+    other = data.model_copy(update={"simulate": {**data.simulate, "seed": 5}})
+    with pytest.raises(ValueError, match=r"do not have|other cells"):
+        other.make_splits(*other.load_joined())
+
+
+def test_data_sets_are_joined_on_their_genes(tmp_path):
+    paths = {}
+    for i, name in enumerate(("one", "two")):
+        adata = gpjepa.datasets.simulate(900, 40, n_targets=5, n_combinations=1, seed=0)
+        paths[name] = {"source": str(tmp_path / f"{name}.h5ad")}
+        adata[:, i * 4 : 36 + i * 4].copy().write_h5ad(paths[name]["source"])
+    config = {
+        **TINY,
+        "data": [{"name": "both", "join": paths, "splits": [{"kind": "cross-dataset"}]}],
+    }
+    (data,) = benchmark.BenchmarkConfig.read(config).data
+    cells, origin = data.load_joined()
+    assert cells.n_vars == 32
+    assert set(origin) == {"one", "two"}
+    assert [s.kind for s in data.make_splits(cells, origin).splits] == ["cross-dataset"] * 2
+
+
+def test_no_scale_where_floor_and_ceiling_cannot_be_told_apart(tmp_path):
+    """McFaline's kinases hardly do anything: a replicate is no better than the mean response."""
+    config = {
+        **TINY,
+        "data": [
+            {
+                "name": "mcfaline", "source": str(real_file("mcfaline_2023_mini.h5ad")),
+                "context_key": "cell_line", "library_size_key": "library_size",
+                "splits": [{"kind": "held-out-context"}],
+            }
+        ],
+        "methods": ["mean", "no change", "replicate"], "focus": None,
+        "metrics": ["squared_error", "pearson_delta", "pds_cosine", "embedding_retrieval"],
+    }  # fmt: skip
+    table = benchmark.run(config, tmp_path, progress=False).table()
+    assert table["scaled"].isna().all()
+    page = (tmp_path / "report.html").read_text()
+    assert "cannot be told from the mean response" in page
+    assert "is worse than the mean response" in page
+
+
+# Intervals
+
+
+def test_rows_that_share_a_target_are_no_independent_witnesses():
+    """The same twelve values, of twelve targets or of four doses of three."""
+    rng = np.random.default_rng(0)
+    values = np.repeat([0.0, 1.0, 3.0], 4) + rng.normal(0, 0.1, 12)
+
+    def width(names):
+        frames = [
+            pd.DataFrame({"data": "d", "kind": "k", "split": "s", "context": "all", "method": m,
+                          "perturbation": names, "pearson_delta": v})
+            for m, v in (("mean", 0 * values), ("replicate", values))
+        ]  # fmt: skip
+        table = benchmark.summarise(pd.concat(frames))
+        row = table[table["method"] == "replicate"].iloc[0]
+        assert row["low"] < row["value"] < row["high"]
+        assert row["value"] == pytest.approx(values.mean())
+        return row["high"] - row["low"]
+
+    apart = width([f"A{i}" for i in range(12)])
+    shared = width([f"A{i // 4}@{i % 4 + 1}" for i in range(12)])
+    assert shared > 1.5 * apart
+    # As wide as the textbook's interval, for targets that are independent.
+    assert apart == pytest.approx(2 * 1.96 * values.std() / np.sqrt(12), rel=0.15)
