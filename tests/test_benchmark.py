@@ -308,11 +308,26 @@ def test_a_stranger_can_take_part(task):
     assert found["coverage_95"].isna().all()
 
 
+def test_what_a_method_leaves_out_is_scored_as_the_mean_response(task):
+    class Partial(Stranger):
+        def predict(self, perturbations, control):
+            return super().predict(perturbations[1:], control)
+
+    method = Partial()
+    method.fit(task.train, task.split)
+    predicted = predict_rows(method, task, "partial")["partial"]
+    assert list(predicted.refused) == [True] + [False] * (len(task.rows) - 1)
+    mean = fitted("mean", task)
+    np.testing.assert_allclose(predicted.effect[0], mean.effect[0], rtol=1e-6)
+    first = [s.counts[s.row == 0] for s in (predicted.cells, mean.cells)]
+    assert (first[0] != first[1]).nnz == 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda a: a[:, :5].copy(), "repeat or lack 75"),
-        (lambda a: a[1:].copy(), "predicts nothing for"),
+        (lambda a: a[:0].copy(), "predicts none of"),
         (lambda a: ad.AnnData(a.X, a.obs, a.var), "say 'counts' or 'log1p'"),
         (lambda a: ad.AnnData(a.X - 9, a.obs, a.var, uns=a.uns), "negative or not finite"),
         (lambda a: ad.AnnData(a.X, a.obs[[]], a.var, uns=a.uns), "no obs"),

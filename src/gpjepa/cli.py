@@ -313,6 +313,9 @@ def simulate(
 def run_benchmark(
     config: Annotated[str, typer.Argument(help="A preset by name, or a YAML file.")],
     out: Annotated[Path, typer.Option(help="Directory; a run that was stopped goes on there.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the files that it names; by default beside it.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Check the configuration and the splits; run nothing.")
     ] = False,
@@ -320,12 +323,12 @@ def run_benchmark(
     """Compare methods on held-out perturbations, and write a report."""
     from gpjepa import benchmark
 
-    read = benchmark.BenchmarkConfig.read(config)
+    read = benchmark.BenchmarkConfig.read(config, data)
     if check:
-        for data in read.data:
-            manifest = data.make_splits(*data.load_joined())
+        for each in read.data:
+            manifest = each.make_splits(*each.load_joined())
             console.print(
-                f"{data.name}: {len(manifest.splits)} splits, {len(read.methods)} methods."
+                f"{each.name}: {len(manifest.splits)} splits, {len(read.methods)} methods."
             )
         return
     result = benchmark.run(read, out)

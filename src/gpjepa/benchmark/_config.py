@@ -300,10 +300,17 @@ class BenchmarkConfig(_Strict):
         return self
 
     @classmethod
-    def read(cls, source: str | Path | dict[str, Any]) -> BenchmarkConfig:
+    def read(
+        cls, source: str | Path | dict[str, Any], folder: str | Path | None = None
+    ) -> BenchmarkConfig:
         """A preset by name, a YAML file, or a dict of the same form.
 
-        Paths in a file are relative to it.
+        Parameters
+        ----------
+        source
+            The preset, file or dict.
+        folder
+            Where files are that it names; by default beside it.
 
         Raises
         ------
@@ -312,13 +319,13 @@ class BenchmarkConfig(_Strict):
         """
         import yaml
 
-        folder, name = None, "the configuration"
+        name = "the configuration"
         if isinstance(source, dict):
             content = source
         else:
             path = PRESETS / f"{source}.yaml"
             if not path.exists():
-                path, folder = Path(source), Path(source).parent
+                path, folder = Path(source), folder or Path(source).parent
             if not path.is_file():
                 raise ValueError(
                     f"{source!r} is neither a file nor a preset; presets are {', '.join(presets())}."
@@ -332,7 +339,7 @@ class BenchmarkConfig(_Strict):
             config = cls.model_validate(content)
         except ValidationError as error:
             raise ValueError(f"{name} is not a benchmark:\n{_told(error)}") from error
-        return config if folder is None else cls.model_validate(_anchored(content, folder))
+        return config if folder is None else cls.model_validate(_anchored(content, Path(folder)))
 
 
 PRESETS = Path(__file__).parent / "presets"

@@ -59,6 +59,9 @@ class Method(Protocol):
     mean log1p counts per 10,000 from the control) where they are not those of its cells, and
     ``uns["effect_sd"]``, their standard deviations. Several predictions of one training, such as
     with two settings, are returned as a dict of names to AnnData.
+
+    A perturbation that it cannot predict is left out: it is scored as the mean response, and the
+    report says how many were.
     """
 
     def fit(self, train: ad.AnnData, split: Split) -> None:
@@ -106,9 +109,8 @@ def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: 
     if "perturbation" not in cells.obs:
         raise ValueError(f"{name}: its AnnData has no obs['perturbation'].")
     given = cells.obs["perturbation"].astype(str)
-    lacking = sorted(set(wanted) - set(given))
-    if lacking:
-        raise ValueError(f"{name} predicts nothing for {lacking}.")
+    if not set(wanted) & set(given):
+        raise ValueError(f"{name} predicts none of {wanted}.")
     if not cells.var_names.is_unique or set(genes) - set(cells.var_names):
         absent = sorted(set(genes) - set(cells.var_names))
         raise ValueError(f"{name}: its genes repeat or lack {len(absent)}, such as {absent[:3]}.")
@@ -120,17 +122,23 @@ def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: 
 
 
 def _assemble(task: Task, parts: Mapping[str, ad.AnnData]) -> Prediction:
-    effects, sets, sds = [], [], []
+    effects, sets, sds, refused = [], [], [], []
     for i, (context, perturbation) in enumerate(task.rows):
         part = parts[context]
         label = str(perturbation)
         mine = part[(part.obs["perturbation"].astype(str) == label).to_numpy()]
         control = task.control_profiles[i]
+        refused.append(mine.n_obs == 0)
+        sd = part.uns.get("effect_sd")
+        if refused[-1]:
+            effects.append(task.mean_response[i])
+            sets.append(_moved_row(task, control + task.mean_response[i], control, context, i))
+            sds.append(None if sd is None else np.full(len(task.genes), np.nan))
+            continue
         cells, profile = _one_row(task, mine, control, context, i)
         stated = part.uns.get("effect")
         effects.append(_of(stated, label, task.genes) if stated is not None else profile - control)
         sets.append(cells)
-        sd = part.uns.get("effect_sd")
         sds.append(None if sd is None else _of(sd, label, task.genes))
     return Prediction(
         np.stack(effects),
@@ -140,6 +148,7 @@ def _assemble(task: Task, parts: Mapping[str, ad.AnnData]) -> Prediction:
             np.concatenate([c.context for c in sets]),
         ),
         None if any(s is None for s in sds) else np.stack([s for s in sds if s is not None]),
+        np.array(refused),
     )  # fmt: skip
 
 
@@ -151,9 +160,6 @@ def _one_row(
     task: Task, mine: ad.AnnData, control: np.ndarray, context: str, row: int
 ) -> tuple[CellSet, np.ndarray]:
     """Cells and mean profile that a method predicts for one row."""
-    base = task.controls
-    here = np.flatnonzero(base.context == context)
-    base = CellSet(base.counts[here], base.library[here], base.row[here], base.context[here])
     if mine.uns["scale"] == "counts":
         counts = sp.csr_matrix(mine.X).astype(np.float32)
         library = np.asarray(counts.sum(1)).ravel()
@@ -163,15 +169,22 @@ def _one_row(
         cells = _cells(counts, np.maximum(library, 1), row, context)
         return cells, np.asarray(cells.log1p.mean(0)).ravel()
     values = mine.X.toarray() if sp.issparse(mine.X) else np.asarray(mine.X, float)
-    # The same stream for every row: what is predicted to be equal stays equal.
-    rng = np.random.default_rng(0)
     if mine.n_obs == 1:
-        counts = moved(base, control, values[0], rng)
-        return _cells(counts, base.library, row, context), values[0]
-    library = base.library[np.arange(mine.n_obs) % len(here)]
+        return _moved_row(task, values[0], control, context, row), values[0]
+    library = task.controls.of(context).library
+    library = library[np.arange(mine.n_obs) % len(library)]
     rates = np.expm1(np.asarray(values, float)) * library[:, None] / 1e4
-    counts = sp.csr_matrix(rng.poisson(rates).astype(np.float32))
+    counts = sp.csr_matrix(np.random.default_rng(0).poisson(rates).astype(np.float32))
     return _cells(counts, library, row, context), values.mean(0)
+
+
+def _moved_row(
+    task: Task, profile: np.ndarray, control: np.ndarray, context: str, row: int
+) -> CellSet:
+    base = task.controls.of(context)
+    # The same stream for every row: what is predicted to be equal stays equal.
+    counts = moved(base, control, profile, np.random.default_rng(0))
+    return _cells(counts, base.library, row, context)
 
 
 def _cells(counts: sp.csr_matrix, library: np.ndarray, row: int, context: str) -> CellSet:
@@ -328,12 +341,15 @@ class GPJEPAMethod:
     def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> dict[str, ad.AnnData]:
         """Cells with each gate, and their mean effects."""
         context = str(control.obs["context"].iloc[0])
+        # A target that is neither measured nor described cannot be asked for.
+        known = [p for p in perturbations
+                 if all(t in self.model_.vocabulary.index for t in _read(p).targets)]  # fmt: skip
         found = {}
         for gate in self.gates:
             cells = self.model_.predict_perturbation(
-                control, list(perturbations), context=context, seed=self.seed, gate=gate
+                control, known, context=context, seed=self.seed, gate=gate
             )
-            tidy = self.model_.predict_effects(list(perturbations), context, gate=gate)
+            tidy = self.model_.predict_effects(known, context, gate=gate)
             wide = {column: tidy.pivot(index="perturbation", columns="gene", values=column)
                     for column in ("effect", "sd")}  # fmt: skip
             cells.uns = {"scale": "counts", "effect": wide["effect"], "effect_sd": wide["sd"]}

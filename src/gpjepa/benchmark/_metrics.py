@@ -34,11 +34,14 @@ class Prediction:
         Predicted cells of the rows.
     sd
         Standard deviation of the mean effects, shape (n_rows, n_genes), or None.
+    refused
+        Rows that the method did not predict, scored as the mean response; None for none.
     """
 
     effect: np.ndarray
     cells: CellSet
     sd: np.ndarray | None = None
+    refused: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -290,7 +293,8 @@ def _coverage(level: int) -> Callable[[Scoring], np.ndarray]:
         wrong = np.abs(scoring.predicted.effect - scoring.truth.effect)
         counts = scoring.task.scored & (spread > 0)
         inside = counts & (wrong <= norm.ppf(0.5 + level / 200) * spread)
-        return inside.sum(1) / counts.sum(1)
+        n = counts.sum(1)
+        return np.where(n > 0, inside.sum(1) / np.maximum(n, 1), np.nan)
 
     return covered
 

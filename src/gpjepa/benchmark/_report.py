@@ -84,7 +84,7 @@ def contents(result: BenchmarkResult) -> dict[str, Any]:
         "all_metrics": _all_metrics(table),
         "controls": _controls(table, headline, rivals),
         "compute": _compute(result.runs),
-        "not_run": _not_run(result.runs),
+        "not_run": _not_run(result.runs, result.scores),
         "splits": _splits(result),
         "metrics": _metrics(result.scores),
         "unscaled": _unscaled(table),
@@ -111,7 +111,9 @@ def number(value: float) -> str:
     """Three significant digits; a dash where there is no value."""
     if value != value:
         return "–"
-    if abs(value) >= 100 or value == 0:
+    if abs(value) < 5e-4:
+        return "0"
+    if abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
@@ -148,6 +150,13 @@ def _in_short(beside: pd.DataFrame, focus: str | None) -> list[str]:
                               f"apart: error {errors} (gain {gain}).",
         }[str(row["verdict"])]  # fmt: skip
         said.append(f"{where}: {sentence}")
+    asked = beside[["data", "kind"]].drop_duplicates().itertuples(index=False)
+    told = set(main[["data", "kind"]].itertuples(index=False, name=None))
+    said += [
+        f"{data}, {kind}: the measured effects are no larger than their sampling noise, so errors "
+        "cannot be compared."
+        for data, kind in asked if (data, kind) not in told
+    ]  # fmt: skip
     return said
 
 
@@ -330,9 +339,15 @@ def _compute(runs: pd.DataFrame) -> Table | None:
     return Table("Compute", columns, rows, "Means over runs; memory above what was there before.")
 
 
-def _not_run(runs: pd.DataFrame) -> Table:
+def _not_run(runs: pd.DataFrame, scores: pd.DataFrame) -> Table:
     part = runs[runs["status"] != "run"].drop_duplicates(["data", "kind", "method", "reason"])
     rows = [[f"{r['data']}: {r['kind']}", r["method"], r["reason"]] for _, r in part.iterrows()]
+    refused = scores[scores["refused"].astype(bool)]
+    for (data, kind, method), mine in refused.groupby(["data", "kind", "method"], sort=False):
+        names = list(dict.fromkeys(mine["perturbation"]))
+        rows.append([f"{data}: {kind}", str(method),
+                     f"{len(names)} perturbations that it cannot predict are scored as the mean "
+                     f"response, such as {', '.join(names[:3])}"])  # fmt: skip
     note = "" if rows else "Everything that was asked for was run."
     return Table("Not run", ["data and split", "method", "reason"], rows, note)
 

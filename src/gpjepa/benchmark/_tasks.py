@@ -120,6 +120,11 @@ class CellSet:
     row: np.ndarray
     context: np.ndarray
 
+    def of(self, context: str) -> CellSet:
+        """The cells of one context."""
+        here = np.flatnonzero(self.context == context)
+        return CellSet(self.counts[here], self.library[here], self.row[here], self.context[here])
+
     @cached_property
     def log1p(self) -> sp.csr_matrix:
         """log1p counts per 10,000, shape (n_cells, n_genes)."""
