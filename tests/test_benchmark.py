@@ -1,5 +1,6 @@
 """The benchmark: what a metric says, what cannot win, and that a run can be trusted."""
 
+import inspect
 import json
 import logging
 import os
@@ -235,6 +236,41 @@ def test_intervals_are_as_wide_as_their_errors(task):
     assert benchmark.risk_coverage(np.ones(5), error[:5]) == 1
 
 
+def test_enrichment_agrees_with_the_truth_and_with_plain_regression(cells, task):
+    rng = np.random.default_rng(0)
+    sets = {f"set {i}": set(rng.choice(task.genes, 12, replace=False)) for i in range(8)}
+    sets["too small"] = set(task.genes[:2])
+    known = replace(task, gene_sets=sets)
+    names = ["gene_set_agreement", "signature_ranking"]
+    np.testing.assert_allclose(scores(known, oracle("truth", known, 0), metrics=names), 1)
+    assert (scores(known, fitted("no change", known), metrics=names) == 0).all(None)
+    assert scores(task, fitted("no change", task), metrics=names).isna().all(None)
+    base = Scoring(known, known.truths[0], fitted("additive", known))
+    predicted, _ = base.enrichment
+    assert "too small" not in predicted
+    # The score of a set is the t statistic of its slope (Badia-i-Mompel et al. 2022).
+    effect = np.where(known.scored, base.predicted.effect, 0)[0]
+    member = np.isin(known.genes, sorted(sets["set 3"]))
+    from scipy.stats import linregress
+
+    fit = linregress(member.astype(float), effect)
+    assert predicted.loc["0", "set 3"] == pytest.approx(fit.slope / fit.stderr, rel=1e-4)
+
+
+def test_e_test_finds_what_responds_and_is_repeatable(task):
+    p = task.e_test
+    assert p.min() < 0.05
+    again = replace(task)
+    np.testing.assert_array_equal(p, again.e_test)
+    assert np.random.default_rng().random() != np.random.default_rng().random()
+    scrambled = [
+        replace(t, cells=replace(t.cells, row=np.random.default_rng(i).permutation(t.cells.row)))
+        for i, t in enumerate(task.truths)
+    ]
+    # Eight tests of nothing, with a family-wise error of 5%: at most one false alarm.
+    assert (replace(task, truths=tuple(scrambled)).e_test < 0.05).sum() <= 1 < (p < 0.05).sum()
+
+
 def test_crps_is_that_of_the_definition():
     from scipy.integrate import quad
     from scipy.stats import norm
@@ -321,6 +357,23 @@ def test_what_a_method_leaves_out_is_scored_as_the_mean_response(task):
     np.testing.assert_allclose(predicted.effect[0], mean.effect[0], rtol=1e-6)
     first = [s.counts[s.row == 0] for s in (predicted.cells, mean.cells)]
     assert (first[0] != first[1]).nnz == 0
+
+
+def test_a_stranger_is_named_in_the_configuration(tmp_path, monkeypatch):
+    code = inspect.getsource(Stranger)
+    (tmp_path / "their_method.py").write_text(
+        f"import anndata as ad\nimport numpy as np\nimport pandas as pd\n\n{code}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name = {"name": "their_method:Stranger", "label": "twice the mean"}
+    config = {**TINY, "methods": ["mean", "replicate", name], "focus": "twice the mean"}
+    found = benchmark.run(config, tmp_path / "out", progress=False)
+    assert set(found.scores["method"]) == {"mean", "replicate", "twice the mean"}
+    assert "twice the mean" in (tmp_path / "out" / "report.md").read_text()
+    for wrong, message in (("their_method:Nobody", "cannot be imported"),
+                           ("their_method:np", "is no method: it has no fit and no predict")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            benchmark.BenchmarkConfig.read({**config, "methods": ["mean", "replicate", wrong]})
 
 
 @pytest.mark.parametrize(

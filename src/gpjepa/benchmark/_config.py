@@ -14,7 +14,7 @@ from gpjepa import datasets, splits
 from gpjepa.perturbations import TargetFeatures, read_gmt
 from gpjepa.splits import Manifest, Row, Split
 
-from ._methods import METHODS, ORACLES
+from ._methods import METHODS, ORACLES, imported
 from ._metrics import METRICS
 from ._tasks import data_hash, measured_rows, standard_cells
 
@@ -195,6 +195,7 @@ class Data(_Cells):
     )
     n_genes: Positive | None = Field(None, description="Variable genes, chosen on training cells.")
     features: list[Features] = []
+    gene_sets: list[Path] = Field([], description="GMT files, for the agreement of enrichment.")
     splits: Annotated[list[AnySplit], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -224,6 +225,11 @@ class Data(_Cells):
             raise ValueError(f"{self.name}: {list(self.join)} share no gene by name.")
         # Counts of genes that others lack are part of the library size still.
         return joined[joined.obs_names.argsort()].copy(), origin
+
+    def read_gene_sets(self) -> dict[str, set[str]] | None:
+        """Genes by set, of all files; None without a file."""
+        found = {f"{p.stem}: {k}": v for p in self.gene_sets for k, v in read_gmt(p).items()}
+        return found or None
 
     def make_splits(self, cells: ad.AnnData, origin: dict[str, str]) -> Manifest:
         """All splits of these cells.
@@ -261,8 +267,13 @@ class MethodConfig(_Strict):
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
         known = [*METHODS, *ORACLES]
-        if self.name not in known:
-            raise ValueError(f"{self.name!r} is not a method; known are {', '.join(known)}")
+        if ":" in self.name:
+            imported(self.name)
+        elif self.name not in known:
+            raise ValueError(
+                f"{self.name!r} is not a method; known are {', '.join(known)}, and yours as "
+                "'package.module:Class'"
+            )
         return self
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -426,6 +428,48 @@ METHODS: dict[str, Factory] = {
     "GP-JEPA": lambda f, s, o: GPJEPAMethod(f, s, **o),
 }
 """Methods by name: from features of the targets, a seed and options of the method."""
+
+
+def make_method(
+    name: str, features: Sequence[TargetFeatures], seed: int, options: Mapping[str, Any]
+) -> Method:
+    """A method by name, or by where it can be imported from.
+
+    A class of others gets its options, and ``features`` and ``seed`` if it has such parameters.
+    """
+    if name in METHODS:
+        return METHODS[name](features, seed, dict(options))
+    kind = imported(name)
+    offered = {"features": features, "seed": seed}
+    taken = inspect.signature(kind).parameters
+    return kind(**{k: v for k, v in offered.items() if k in taken}, **options)
+
+
+def imported(name: str) -> type:
+    """The class that ``"package.module:Class"`` names.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be imported or is no method.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} cannot be imported: {error}") from error
+    lacking = [f for f in ("fit", "predict") if not callable(getattr(kind, f, None))]
+    if lacking:
+        raise ValueError(f"{name!r} is no method: it has no {' and no '.join(lacking)}")
+    return kind
+
+
+def is_seeded(name: str) -> bool:
+    """Whether another seed changes a method."""
+    if name in METHODS or name in ORACLES:
+        return name in SEEDED
+    return "seed" in inspect.signature(imported(name)).parameters
+
 
 SEEDED = ("permuted labels", "random features", "mean plus noise", "GP-JEPA")
 """Methods that another seed changes."""

@@ -19,6 +19,7 @@ N_TOP = 20  # genes of R²
 N_HIGHEST = 1_000  # genes of L2
 N_CORRELATED = 50  # genes of the gene-gene correlation
 N_CELLS = 500  # cells of each side of the energy distance
+MIN_SET = 5  # measured genes that a gene set must have
 INTERVALS = (50, 80, 95)
 
 
@@ -69,6 +70,11 @@ class Scoring:
 
         return run_cell_eval(self.task, self.truth, self.predicted.cells)
 
+    @cached_property
+    def enrichment(self) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+        """Gene-set scores of predicted and measured effects; None without gene sets."""
+        return _enrichment(self)
+
     def cells_of(self, row: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
         """Predicted and measured cells of a row, log1p counts per 10,000."""
         return tuple(s.log1p[np.flatnonzero(s.row == row)]
@@ -100,7 +106,9 @@ class Metric:
     """
 
     label: str
-    axis: Literal["effect", "differential expression", "cells", "embedding", "calibration"]
+    axis: Literal[
+        "effect", "differential expression", "cells", "embedding", "decision", "calibration"
+    ]
     direction: Literal["higher", "lower", "closest"]
     best: float
     catches: str
@@ -274,6 +282,71 @@ def _embedding_retrieval(scoring: Scoring) -> np.ndarray:
     return found
 
 
+# Decisions: what one would do next with the effects
+
+
+def _enrichment(scoring: Scoring) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Gene-set scores of predicted and measured effects, rows × sets: decoupler's ULM."""
+    sets = scoring.task.gene_sets
+    if sets is None:
+        return None
+    import decoupler
+
+    genes = scoring.task.genes
+    net = pd.DataFrame(
+        [(name, gene, 1.0) for name, members in sets.items() for gene in sorted(members)],
+        columns=["source", "target", "weight"],
+    )
+    net = net[net["target"].isin(genes)]
+    sizes = net["source"].value_counts()
+    net = net[net["source"].map(sizes).ge(MIN_SET)]
+    if net.empty:
+        return None
+    tables = []
+    for effect in (scoring.predicted.effect, scoring.truth.effect):
+        # The targeted gene is no evidence for its sets.
+        values = np.where(scoring.task.scored, effect, 0)
+        frame = pd.DataFrame(values, [str(i) for i in range(len(values))], genes)
+        some = frame[values.any(1)]  # no effect at all has no slope: its scores are 0
+        found = pd.DataFrame(0.0, some.index, sorted(set(net["source"])))
+        if len(some):
+            found = decoupler.mt.ulm(data=some, net=net, tmin=MIN_SET, empty=False)[0]
+        tables.append(found.reindex(frame.index).fillna(0.0).sort_index(axis=1))
+    return tables[0], tables[1]
+
+
+def _rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman correlation of the rows of x and y; 0 for a constant row of x."""
+    from scipy.stats import rankdata
+
+    return np.array([correlation(rankdata(a), rankdata(b)) for a, b in zip(x, y, strict=True)])
+
+
+def _gene_set_agreement(scoring: Scoring) -> np.ndarray:
+    tables = scoring.enrichment
+    if tables is None:
+        return np.full(len(scoring.task.rows), np.nan)
+    return _rank_correlations(*(t.to_numpy() for t in tables))
+
+
+def _signature_ranking(scoring: Scoring) -> np.ndarray:
+    """Mean over sets of how well perturbations are ranked by the set's score, for every row.
+
+    Each row has its context's value, so that rows can be averaged as those of other metrics.
+    """
+    tables = scoring.enrichment
+    contexts = np.array([c for c, _ in scoring.task.rows])
+    found = np.full(len(contexts), np.nan)
+    if tables is None:
+        return found
+    for context in sorted(set(contexts)):
+        mine = contexts == context
+        if mine.sum() >= 3:
+            predicted, measured = (t.to_numpy()[mine].T for t in tables)
+            found[mine] = np.nanmean(_rank_correlations(predicted, measured))
+    return found
+
+
 # Calibration
 
 
@@ -411,6 +484,17 @@ METRICS: dict[str, Metric] = {
         "embedding, retrieval", "embedding", "higher", 1.0,
         "predictions nearer to other perturbations than to their own; blind to size",
         "normalised rank of the cosine", _embedding_retrieval,
+    ),
+    "gene_set_agreement": Metric(
+        "gene sets, rank correlation", "decision", "higher", 1.0,
+        "other pathways than those that respond; needs gene_sets",
+        "Spearman over sets of decoupler's ULM scores (Badia-i-Mompel et al. 2022)",
+        _gene_set_agreement,
+    ),
+    "signature_ranking": Metric(
+        "signatures, ranking of perturbations", "decision", "higher", 1.0,
+        "perturbations chosen for a signature that do not have it; needs gene_sets",
+        "Spearman over perturbations of each set's ULM score, mean over sets", _signature_ranking,
     ),
     **{
         f"coverage_{level}": Metric(

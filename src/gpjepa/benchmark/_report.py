@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ._runner import BenchmarkResult
 
 HEADLINE = ("squared_error", "pearson_centroid", "pds_cosine", "de_wilcoxon_sig_jaccard",
-            "energy_distance_unbiased", "embedding_cosine")  # fmt: skip
+            "energy_distance_unbiased", "embedding_cosine", "gene_set_agreement")  # fmt: skip
 """One or two metrics of each axis: the first screen."""
 
 
@@ -79,6 +79,7 @@ def contents(result: BenchmarkResult) -> dict[str, Any]:
         "wins": _wins(beside, focus),
         "regimes": _strata(result, "regime", "regime"),
         "sizes": _strata(result, "size", "size of the measured effect"),
+        "e_test": _strata(result, "e_test", "E-test of the measured cells"),
         "calibration": _calibration(result, table),
         "targets": _targets(result.scores),
         "all_metrics": _all_metrics(table),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from gpjepa.perturbations import TargetFeatures
 from gpjepa.splits import Manifest
 
 from ._config import BenchmarkConfig, Data, MethodConfig
-from ._methods import METHODS, ORACLES, SEEDED, oracle, predict_rows
+from ._methods import ORACLES, imported, is_seeded, make_method, oracle, predict_rows
 from ._metrics import Prediction, Scoring, score
 from ._summary import summarise
 from ._tasks import SCALE, Task
@@ -120,10 +121,11 @@ def run(
                 manifest.write(draft)
             manifests[data.name] = manifest
             features = [f.read() for f in data.features]
+            gene_sets = data.read_gene_sets()
             grid = [(m, s) for m in config.methods for s in _seeds(m, config.seeds)]
             bar.add(data.name, len(manifest.splits) * len(grid))
             for split in manifest.splits:
-                task = Task.of(cells, split, data.n_genes)
+                task = Task.of(cells, split, data.n_genes, gene_sets)
                 for method, seed in grid:
                     bar.tell(f"{data.name} · {split.name} · {method.title}")
                     key = _key(config, data, manifest, task, method, seed)
@@ -142,7 +144,7 @@ def run(
 
 def _seeds(method: MethodConfig, seeds: list[int]) -> list[int]:
     """All seeds for a method that has any use for them, else the first."""
-    return seeds if method.name in SEEDED else seeds[:1]
+    return seeds if is_seeded(method.name) else seeds[:1]
 
 
 # Cells of the grid
@@ -158,7 +160,8 @@ def _key(
         "format": _FORMAT, "data": manifest.data_hash, "n_genes": data.n_genes, "split": rows,
         "split_seed": task.split.seed, "method": method.model_dump(mode="json"), "seed": seed,
         "metrics": config.metrics, "features": [_file_hashes(f.model_dump()) for f in data.features],
-        "versions": {name: _version(name) for name in _DECIDING},
+        "gene_sets": _file_hashes({"gene_sets": data.gene_sets}),
+        "code": _code(method.name), "versions": {name: _version(name) for name in _DECIDING},
     }  # fmt: skip
     return sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -166,6 +169,13 @@ def _key(
 def _file_hashes(feature: dict[str, Any]) -> list[str]:
     paths = [p for v in feature.values() for p in (v if isinstance(v, list) else [v])]
     return [sha256(p.read_bytes()).hexdigest() if isinstance(p, Path) else str(p) for p in paths]
+
+
+def _code(name: str) -> str:
+    """Hash of the file that holds a method of others, which may change under the same name."""
+    if ":" not in name:
+        return ""
+    return sha256(Path(inspect.getfile(imported(name))).read_bytes()).hexdigest()
 
 
 def _version(name: str) -> str:
@@ -226,7 +236,7 @@ def _predictions(
     if method.name in ORACLES:
         halves = oracle(method.name, task, 0), oracle(method.name, task, 1)
         return {method.title: halves}, {"status": "run", "reason": ""}
-    fitted = METHODS[method.name](features, seed, dict(method.options))
+    fitted = make_method(method.name, features, seed, method.options)
     with _cost() as fit:
         fitted.fit(task.train.copy(), task.split)
     with _cost() as predict:
@@ -259,6 +269,7 @@ def _scored(
             "n_cells": truth.table.n_cells,
             "target_measured": on_targets(truth.table.effect[SCALE]),
             "target_predicted": on_targets(predicted.effect),
+            "e_test": np.where(task.e_test < 0.05, "differs", "not told from control"),
             "refused": False if predicted.refused is None else predicted.refused,
             "uncertainty": np.nan if sd is None else np.where(task.scored, sd**2, 0).sum(1),
         }

@@ -38,7 +38,7 @@ def summarise(scores: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     pandas.DataFrame
         One row per data set × kind of split × stratum × method × metric: ``value`` with ``low``
         and ``high``; ``scaled`` with ``scaled_low`` and ``scaled_high``, or ``unscaled``, the
-        reason why there is none; ``n_rows``.
+        reason why there is none; ``n_rows``; the metric's ``label``, ``direction`` and ``best``.
     """
     if "size" in by:
         scores = with_size(scores)
@@ -147,11 +147,13 @@ def _summary(part: pd.DataFrame) -> pd.DataFrame:
             low, high = value.interval()
             row = {"method": method, "metric": metric, "value": value.value, "low": low,
                    "high": high, "scaled": np.nan, "scaled_low": np.nan, "scaled_high": np.nan,
-                   "unscaled": why, "n_rows": n}  # fmt: skip
+                   "unscaled": why, "n_rows": n, "label": declared.label,
+                   "direction": declared.direction, "best": declared.best}  # fmt: skip
             if not why:
                 floor, ceiling = found[FLOOR], found[CEILING]
                 row["scaled"] = (value.value - floor.value) / (ceiling.value - floor.value)
-                draws = (value.draws - floor.draws) / (ceiling.draws - floor.draws)
+                with np.errstate(divide="ignore", invalid="ignore"):  # a draw without a scale
+                    draws = (value.draws - floor.draws) / (ceiling.draws - floor.draws)
                 row["scaled_low"], row["scaled_high"] = interval(draws)
             rows.append(row)
     return pd.DataFrame(rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MIN_CELLS = 8
 """A held-out perturbation is tested with at least this many cells: its halves need some each."""
+E_TEST_CELLS, E_TEST_PERMUTATIONS = 200, 500  # a group's cells at most, and the test's permutations
 SCALE: Scale = "mean_log1p"
 _read = LabelReader().read
 
@@ -179,6 +181,8 @@ class Task:
         The two halves of the held-out cells.
     training
         Effects of the training cells.
+    gene_sets
+        Name → genes, for the agreement of enrichment; None for none.
     """
 
     split: Split
@@ -188,9 +192,13 @@ class Task:
     control: ad.AnnData
     truths: tuple[Truth, Truth]
     training: EffectTable
+    gene_sets: dict[str, set[str]] | None = None
 
     @classmethod
-    def of(cls, cells: ad.AnnData, split: Split, n_genes: int | None = None) -> Task:
+    def of(
+        cls, cells: ad.AnnData, split: Split, n_genes: int | None = None,
+        gene_sets: dict[str, set[str]] | None = None,
+    ) -> Task:  # fmt: skip
         """Prepare a task from :func:`standard_cells`.
 
         Parameters
@@ -201,6 +209,8 @@ class Task:
             What is held out.
         n_genes
             Highly variable genes to keep, chosen on the training cells; all genes by default.
+        gene_sets
+            Gene sets for the agreement of enrichment.
 
         Raises
         ------
@@ -251,7 +261,8 @@ class Task:
         train = cells[part == 0].copy()
         is_control = (train.obs["perturbation"] == "control").to_numpy()
         control = train[is_control & train.obs["context"].isin(held).to_numpy()].copy()
-        return cls(split, rows, dropped, train, control, (truths[0], truths[1]), table(part == 0))
+        return cls(split, rows, dropped, train, control, (truths[0], truths[1]), table(part == 0),
+                   gene_sets)  # fmt: skip
 
     @property
     def genes(self) -> np.ndarray:
@@ -288,6 +299,24 @@ class Task:
         """Regime of each row, by what training measured."""
         anchor = EffectAnchor().fit(self.training)
         return [anchor.regime(p, c) for c, p in self.rows]
+
+    @cached_property
+    def e_test(self) -> np.ndarray:
+        """Adjusted p-value of each row's cells against the control, by pertpy's E-test."""
+        found = np.ones(len(self.rows))
+        rng = np.random.default_rng(0)
+        for context in sorted({c for c, _ in self.rows}):
+            parts, labels = [], []
+            for row in (-1, *(i for i, (c, _) in enumerate(self.rows) if c == context)):
+                cells = sp.vstack([
+                    t.cells.log1p[(t.cells.row == row) & (t.cells.context == context)]
+                    for t in self.truths
+                ]).tocsr()  # fmt: skip
+                some = np.sort(rng.permutation(cells.shape[0])[:E_TEST_CELLS])
+                parts.append(self.pca.transform(cells[some]))
+                labels += ["control" if row < 0 else str(row)] * len(some)
+            found = _e_test(np.vstack(parts), labels, found)
+        return found
 
     @cached_property
     def pca(self) -> PCA:
@@ -331,6 +360,31 @@ def _parts(keys: list[Row], contexts: np.ndarray, split: Split, rows: set[Row]) 
             "of the same context."
         )
     return part
+
+
+def _e_test(embedding: np.ndarray, labels: list[str], found: np.ndarray) -> np.ndarray:
+    import pertpy
+
+    cells = ad.AnnData(obs=pd.DataFrame({"row": labels}, index=[str(i) for i in range(len(labels))]),
+                       obsm={"X_pca": embedding})  # fmt: skip
+    test = pertpy.tl.DistanceTest("edistance", n_perms=E_TEST_PERMUTATIONS, obsm_key="X_pca")
+    with _seeded_generators():
+        table = test(cells, groupby="row", contrast="control", show_progressbar=False)
+    found = found.copy()
+    for label, p in table["pvalue_adj"].drop("control").items():
+        found[int(label)] = p
+    return found
+
+
+@contextmanager
+def _seeded_generators() -> Iterator[None]:
+    """Pertpy's test takes no seed: it draws every permutation from a new generator."""
+    original, stream = np.random.default_rng, np.random.default_rng(0)
+    np.random.default_rng = lambda seed=None: stream if seed is None else original(seed)
+    try:
+        yield
+    finally:
+        np.random.default_rng = original
 
 
 def moved(
