@@ -47,7 +47,7 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
     def told(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        except (ValueError, KeyError, TypeError, OSError, ImportError, RuntimeError) as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
             Console(stderr=True).print(
                 f"[bold red]Error:[/] {escape(str(text))}", highlight=False, soft_wrap=True
@@ -316,6 +316,9 @@ def run_benchmark(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the files that it names; by default beside it.")
     ] = None,
+    envs: Annotated[
+        Path | None, typer.Option(help="Folder of what gpjepa benchmark-env made.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Check the configuration and the splits; run nothing.")
     ] = False,
@@ -331,7 +334,7 @@ def run_benchmark(
                 f"{each.name}: {len(manifest.splits)} splits, {len(read.methods)} methods."
             )
         return
-    result = benchmark.run(read, out)
+    result = benchmark.run(read, out, envs=envs)
     n = (result.runs["status"] != "run").sum()
     if n:
         console.print(
@@ -339,4 +342,28 @@ def run_benchmark(
         )
     console.print(
         f"Wrote {out}/: report.html, report.md, table.csv, scores.csv, runs.csv, splits/."
+    )
+
+
+@app.command("benchmark-env")
+@_told
+def benchmark_env(
+    method: Annotated[str, typer.Argument(help="A published method, such as GEARS.")],
+    envs: Annotated[Path, typer.Option(help="Folder of the environments; it is made in there.")],
+    with_python: Annotated[
+        str | None, typer.Option(help="Interpreter to make it with; by default this one.")
+    ] = None,
+    torch: Annotated[
+        str | None, typer.Option(help="Version of torch to install first, such as a CPU build.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Seconds after which it is given up.")] = 1_800,
+) -> None:
+    """Make the environment that a published method runs in."""
+    import sys
+
+    from gpjepa.benchmark import make_environment
+
+    make_environment(method, envs / method, with_python or sys.executable, torch, limit)
+    console.print(
+        f"Made {envs / method}/. Now {method} runs with gpjepa benchmark ... --envs {envs}"
     )

@@ -13,6 +13,7 @@ from ._metrics import (
     risk_coverage,
     score,
 )
+from ._peers import PEERS, make_environment
 from ._runner import BenchmarkResult, run
 from ._summary import calibration, summarise, verdicts
 from ._tasks import CellSet, Task, Truth, moved, standard_cells
@@ -24,6 +25,7 @@ __all__ = [
     "METRICS",
     "NEGATIVE",
     "ORACLES",
+    "PEERS",
     "BenchmarkConfig",
     "BenchmarkResult",
     "CellSet",
@@ -37,6 +39,7 @@ __all__ = [
     "calibration",
     "compare",
     "energy_distance_unbiased",
+    "make_environment",
     "moved",
     "presets",
     "risk_coverage",

@@ -16,6 +16,7 @@ from gpjepa.splits import Manifest, Row, Split
 
 from ._methods import METHODS, ORACLES, imported
 from ._metrics import METRICS
+from ._peers import PEERS
 from ._tasks import data_hash, measured_rows, standard_cells
 
 Positive = Annotated[int, Field(gt=0)]
@@ -258,6 +259,8 @@ class MethodConfig(_Strict):
     name: str
     label: str | None = Field(None, description="What tables call it; its name by default.")
     options: dict[str, Any] = {}
+    python: Path | None = Field(None, description="Interpreter of a published method.")
+    data: list[str] | None = Field(None, description="Data sets it runs on; all by default.")
 
     @model_validator(mode="before")
     @classmethod
@@ -266,7 +269,7 @@ class MethodConfig(_Strict):
 
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
-        known = [*METHODS, *ORACLES]
+        known = [*METHODS, *PEERS, *ORACLES]
         if ":" in self.name:
             imported(self.name)
         elif self.name not in known:
@@ -304,6 +307,9 @@ class BenchmarkConfig(_Strict):
         _no_repeats("data", [d.name for d in self.data])
         if self.focus is not None and self.focus not in {m.title for m in self.methods}:
             raise ValueError(f"focus: {self.focus!r} is none of the methods")
+        named = {n for m in self.methods for n in m.data or []} - {d.name for d in self.data}
+        if named:
+            raise ValueError(f"methods: {sorted(named)} are none of the data sets")
         # What scaled values are made of is always run.
         missing = [n for n in ("mean", "replicate") if n not in {m.name for m in self.methods}]
         if missing:
@@ -377,7 +383,7 @@ def _told(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-_PATHS = {"source", "path", "regulons", "graph", "table", "blocks", "gene_sets"}
+_PATHS = {"source", "path", "regulons", "graph", "table", "blocks", "gene_sets", "python"}
 
 
 def _anchored(value: Any, folder: Path, key: str = "") -> Any:
@@ -387,5 +393,5 @@ def _anchored(value: Any, folder: Path, key: str = "") -> Any:
     if isinstance(value, list):
         return [_anchored(v, folder, key) for v in value]
     if key in _PATHS and isinstance(value, str) and (folder / value).exists():
-        return str(folder / value)
+        return str((folder / value).absolute())
     return value

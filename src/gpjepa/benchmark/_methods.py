@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import anndata as ad
@@ -34,6 +35,7 @@ from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures
 from gpjepa.splits import Split
 
 from ._metrics import Prediction
+from ._peers import PEERS, peer
 from ._tasks import SCALE, CellSet, Task, moved
 
 _read = LabelReader().read
@@ -431,12 +433,16 @@ METHODS: dict[str, Factory] = {
 
 
 def make_method(
-    name: str, features: Sequence[TargetFeatures], seed: int, options: Mapping[str, Any]
-) -> Method:
+    name: str, features: Sequence[TargetFeatures], seed: int, options: Mapping[str, Any],
+    python: Path | None = None,
+) -> Method:  # fmt: skip
     """A method by name, or by where it can be imported from.
 
-    A class of others gets its options, and ``features`` and ``seed`` if it has such parameters.
+    A class of others gets its options, and ``features`` and ``seed`` if it has such parameters;
+    a published method the interpreter of its environment.
     """
+    if name in PEERS:
+        return peer(name, python, seed, options)
     if name in METHODS:
         return METHODS[name](features, seed, dict(options))
     kind = imported(name)
@@ -466,8 +472,8 @@ def imported(name: str) -> type:
 
 def is_seeded(name: str) -> bool:
     """Whether another seed changes a method."""
-    if name in METHODS or name in ORACLES:
-        return name in SEEDED
+    if name in METHODS or name in ORACLES or name in PEERS:
+        return name in SEEDED or name in PEERS
     return "seed" in inspect.signature(imported(name)).parameters
 
 

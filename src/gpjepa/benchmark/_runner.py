@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +27,7 @@ from gpjepa.splits import Manifest
 from ._config import BenchmarkConfig, Data, MethodConfig
 from ._methods import ORACLES, imported, is_seeded, make_method, oracle, predict_rows
 from ._metrics import Prediction, Scoring, score
+from ._peers import FOLDER, PEERS, Peer
 from ._summary import summarise
 from ._tasks import SCALE, Task
 
@@ -76,8 +77,9 @@ class BenchmarkResult:
 
 
 def run(
-    config: BenchmarkConfig | str | Path | dict[str, Any], out: str | Path, *, progress: bool = True
-) -> BenchmarkResult:
+    config: BenchmarkConfig | str | Path | dict[str, Any], out: str | Path, *,
+    envs: str | Path | None = None, progress: bool = True,
+) -> BenchmarkResult:  # fmt: skip
     """Run a benchmark, or go on with it, and write its report.
 
     Finished cells of the grid are kept in ``out/cells`` under a hash of all that decides them:
@@ -90,6 +92,9 @@ def run(
         A preset by name, a YAML file, a dict of the same form, or a configuration.
     out
         Directory for the kept cells, the manifests, tables and the report.
+    envs
+        Folder with the environments of published methods, by name, as ``gpjepa benchmark-env``
+        makes them; for those whose ``python`` the configuration does not give.
     progress
         Show a progress bar.
 
@@ -122,7 +127,10 @@ def run(
             manifests[data.name] = manifest
             features = [f.read() for f in data.features]
             gene_sets = data.read_gene_sets()
-            grid = [(m, s) for m in config.methods for s in _seeds(m, config.seeds)]
+            methods = [
+                _placed(m, envs) for m in config.methods if data.name in (m.data or [data.name])
+            ]
+            grid = [(m, s) for m in methods for s in _seeds(m, config.seeds)]
             bar.add(data.name, len(manifest.splits) * len(grid))
             for split in manifest.splits:
                 task = Task.of(cells, split, data.n_genes, gene_sets)
@@ -142,6 +150,13 @@ def run(
     return result
 
 
+def _placed(method: MethodConfig, envs: str | Path | None) -> MethodConfig:
+    """A published method with the interpreter of its environment."""
+    if method.name not in PEERS or method.python is not None or envs is None:
+        return method
+    return method.model_copy(update={"python": Path(envs) / method.name / "bin" / "python"})
+
+
 def _seeds(method: MethodConfig, seeds: list[int]) -> list[int]:
     """All seeds for a method that has any use for them, else the first."""
     return seeds if is_seeded(method.name) else seeds[:1]
@@ -158,7 +173,8 @@ def _key(
     rows = {part: [[c, str(p)] for c, p in getattr(task.split, part)] for part in ("train", "test")}
     decides = {
         "format": _FORMAT, "data": manifest.data_hash, "n_genes": data.n_genes, "split": rows,
-        "split_seed": task.split.seed, "method": method.model_dump(mode="json"), "seed": seed,
+        "split_seed": task.split.seed, "seed": seed,
+        "method": method.model_dump(mode="json", exclude={"python", "data"}),
         "metrics": config.metrics, "features": [_file_hashes(f.model_dump()) for f in data.features],
         "gene_sets": _file_hashes({"gene_sets": data.gene_sets}),
         "code": _code(method.name), "versions": {name: _version(name) for name in _DECIDING},
@@ -173,9 +189,13 @@ def _file_hashes(feature: dict[str, Any]) -> list[str]:
 
 def _code(name: str) -> str:
     """Hash of the file that holds a method of others, which may change under the same name."""
-    if ":" not in name:
-        return ""
-    return sha256(Path(inspect.getfile(imported(name))).read_bytes()).hexdigest()
+    if name in PEERS:
+        script = PEERS[name].script
+        files = (f"run_{script}.py", f"{script}.txt", "_serve.py")
+        return sha256(b"".join((FOLDER / f).read_bytes() for f in files)).hexdigest()
+    if ":" in name:
+        return sha256(Path(inspect.getfile(imported(name))).read_bytes()).hexdigest()
+    return ""
 
 
 def _version(name: str) -> str:
@@ -236,11 +256,15 @@ def _predictions(
     if method.name in ORACLES:
         halves = oracle(method.name, task, 0), oracle(method.name, task, 1)
         return {method.title: halves}, {"status": "run", "reason": ""}
-    fitted = make_method(method.name, features, seed, method.options)
-    with _cost() as fit:
-        fitted.fit(task.train.copy(), task.split)
-    with _cost() as predict:
-        found = predict_rows(fitted, task, method.title)
+    fitted = make_method(method.name, features, seed, method.options, method.python)
+    try:
+        with _cost() as fit:
+            fitted.fit(task.train.copy(), task.split)
+        with _cost() as predict:
+            found = predict_rows(fitted, task, method.title)
+    finally:
+        if isinstance(fitted, Peer):
+            fitted.close()
     record = {
         "status": "run", "reason": "", "seconds_fit": fit["seconds"],
         "seconds_predict": predict["seconds"],
@@ -279,15 +303,26 @@ def _scored(
 
 @contextmanager
 def _cost() -> Iterator[dict[str, float]]:
-    """Seconds, and the peak of resident memory above what was there before."""
+    """Seconds, and the peak of resident memory, children's too, above what was there before."""
     import psutil
 
     process, found = psutil.Process(os.getpid()), {"seconds": 0.0, "peak_memory_gb": 0.0}
-    before, done = process.memory_info().rss, threading.Event()
+    done = threading.Event()
+
+    def resident() -> int:
+        total = process.memory_info().rss
+        for child in process.children(recursive=True):
+            with suppress(psutil.Error):  # it may just have ended
+                # Where it is known, without the pages that a fork shares with its parent.
+                full = child.memory_full_info()
+                total += getattr(full, "pss", full.rss)
+        return total
+
+    before = resident()
 
     def watch() -> None:
-        while not done.wait(0.02):
-            above = (process.memory_info().rss - before) / 1e9
+        while not done.wait(0.1):
+            above = (resident() - before) / 1e9
             found["peak_memory_gb"] = max(found["peak_memory_gb"], above)
 
     thread = threading.Thread(target=watch, daemon=True)

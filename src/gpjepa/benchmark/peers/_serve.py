@@ -1,0 +1,85 @@
+"""What the scripts of all peers share.
+
+A script runs in the environment of its peer, which knows nothing of gpjepa: this file needs numpy,
+pandas, scipy and anndata only. It is started once per fit and speaks through files in a folder:
+
+``train.h5ad``
+    Training cells: counts in ``X``; ``obs`` ``perturbation``, ``context``, ``library_size``.
+``task.json``
+    ``test`` rows (context, perturbation), ``options``, ``seed``.
+``control.h5ad``, ``wanted.json``
+    Control cells of one context, and the perturbations to predict in it.
+``prediction.h5ad``
+    The answer, as ``gpjepa.benchmark.Method`` asks for it.
+
+Commands (``fit``, ``predict``) come as lines of standard input, and one line of JSON answers each.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+
+def serve(fit, predict):
+    """Answer commands until the input ends.
+
+    Parameters
+    ----------
+    fit
+        From training cells and the task to whatever ``predict`` needs.
+    predict
+        From that, control cells and the names of perturbations to an AnnData.
+    """
+    folder = Path(sys.argv[1])
+    task = json.loads((folder / "task.json").read_text())
+    np.random.seed(task["seed"])
+    # Peers print; what they print belongs to the log, not to the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    state = None
+    for line in sys.stdin:
+        try:
+            if line.strip() == "fit":
+                state = fit(read(folder / "train.h5ad"), task)
+            else:
+                wanted = json.loads((folder / "wanted.json").read_text())
+                found = predict(state, read(folder / "control.h5ad"), wanted)
+                found.write_h5ad(folder / "prediction.h5ad")
+            answer = {"ok": True}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def read(path):
+    """Cells of a file, labels as plain strings."""
+    cells = ad.read_h5ad(path)
+    for column in ("perturbation", "context"):
+        cells.obs[column] = cells.obs[column].astype(str).astype(object)
+    return cells
+
+
+def log1p(cells):
+    """log1p of counts per 10,000, sparse."""
+    size = cells.obs["library_size"].to_numpy(float)
+    values = sp.csr_matrix(sp.diags(1e4 / size) @ sp.csr_matrix(cells.X))
+    values.data = np.log1p(values.data)
+    return values.astype(np.float32)
+
+
+def answer(values, perturbations, genes, scale, library=None):
+    """Predicted cells or profiles in the form of an answer."""
+    obs = pd.DataFrame({"perturbation": np.asarray(perturbations, dtype=object)})
+    if library is not None:
+        obs["library_size"] = np.asarray(library, float)
+    obs.index = obs.index.astype(str)
+    var = pd.DataFrame(index=np.asarray(genes, dtype=object))
+    return ad.AnnData(np.asarray(values, np.float32), obs=obs, var=var, uns={"scale": scale})
