@@ -1,14 +1,17 @@
 """The benchmark: what a metric says, what cannot win, and that a run can be trusted."""
 
+import importlib
 import inspect
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -22,6 +25,8 @@ from gpjepa import benchmark, splits
 from gpjepa.benchmark import METRICS, Prediction, Scoring, Task, score, standard_cells
 from gpjepa.benchmark._cell_eval import cell_eval_config, cell_eval_files
 from gpjepa.benchmark._methods import METHODS, oracle, predict_rows
+from gpjepa.benchmark._peers import FOLDER as PEER_SCRIPTS
+from gpjepa.benchmark._peers import Peer
 from gpjepa.benchmark._tasks import data_hash, measured_rows
 
 EFFECT = ["squared_error", "pearson_delta", "pearson_centroid", "l2_top1000", "r2_top20",
@@ -644,3 +649,118 @@ def test_rows_that_share_a_target_are_no_independent_witnesses():
     assert shared > 1.5 * apart
     # As wide as the textbook's interval, for targets that are independent.
     assert apart == pytest.approx(2 * 1.96 * values.std() / np.sqrt(12), rel=0.15)
+
+
+# Published methods
+
+THEIRS = """
+import numpy as np
+from _serve import answer, log1p, serve
+
+
+def fit(train, task):
+    print("peers print what they like")
+    if task["options"].get("fail") == "fit":
+        raise ValueError("cannot be fitted")
+    rates = log1p(train).toarray()
+    control = (train.obs["perturbation"] == "control").to_numpy()
+    return rates[~control].mean(0) - rates[control].mean(0), task
+
+
+def predict(state, control, wanted):
+    effect, task = state
+    if task["options"].get("fail") == "die":
+        raise SystemExit(3)
+    profile = np.maximum(log1p(control).toarray().mean(0) + 2 * effect, 0)
+    return answer([profile] * len(wanted), wanted, control.var_names, "log1p")
+
+
+if __name__ == "__main__":
+    serve(fit, predict)
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    shutil.copy(PEER_SCRIPTS / "_serve.py", tmp_path)
+    (tmp_path / "run_theirs.py").write_text(THEIRS)
+
+    def make(**options):
+        return Peer(tmp_path / "run_theirs.py", sys.executable, options=options)
+
+    return make
+
+
+def test_a_peer_answers_through_files(task, theirs):
+    peer, stranger = theirs(), Stranger()
+    for method in (peer, stranger):
+        method.fit(task.train, task.split)
+    a, b = (predict_rows(m, task, "x")["x"] for m in (peer, stranger))
+    np.testing.assert_allclose(a.effect, b.effect, atol=1e-5)
+    folder = Path(peer.folder.name)
+    assert "peers print what they like" in (folder / "log.txt").read_text()
+    peer.close()
+    assert peer.process.poll() is not None
+    assert not folder.exists()
+
+
+def test_what_happens_to_a_peer_is_told(task, theirs):
+    peer = theirs(fail="fit")
+    with pytest.raises(RuntimeError, match="ValueError: cannot be fitted"):
+        peer.fit(task.train, task.split)
+    peer.close()
+    peer = theirs(fail="die")
+    peer.fit(task.train, task.split)
+    with pytest.raises(RuntimeError, match="exit code 3 at 'predict'"):
+        peer.predict(["A"], task.control)
+    peer.close()
+
+
+def test_peers_without_an_environment_are_not_run_and_say_how(tmp_path):
+    config = {**TINY, "methods": ["mean", "replicate", *benchmark.PEERS], "focus": None}
+    config["data"] = [{**TINY["data"][0], "splits": [{"kind": "doubles"}]}]
+    found = benchmark.run(config, tmp_path / "out", progress=False)
+    lost = found.runs[found.runs["status"] == "not run"]
+    assert list(lost["method"]) == list(benchmark.PEERS)
+    assert lost["reason"].str.contains("gpjepa benchmark-env").all()
+    again = benchmark.run(config, tmp_path / "out", envs=tmp_path, progress=False)
+    assert again.runs["reason"].str.contains("there is no").sum() == len(benchmark.PEERS)
+
+
+def test_an_environment_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="has no environment; those with one are scGen"):
+        benchmark.make_environment("gears", tmp_path / "gears")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="already exists"):
+        benchmark.make_environment("GEARS", tmp_path / "there")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RuntimeError, match="Installing GEARS failed .* Python 3.11"):
+        benchmark.make_environment("GEARS", tmp_path / "GEARS")
+    with pytest.raises(RuntimeError, match="took more than 0 s"):
+        benchmark.make_environment("GEARS", tmp_path / "GEARS", limit=0)
+    assert not (tmp_path / "GEARS").exists()
+
+
+def test_peers_get_what_they_can_use():
+    sys.path.insert(0, str(PEER_SCRIPTS))
+    try:
+        cpa, gears = (importlib.import_module(f"run_{x}") for x in ("cpa", "gears"))
+    finally:
+        sys.path.remove(str(PEER_SCRIPTS))
+    labels = ["control"] * 8 + ["A"] * 4 + ["B"] * 4 + ["C+D"] * 4
+    train = ad.AnnData(
+        sp.csr_matrix(np.ones((20, 3), np.float32)),
+        pd.DataFrame({"perturbation": labels, "context": "all", "library_size": 3.0},
+                     index=[str(i) for i in range(20)]),
+    )  # fmt: skip
+    asked = cpa.with_questions(train.copy(), [["all", "A+B"], ["all", "A+X"]], 0)
+    asked = asked.obs[asked.obs["split"] == "ood"]
+    assert set(asked["perturbation"]) == {"A+B"}
+    assert len(asked) == 8
+    with pytest.raises(ValueError, match="none was asked for"):
+        cpa.with_questions(train.copy(), [["all", "X"]], 0)
+    cells = gears.as_gears_wants(train, {"A": {"t"}, "C": {"t"}, "D": {"t"}})
+    assert set(cells.obs["condition"]) == {"ctrl", "A+ctrl", "C+D"}
+    parts = gears.lists(cells, 0)
+    assert set(parts["train"]) | set(parts["val"]) == {"ctrl", "A+ctrl", "C+D"}
+    assert not set(parts["train"]) & set(parts["val"])

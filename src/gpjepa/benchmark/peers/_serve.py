@@ -43,6 +43,7 @@ def serve(fit, predict):
     # Peers print; what they print belongs to the log, not to the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)
     state = None
     for line in sys.stdin:
         try:
