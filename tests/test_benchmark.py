@@ -1,10 +1,12 @@
 """The benchmark: what a metric says, what cannot win, and that a run can be trusted."""
 
+import html
 import importlib
 import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -649,6 +651,58 @@ def test_rows_that_share_a_target_are_no_independent_witnesses():
     assert shared > 1.5 * apart
     # As wide as the textbook's interval, for targets that are independent.
     assert apart == pytest.approx(2 * 1.96 * values.std() / np.sqrt(12), rel=0.15)
+
+
+# The page
+
+
+@pytest.fixture
+def browser():
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no Chromium is installed to look at the page with")
+
+
+def test_page_needs_nothing_else_fits_a_phone_and_sorts(result, tmp_path, browser):
+    page = (result[1] / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!#)', page.replace("xlink:href", ""))
+    assert "@import" not in page
+    probe = """<script>
+    const table = document.querySelector("#headline-0 table");
+    const button = table.querySelectorAll("th button")[1];
+    const column = () => Array.from(table.tBodies[0].rows).map((r) => parseFloat(r.cells[1].textContent));
+    const wide = document.documentElement.scrollWidth > window.innerWidth;
+    button.click(); const up = column(); button.click(); const down = column();
+    const dead = Array.from(document.querySelectorAll("nav a")).filter((a) => !document.querySelector(a.hash));
+    document.title = "PROBE" + JSON.stringify({wide, up, down, dead: dead.map((a) => a.hash)});
+    </script>"""
+    file = tmp_path / "probe.html"
+    file.write_text(page.replace("</body>", f"{probe}</body>"))
+    seen = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic",
+         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", "--dump-dom",
+         file.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    found = json.loads(html.unescape(re.search(r"<title>PROBE(.*?)</title>", seen).group(1)))
+    assert not found["wide"]
+    assert found["dead"] == []
+    assert found["up"] == sorted(found["up"])
+    assert found["down"] == sorted(found["up"], reverse=True)
+    assert len(found["up"]) == 6
+
+
+def test_both_twins_say_the_same(result):
+    page, text = ((result[1] / f"report.{x}").read_text() for x in ("html", "md"))
+    table = result[0].table()
+    for _, row in table[table["metric"] == "squared_error"].iterrows():
+        shown = f"{row['value']:.3f}"
+        assert shown in page
+        assert shown in text
+    for line in re.findall(r"^- (.*)$", text, re.M):
+        assert line in html.unescape(page)
 
 
 # Published methods

@@ -357,9 +357,12 @@ def _splits(result: BenchmarkResult) -> Table:
     rows = []
     for data, manifest in result.manifests.items():
         for s in manifest.splits:
+            few = result.dropped[
+                (result.dropped["data"] == data) & (result.dropped["split"] == s.name)
+            ]
             rows.append([data, manifest.data_hash[:12], s.name, str(s.seed), str(len(s.train)),
-                         str(len(s.test))])  # fmt: skip
-    columns = ["data", "hash", "split", "seed", "trained rows", "tested rows"]
+                         str(len(s.test) - len(few)), ", ".join(few["perturbation"])])  # fmt: skip
+    columns = ["data", "hash", "split", "seed", "trained rows", "tested rows", "too few cells"]
     return Table("Splits", columns, rows, "A row is a perturbation in a context. The lists are in "
                  "splits/*.json.")  # fmt: skip
 

@@ -53,12 +53,16 @@ class BenchmarkResult:
         ``parameters``.
     manifests
         The splits of each data set.
+    dropped
+        Held-out rows with too few cells to be tested: ``data``, ``split``, ``context``,
+        ``perturbation``, ``n_cells``.
     """
 
     config: BenchmarkConfig
     scores: pd.DataFrame
     runs: pd.DataFrame
     manifests: dict[str, Manifest]
+    dropped: pd.DataFrame
 
     def table(self, by: tuple[str, ...] = ()) -> pd.DataFrame:
         """Every metric of every method, raw and scaled, with 95% intervals.
@@ -117,7 +121,8 @@ def run(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a directory.")
-    frames, runs, manifests = [], [], {}
+    frames, runs, dropped = [], [], []
+    manifests: dict[str, Manifest] = {}
     with _bar(progress) as bar:
         for data in config.data:
             cells, origin = data.load_joined()
@@ -134,6 +139,11 @@ def run(
             bar.add(data.name, len(manifest.splits) * len(grid))
             for split in manifest.splits:
                 task = Task.of(cells, split, data.n_genes, gene_sets)
+                dropped += [
+                    {"data": data.name, "split": split.name, "context": c, "perturbation": str(p),
+                     "n_cells": n}
+                    for (c, p), n in task.dropped.items()
+                ]  # fmt: skip
                 for method, seed in grid:
                     bar.tell(f"{data.name} · {split.name} · {method.title}")
                     key = _key(config, data, manifest, task, method, seed)
@@ -144,8 +154,11 @@ def run(
                     frames.append(scores.assign(**where))
                     runs.append({**where, "method": method.title, "seed": seed, **record})
                     bar.step()
-    result = BenchmarkResult(config, pd.concat(frames, ignore_index=True), pd.DataFrame(runs),
-                             manifests)  # fmt: skip
+    columns = ["data", "split", "context", "perturbation", "n_cells"]
+    result = BenchmarkResult(
+        config, pd.concat([f for f in frames if len(f)], ignore_index=True), pd.DataFrame(runs),
+        manifests, pd.DataFrame(dropped, columns=columns),
+    )  # fmt: skip
     write_report(result, out)
     return result
 
