@@ -264,6 +264,27 @@ def test_enrichment_agrees_with_the_truth_and_with_plain_regression(cells, task)
     assert predicted.loc["0", "set 3"] == pytest.approx(fit.slope / fit.stderr, rel=1e-4)
 
 
+def test_own_states_are_scored_on_their_own(task):
+    """With principal components as its states, a method is scored as if it had none."""
+
+    def components(cells):
+        rates = np.log1p(1e4 * cells.X.toarray() / cells.obs[["library_size"]].to_numpy())
+        return task.pca.transform(rates)
+
+    names = ["own_embedding_cosine", "probe_error"]
+    truth = oracle("truth", task, 0)
+    plain = scores(task, truth, metrics=names)
+    own = scores(task, replace(truth, embed=components), metrics=names)
+    assert plain["own_embedding_cosine"].isna().all()
+    np.testing.assert_allclose(own["probe_error"], plain["probe_error"], rtol=1e-3)
+    # The predicted controls are those of training, so the truth is near, not at, itself.
+    assert (own["own_embedding_cosine"] < 0.5).mean() > 0.5
+    noise = np.random.default_rng(0).normal(size=(len(task.genes), 5)) * 1e-3
+    poor = scores(task, replace(truth, embed=lambda c: np.tanh(c.X @ noise)), metrics=names)
+    assert poor["probe_error"].sum() > own["probe_error"].sum()
+    assert own["probe_error"].sum() < 0.7 * own["squared_effect"].sum()
+
+
 def test_e_test_finds_what_responds_and_is_repeatable(task):
     p = task.e_test
     assert p.min() < 0.05

@@ -64,6 +64,9 @@ class Method(Protocol):
     ``uns["effect_sd"]``, their standard deviations. Several predictions of one training, such as
     with two settings, are returned as a dict of names to AnnData.
 
+    If it has a method ``embed(cells)``, from cells with counts, ``context`` and ``library_size`` to
+    an array, shape (n_cells, n_dimensions), its own space is scored as well.
+
     A perturbation that it cannot predict is left out: it is scored as the mean response, and the
     report says how many were.
     """
@@ -101,7 +104,8 @@ def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]
         for variant, cells in (found if isinstance(found, dict) else {"": found}).items():
             label = f"{name} ({variant})" if variant else name
             answers.setdefault(label, {})[context] = _checked(cells, wanted, task.genes, label)
-    return {label: _assemble(task, parts) for label, parts in answers.items()}
+    embed = getattr(method, "embed", None)
+    return {label: replace(_assemble(task, parts), embed=embed) for label, parts in answers.items()}
 
 
 def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: str) -> ad.AnnData:
@@ -359,6 +363,10 @@ class GPJEPAMethod:
             cells.uns = {"scale": "counts", "effect": wide["effect"], "effect_sd": wide["sd"]}
             found["" if gate == "auto" else f"gate {gate}"] = cells
         return found
+
+    def embed(self, cells: ad.AnnData) -> np.ndarray:
+        """States of cells."""
+        return self.model_.get_latent_representation(cells)
 
 
 # Oracles: controls that see the truth

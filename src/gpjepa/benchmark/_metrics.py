@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from anndata import AnnData
 
 from gpjepa.effects import noise_corrected_error
 
@@ -19,6 +20,7 @@ N_TOP = 20  # genes of R²
 N_HIGHEST = 1_000  # genes of L2
 N_CORRELATED = 50  # genes of the gene-gene correlation
 N_CELLS = 500  # cells of each side of the energy distance
+MIN_PROBE = 5  # training rows that a probe learns from
 MIN_SET = 5  # measured genes that a gene set must have
 INTERVALS = (50, 80, 95)
 
@@ -37,12 +39,15 @@ class Prediction:
         Standard deviation of the mean effects, shape (n_rows, n_genes), or None.
     refused
         Rows that the method did not predict, scored as the mean response; None for none.
+    embed
+        The method's own states of cells, shape (n_cells, n_dimensions), or None.
     """
 
     effect: np.ndarray
     cells: CellSet
     sd: np.ndarray | None = None
     refused: np.ndarray | None = None
+    embed: Callable[[AnnData], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,41 @@ class Scoring:
         from ._cell_eval import run_cell_eval
 
         return run_cell_eval(self.task, self.truth, self.predicted.cells)
+
+    @cached_property
+    def shifts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted and measured shift of each row's mean state, shape (n_rows, n_dimensions).
+
+        The method's own states, or principal components where it has none.
+        """
+        task, control = self.task, self.task.controls
+        own, theirs, start = (self._states(s) for s in (self.predicted.cells, self.truth.cells,
+                                                        control))  # fmt: skip
+        rows, contexts = range(len(task.rows)), [c for c, _ in task.rows]
+        base = {c: start[control.context == c].mean(0) for c in set(contexts)}
+        theirs_base = {
+            c: theirs[(self.truth.cells.row < 0) & (self.truth.cells.context == c)].mean(0)
+            for c in set(contexts)
+        }
+        predicted = [own[self.predicted.cells.row == i].mean(0) - base[contexts[i]] for i in rows]
+        measured = [theirs[self.truth.cells.row == i].mean(0) - theirs_base[contexts[i]]
+                    for i in rows]  # fmt: skip
+        return np.stack(predicted), np.stack(measured)
+
+    @cached_property
+    def trained_shifts(self) -> np.ndarray:
+        """The same of the training rows, in the order of ``task.training.rows``."""
+        labels = self.task.train.obs[["context", "perturbation"]].astype(str).agg(tuple, axis=1)
+        means = pd.DataFrame(self._states(self.task.trained)).groupby(labels.to_numpy()).mean()
+        return np.stack([
+            means.loc[[(c, str(p))]].to_numpy()[0] - means.loc[[(c, "control")]].to_numpy()[0]
+            for c, p in self.task.training.rows
+        ])  # fmt: skip
+
+    def _states(self, cells: CellSet) -> np.ndarray:
+        if self.predicted.embed is None:
+            return self.task.pca.transform(cells.log1p)
+        return np.asarray(self.predicted.embed(cells.to_anndata(self.task.genes)), float)
 
     @cached_property
     def enrichment(self) -> tuple[pd.DataFrame, pd.DataFrame] | None:
@@ -282,6 +322,29 @@ def _embedding_retrieval(scoring: Scoring) -> np.ndarray:
     return found
 
 
+def _own_embedding_cosine(scoring: Scoring) -> np.ndarray:
+    if scoring.predicted.embed is None:
+        return np.full(len(scoring.task.rows), np.nan)
+    return 1 - np.diag(_cosines(*scoring.shifts))
+
+
+def _probe_error(scoring: Scoring) -> np.ndarray:
+    """Squared error of effects read off the measured cells' states by ridge regression.
+
+    The probe learns from the states and effects of the training rows.
+    """
+    from sklearn.linear_model import RidgeCV
+
+    states = scoring.trained_shifts
+    if len(states) < MIN_PROBE:
+        return np.full(len(scoring.task.rows), np.nan)
+    scale = np.sqrt((states**2).mean()) or 1.0
+    probe = RidgeCV(np.logspace(-3, 3, 13), fit_intercept=False)
+    probe.fit(states / scale, scoring.task.training.effect[SCALE])
+    read = probe.predict(scoring.shifts[1] / scale)
+    return noise_corrected_error(read, scoring.truth.effect, scoring.noise, scoring.task.scored)
+
+
 # Decisions: what one would do next with the effects
 
 
@@ -484,6 +547,19 @@ METRICS: dict[str, Metric] = {
         "embedding, retrieval", "embedding", "higher", 1.0,
         "predictions nearer to other perturbations than to their own; blind to size",
         "normalised rank of the cosine", _embedding_retrieval,
+    ),
+    "own_embedding_cosine": Metric(
+        "own embedding, cosine distance", "embedding", "lower", 0.0,
+        "predicted cells that lie elsewhere in the method's own space than measured ones; blind to "
+        "size, and to how good the space is",
+        "the JEPA's own metric", _own_embedding_cosine,
+    ),
+    "probe_error": Metric(
+        "linear probe, error ÷ no change", "embedding", "lower", 0.0,
+        "states that do not hold the effect; of measured cells, so it judges the representation "
+        "(principal components where a method has none), not the prediction",
+        "ridge regression from states to effects of training perturbations", _probe_error,
+        "squared_effect",
     ),
     "gene_set_agreement": Metric(
         "gene sets, rank correlation", "decision", "higher", 1.0,

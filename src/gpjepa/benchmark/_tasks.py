@@ -122,6 +122,12 @@ class CellSet:
     row: np.ndarray
     context: np.ndarray
 
+    def to_anndata(self, genes: np.ndarray) -> ad.AnnData:
+        """The cells without their labels, as methods embed them."""
+        obs = pd.DataFrame({"context": self.context, "library_size": self.library})
+        obs.index = obs.index.astype(str)
+        return ad.AnnData(self.counts, obs, pd.DataFrame(index=genes))
+
     def of(self, context: str) -> CellSet:
         """The cells of one context."""
         here = np.flatnonzero(self.context == context)
@@ -281,6 +287,15 @@ class Task:
         return CellSet(
             sp.csr_matrix(self.control.X), self.control.obs["library_size"].to_numpy(float),
             np.full(n, -1), self.control.obs["context"].to_numpy(str),
+        )  # fmt: skip
+
+    @cached_property
+    def trained(self) -> CellSet:
+        """The training cells."""
+        obs = self.train.obs
+        return CellSet(
+            sp.csr_matrix(self.train.X), obs["library_size"].to_numpy(float),
+            np.full(len(obs), -1), obs["context"].to_numpy(str),
         )  # fmt: skip
 
     @cached_property
