@@ -31,6 +31,7 @@ from gpjepa.benchmark._peers import FOLDER as PEER_SCRIPTS
 from gpjepa.benchmark._peers import Peer
 from gpjepa.benchmark._tasks import data_hash, measured_rows
 
+LFC = "de_wilcoxon_lfc_nmae"  # not defined where few genes respond
 EFFECT = ["squared_error", "pearson_delta", "pearson_centroid", "l2_top1000", "r2_top20",
           "embedding_cosine", "embedding_retrieval"]  # fmt: skip
 
@@ -385,6 +386,22 @@ def test_what_a_method_leaves_out_is_scored_as_the_mean_response(task):
     np.testing.assert_allclose(predicted.effect[0], mean.effect[0], rtol=1e-6)
     first = [s.counts[s.row == 0] for s in (predicted.cells, mean.cells)]
     assert (first[0] != first[1]).nnz == 0
+
+
+def test_gp_jepa_takes_part_with_every_gate(task):
+    quick = {"train": {"max_epochs": 1, "pretrain_epochs": 1}, "model": {"n_hidden": 16}}
+    method = METHODS["GP-JEPA"]([], 0, quick)
+    method.fit(task.train, task.split)
+    predicted = predict_rows(method, task, "GP-JEPA")
+    assert set(predicted) == {"GP-JEPA", "GP-JEPA (gate 0)", "GP-JEPA (gate 1)"}
+    found = {name: scores(task, p) for name, p in predicted.items()}
+    anchor = scores(task, fitted("anchor", task))
+    names = ["squared_error", "pearson_delta", "coverage_95", "crps"]
+    np.testing.assert_allclose(found["GP-JEPA (gate 0)"][names], anchor[names], rtol=1e-4)
+    for table in found.values():
+        assert (
+            table.drop(columns=["gene_set_agreement", "signature_ranking", LFC]).notna().all(None)
+        )
 
 
 def test_a_stranger_is_named_in_the_configuration(tmp_path, monkeypatch):

@@ -366,6 +366,9 @@ class GPJEPAMethod:
 
     def embed(self, cells: ad.AnnData) -> np.ndarray:
         """States of cells."""
+        # Sampled counts can add up to more than the library size that they were sampled with.
+        total = np.asarray(cells.X.sum(1)).ravel()
+        cells.obs["library_size"] = np.maximum(cells.obs["library_size"], total)
         return self.model_.get_latent_representation(cells)
 
 
