@@ -584,6 +584,11 @@ def test_a_method_that_fails_is_named_and_the_others_go_on(tmp_path):
         ({"focus": "mine"}, "focus: 'mine' is none"),
         ({"data": []}, "data: "),
         ({"data": [{**TINY["data"][0], "source": "x.h5ad"}]}, "give one of `source`"),
+        ({"data": [{**TINY["data"][0], "name": "a/b"}]}, "data.0.name: String should match"),
+        (
+            {"methods": [{"name": "mean", "data": ["x"]}, "replicate"], "focus": None},
+            r"methods: \['x'\] are none of the data",
+        ),
         (
             {"data": [{**TINY["data"][0], "splits": [{"kind": "unseen-singles", "folds": 1}]}]},
             "data.0.splits.0.unseen-singles.folds: ",

@@ -190,7 +190,7 @@ class Source(_Cells):
 class Data(_Cells):
     """A data set, or several joined on their shared genes, and how it is split."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^/\\\\]+$", description="Also the name of a file.")]
     join: dict[str, Source] | None = Field(
         None, description="Data sets by name instead of `source`; contexts are named after them."
     )

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,46 +121,61 @@ def run(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a directory.")
-    frames, runs, dropped = [], [], []
-    manifests: dict[str, Manifest] = {}
+    # All data and splits before any training: the last one may be wrong as well.
+    manifests = {d.name: d.make_splits(*d.load_joined()) for d in config.data}
+    for name, manifest in manifests.items():
+        with written_whole(out / "splits" / f"{name}.json") as draft:
+            manifest.write(draft)
+    grid = _Grid(config, out / "cells", envs)
     with _bar(progress) as bar:
         for data in config.data:
-            cells, origin = data.load_joined()
-            manifest = data.make_splits(cells, origin)
-            with written_whole(out / "splits" / f"{data.name}.json") as draft:
-                manifest.write(draft)
-            manifests[data.name] = manifest
-            features = [f.read() for f in data.features]
-            gene_sets = data.read_gene_sets()
-            methods = [
-                _placed(m, envs) for m in config.methods if data.name in (m.data or [data.name])
-            ]
-            grid = [(m, s) for m in methods for s in _seeds(m, config.seeds)]
-            bar.add(data.name, len(manifest.splits) * len(grid))
-            for split in manifest.splits:
-                task = Task.of(cells, split, data.n_genes, gene_sets)
-                dropped += [
-                    {"data": data.name, "split": split.name, "context": c, "perturbation": str(p),
-                     "n_cells": n}
-                    for (c, p), n in task.dropped.items()
-                ]  # fmt: skip
-                for method, seed in grid:
-                    bar.tell(f"{data.name} · {split.name} · {method.title}")
-                    key = _key(config, data, manifest, task, method, seed)
-                    scores, record = _kept(out / "cells" / key) or _compute(
-                        out / "cells" / key, config, task, method, seed, features
-                    )
-                    where = {"data": data.name, "split": split.name, "kind": split.kind}
-                    frames.append(scores.assign(**where))
-                    runs.append({**where, "method": method.title, "seed": seed, **record})
-                    bar.step()
-    columns = ["data", "split", "context", "perturbation", "n_cells"]
+            grid.run(data, manifests[data.name], bar)
     result = BenchmarkResult(
-        config, pd.concat([f for f in frames if len(f)], ignore_index=True), pd.DataFrame(runs),
-        manifests, pd.DataFrame(dropped, columns=columns),
+        config, pd.concat([f for f in grid.frames if len(f)], ignore_index=True),
+        pd.DataFrame(grid.runs), manifests,
+        pd.DataFrame(grid.dropped,
+                     columns=["data", "split", "context", "perturbation", "n_cells"]),
     )  # fmt: skip
     write_report(result, out)
     return result
+
+
+@dataclass
+class _Grid:
+    """The cells of the grid, and what was found in them so far."""
+
+    config: BenchmarkConfig
+    kept: Path
+    envs: str | Path | None
+    frames: list[pd.DataFrame] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, data: Data, manifest: Manifest, bar: _Bar) -> None:
+        """All splits × methods × seeds of one data set."""
+        cells, _ = data.load_joined()
+        features, gene_sets = [f.read() for f in data.features], data.read_gene_sets()
+        methods = [_placed(m, self.envs) for m in self.config.methods
+                   if data.name in (m.data or [data.name])]  # fmt: skip
+        pairs = [(m, s) for m in methods for s in _seeds(m, self.config.seeds)]
+        bar.add(data.name, len(manifest.splits) * len(pairs))
+        for split in manifest.splits:
+            task = Task.of(cells, split, data.n_genes, gene_sets)
+            self.dropped += [
+                {"data": data.name, "split": split.name, "context": c, "perturbation": str(p),
+                 "n_cells": n}
+                for (c, p), n in task.dropped.items()
+            ]  # fmt: skip
+            where = {"data": data.name, "split": split.name, "kind": split.kind}
+            for method, seed in pairs:
+                bar.tell(f"{data.name} · {split.name} · {method.title}")
+                path = self.kept / _key(self.config, data, manifest, task, method, seed)
+                scores, record = _kept(path) or _compute(
+                    path, self.config, task, method, seed, features
+                )
+                self.frames.append(scores.assign(**where))
+                self.runs.append({**where, "method": method.title, "seed": seed, **record})
+                bar.step()
 
 
 def _placed(method: MethodConfig, envs: str | Path | None) -> MethodConfig:
