@@ -75,6 +75,21 @@ def test_nobody_sees_what_is_held_out(task, cells):
     assert set(task.control.obs_names) <= train
 
 
+def test_only_tested_contexts_spare_control_cells():
+    adata = gpjepa.datasets.simulate(1_500, 40, n_targets=4, n_combinations=1, n_contexts=2)
+    both = standard_cells(adata, context_key="context")
+    split = splits.leave_one_context_out(measured_rows(both))[0]
+    found = Task.of(both, split)
+    here, other = split.test[0][0], split.train[0][0]
+    n = both.obs.query("perturbation == 'control'")["context"].value_counts()
+    kept = found.train.obs.query("perturbation == 'control'")["context"].value_counts()
+    assert kept[other] == n[other]
+    assert abs(kept[here] - n[here] / 2) <= 1
+    assert set(found.control.obs["context"]) == {here}
+    for truth in found.truths:
+        assert set(truth.cells.context) == {here}
+
+
 def test_held_out_cells_decide_nothing_that_is_fitted(task, cells):
     """Other counts in the held-out cells leave training, components and genes as they were."""
     changed = cells.copy()

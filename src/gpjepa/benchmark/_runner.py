@@ -32,7 +32,7 @@ from ._summary import summarise
 from ._tasks import SCALE, Task
 
 logger = logging.getLogger(__name__)
-_FORMAT = 2  # of a kept cell of the grid; another number recomputes all
+_FORMAT = 3  # of a kept cell of the grid; another number recomputes all
 _DECIDING = ("gpjepa", "cell-eval2", "scvi-tools", "torch", "scikit-learn", "numpy")
 
 

@@ -169,9 +169,9 @@ class Truth:
 class Task:
     """One split of one data set, as methods see it and as they are scored.
 
-    Control cells are split in every context: half for training, a quarter for each half of the
-    truth, so that no prediction is rewarded for knowing the noise of the controls, and a replicate
-    has controls of its own.
+    Control cells of every tested context are split: half for training, a quarter for each half of
+    the truth, so that no prediction is rewarded for knowing the noise of the controls, and a
+    replicate has controls of its own. Other contexts keep theirs for training.
 
     Attributes
     ----------
@@ -231,20 +231,14 @@ class Task:
                 f"No held-out perturbation of split {split.name!r} has {MIN_CELLS} cells: "
                 "nothing can be tested."
             )
-        keys = [(c, _read(p)) for c, p in zip(cells.obs["context"], cells.obs["perturbation"],
-                                              strict=True)]  # fmt: skip
-        contexts = cells.obs["context"].to_numpy(str)
-        part = _parts(keys, contexts, split, set(rows))
+        part = _parts(_keys(cells), split, set(rows))
         if n_genes is not None:
-            cells.obs["part"] = part
             chosen = prepare(cells, part == 0, n_genes=n_genes, min_counts=1)
-            part = chosen.obs.pop("part").to_numpy()
-            keep = cells.obs_names.get_indexer(chosen.obs_names)
-            keys, contexts = [keys[i] for i in keep], contexts[keep]
-            del cells.obs["part"]
+            part = part[cells.obs_names.get_indexer(chosen.obs_names)]  # some have no counts left
             cells = chosen
+        keys = _keys(cells)
+        contexts, perturbations = np.array([c for c, _ in keys]), [p for _, p in keys]
         held = sorted({c for c, _ in rows})
-        perturbations = [p for _, p in keys]
         library = cells.obs["library_size"].to_numpy(float)
 
         def table(keep: np.ndarray) -> EffectTable:
@@ -346,7 +340,13 @@ class Task:
         )
 
 
-def _parts(keys: list[Row], contexts: np.ndarray, split: Split, rows: set[Row]) -> np.ndarray:
+def _keys(cells: ad.AnnData) -> list[Row]:
+    """Context and perturbation of each cell."""
+    pairs = zip(cells.obs["context"], cells.obs["perturbation"], strict=True)
+    return [(str(c), _read(str(p))) for c, p in pairs]
+
+
+def _parts(keys: list[Row], split: Split, rows: set[Row]) -> np.ndarray:
     """0 for training, 1 and 2 for the halves of the truth, -1 for cells nobody sees."""
     rng = np.random.default_rng([split.seed, 7])
     part = np.full(len(keys), -1)
@@ -354,14 +354,16 @@ def _parts(keys: list[Row], contexts: np.ndarray, split: Split, rows: set[Row]) 
     groups: dict[Row, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
-    used = {c for c, _ in (*split.train, *split.test)}
+    used, tested = {c for c, _ in (*split.train, *split.test)}, {c for c, _ in rows}
     for key in sorted(groups):
         mine = rng.permutation(groups[key])
         if key in trained:
             part[mine] = 0
         elif key in rows:
             part[mine[::2]], part[mine[1::2]] = 1, 2
-        elif key[1].is_control and key[0] in used:
+        elif key[1].is_control and key[0] in used - tested:
+            part[mine] = 0
+        elif key[1].is_control and key[0] in tested:
             if len(mine) < MIN_CELLS:
                 raise ValueError(
                     f"Context {key[0]!r} has {len(mine)} control cells; at least {MIN_CELLS} are "
