@@ -25,6 +25,7 @@ nb_execution_mode = "off"  # the notebook is committed as it was executed
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 templates_path = ["_templates"]
+html_extra_path = ["benchmark_report"]  # the report as the benchmark wrote it
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 
 html_theme = "sphinx_book_theme"
