@@ -205,6 +205,14 @@ def test_what_does_not_depend_on_the_perturbation_tells_none_apart(task):
     assert (found["pearson_centroid"] == 0).all()
 
 
+def test_a_single_perturbation_is_told_from_nothing(task, cells):
+    alone = replace(task.split, test=task.rows[:1])
+    found = Task.of(cells, alone)
+    values = scores(found, fitted("additive", found), metrics=["pds_cosine", "squared_error"])
+    assert values["pds_cosine"].isna().all()
+    assert values["squared_error"].notna().all()
+
+
 def test_truth_is_perfect_and_no_change_has_the_measured_size(task):
     found = scores(task, oracle("truth", task, 0))
     for name, best in (("pearson_delta", 1), ("l2_top1000", 0), ("r2_top20", 1),

@@ -87,7 +87,8 @@ def run_cell_eval(task: Task, truth: Truth, predicted: CellSet) -> pd.DataFrame:
             tidy = cell_eval2.compute_metrics(*pair, config=cell_eval_config(truth.cache.name))
         index = {str(p): i for i, (c, p) in enumerate(task.rows) if c == context}
         for name, metric, value in tidy.iter_rows():
-            if name in index:
+            # The rank of a single perturbation among itself is 1, whatever is predicted.
+            if name in index and not (len(index) == 1 and metric.startswith("pds_")):
                 found.setdefault(index[name], {})[metric] = value
     table = pd.DataFrame.from_dict(found, orient="index")
     return table.reindex(index=range(len(task.rows)), columns=_columns(table)).astype(float)
