@@ -444,6 +444,19 @@ def test_a_stranger_is_named_in_the_configuration(tmp_path, monkeypatch):
             benchmark.BenchmarkConfig.read({**config, "methods": ["mean", "replicate", wrong]})
 
 
+def test_the_linear_model_leaves_out_what_it_has_no_embedding_of(cells):
+    (split, *_) = splits.unseen_singles(measured_rows(cells), folds=3)
+    name = split.test[0][1].targets[0]
+    without = Task.of(cells[:, cells.var_names != name].copy(), split)
+    predicted = fitted("linear", without)
+    assert [str(p) for (_, p), r in zip(without.rows, predicted.refused, strict=True) if r] == [
+        name
+    ]
+    pairs = Task.of(cells, splits.doubles(measured_rows(cells), seed=1))
+    with pytest.raises(ValueError, match="none of the perturbations"):
+        fitted("linear", pairs)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

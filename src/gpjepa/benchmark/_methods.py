@@ -212,11 +212,14 @@ class EffectMethod:
     predictor
         From the effects of the training cells, perturbations and contexts to mean effects, and
         their standard deviations or None.
+    can
+        Whether it predicts a perturbation; others are left out. All of them by default.
     """
 
     predictor: Callable[
         [EffectTable, list[Perturbation], list[str]], tuple[np.ndarray, np.ndarray | None]
     ]
+    can: Callable[[EffectTable, Perturbation], bool] = lambda effects, perturbation: True
 
     def fit(self, train: ad.AnnData, split: Split) -> None:
         """Make the table of training effects."""
@@ -229,6 +232,9 @@ class EffectMethod:
     def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> ad.AnnData:
         """Mean profiles of the perturbations."""
         context = str(control.obs["context"].iloc[0])
+        perturbations = [p for p in perturbations if self.can(self.effects_, _read(p))]
+        if not perturbations:
+            raise ValueError("It can predict none of the perturbations.")
         wanted = [_read(p) for p in perturbations]
         effect, sd = self.predictor(self.effects_, wanted, [context] * len(wanted))
         found = pd.DataFrame(effect, list(perturbations), control.var_names)
@@ -245,6 +251,15 @@ class EffectMethod:
 
 def _baseline(make: Callable[[], Baseline]) -> EffectMethod:
     return EffectMethod(lambda effects, p, c: (make().fit(effects).predict(p, c), None))
+
+
+def _linear(**options: Any) -> EffectMethod:
+    """Ahlmann-Eltze's linear model, which knows single targets that are measured genes."""
+
+    def can(effects: EffectTable, perturbation: Perturbation) -> bool:
+        return len(perturbation.targets) == 1 and perturbation.targets[0] in effects.genes
+
+    return replace(_baseline(lambda: LinearModel(**options)), can=can)
 
 
 def _anchor(features: Sequence[TargetFeatures]) -> EffectMethod:
@@ -430,7 +445,7 @@ METHODS: dict[str, Factory] = {
     "additive": lambda f, s, o: _baseline(Additive),
     "shrunken additive": lambda f, s, o: _baseline(ShrunkenAdditive),
     "larger single": lambda f, s, o: _baseline(LargerSingle),
-    "linear": lambda f, s, o: _baseline(lambda: LinearModel(**o)),
+    "linear": lambda f, s, o: _linear(**o),
     "kernel ridge": lambda f, s, o: _baseline(lambda: KernelRidge(_need(f, "kernel ridge"), **o)),
     "nearest": lambda f, s, o: _baseline(lambda: NearestPerturbation(_need(f, "nearest"))),
     "transfer": lambda f, s, o: _baseline(lambda: Transfer(**o)),
