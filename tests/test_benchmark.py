@@ -561,7 +561,7 @@ def test_corrupt_cells_are_computed_again_and_said_so(result, caplog):
 
 
 def test_what_decides_a_score_decides_where_it_is_kept(result, tmp_path):
-    _, out = result
+    out = shutil.copytree(result[1], tmp_path / "out")
     before = set(os.listdir(out / "cells"))
     more = {
         **TINY,
