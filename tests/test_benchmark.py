@@ -323,16 +323,27 @@ def test_e_test_finds_what_responds_and_is_repeatable(task):
     assert (replace(task, truths=tuple(scrambled)).e_test < 0.05).sum() <= 1 < (p < 0.05).sum()
 
 
-def test_crps_is_that_of_the_definition():
+def test_crps_is_that_of_the_definition(task):
+    """The integral of (F(x) - [x > y])² over x, of the first scored genes of the first row."""
     from scipy.integrate import quad
     from scipy.stats import norm
 
-    y, mu, sd = 0.7, 0.2, 0.5
-    below = quad(lambda x: norm.cdf(x, mu, sd) ** 2, mu - 10, y)[0]
-    above = quad(lambda x: (1 - norm.cdf(x, mu, sd)) ** 2, y, mu + 10)[0]
-    z = (y - mu) / sd
-    closed = sd * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
-    assert closed == pytest.approx(below + above, abs=1e-7)
+    truth, few = task.truths[0], np.flatnonzero(task.scored[0])[:4]
+    sd = np.full_like(truth.effect, 0.3)
+    predicted = Prediction(truth.effect + 0.2, oracle("truth", task, 0).cells, sd)
+    spread = np.sqrt(sd**2 + truth.table.noise("mean_log1p"))
+    wanted = []
+    for gene in few:
+        y, mu, s = truth.effect[0, gene], predicted.effect[0, gene], spread[0, gene]
+        below = quad(lambda x, mu=mu, s=s: norm.cdf(x, mu, s) ** 2, mu - 12 * s, y)[0]
+        above = quad(lambda x, mu=mu, s=s: norm.sf(x, mu, s) ** 2, y, mu + 12 * s)[0]
+        wanted.append(below + above)
+    scored = np.zeros_like(task.scored)
+    scored[:, few] = True
+    only = replace(task)
+    only.__dict__["scored"] = scored
+    found = scores(only, predicted, metrics=["crps"])["crps"]
+    assert found[0] == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
 # Exploits

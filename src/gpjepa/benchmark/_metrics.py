@@ -99,7 +99,9 @@ class Scoring:
     def trained_shifts(self) -> np.ndarray:
         """The same of the training rows, in the order of ``task.training.rows``."""
         labels = self.task.train.obs[["context", "perturbation"]].astype(str).agg(tuple, axis=1)
-        means = pd.DataFrame(self._states(self.task.trained)).groupby(labels.to_numpy()).mean()
+        own = self.predicted.embed is not None
+        states = self._states(self.task.trained) if own else self.task.trained_components
+        means = pd.DataFrame(states).groupby(labels.to_numpy()).mean()
         return np.stack([
             means.loc[[(c, str(p))]].to_numpy()[0] - means.loc[[(c, "control")]].to_numpy()[0]
             for c, p in self.task.training.rows

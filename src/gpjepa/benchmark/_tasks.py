@@ -324,7 +324,8 @@ class Task:
                 some = np.sort(rng.permutation(cells.shape[0])[:E_TEST_CELLS])
                 parts.append(self.pca.transform(cells[some]))
                 labels += ["control" if row < 0 else str(row)] * len(some)
-            found = _e_test(np.vstack(parts), labels, found)
+            for label, p in _e_test(np.vstack(parts), labels).items():
+                found[int(label)] = p
         return found
 
     @cached_property
@@ -332,12 +333,17 @@ class Task:
         """Principal components of log1p counts per 10,000 of the training cells."""
         from sklearn.decomposition import PCA
 
-        values = log1p_rates(self.train.X, self.train.obs["library_size"].to_numpy(float))
+        values = self.trained.log1p
         n = min(50, *(d - 1 for d in values.shape))
         solver = "arpack" if n < min(values.shape) - 1 else "full"
         return PCA(n, svd_solver=solver, random_state=0).fit(
-            sp.csr_matrix(values) if solver == "arpack" else values.toarray()
+            values if solver == "arpack" else values.toarray()
         )
+
+    @cached_property
+    def trained_components(self) -> np.ndarray:
+        """The training cells on the components, once for all methods without states of their own."""
+        return self.pca.transform(self.trained.log1p)
 
 
 def _keys(cells: ad.AnnData) -> list[Row]:
@@ -379,7 +385,8 @@ def _parts(keys: list[Row], split: Split, rows: set[Row]) -> np.ndarray:
     return part
 
 
-def _e_test(embedding: np.ndarray, labels: list[str], found: np.ndarray) -> np.ndarray:
+def _e_test(embedding: np.ndarray, labels: list[str]) -> dict[str, float]:
+    """Adjusted p-value of each label but the control's."""
     import pertpy
 
     cells = ad.AnnData(obs=pd.DataFrame({"row": labels}, index=[str(i) for i in range(len(labels))]),
@@ -387,10 +394,7 @@ def _e_test(embedding: np.ndarray, labels: list[str], found: np.ndarray) -> np.n
     test = pertpy.tl.DistanceTest("edistance", n_perms=E_TEST_PERMUTATIONS, obsm_key="X_pca")
     with _seeded_generators():
         table = test(cells, groupby="row", contrast="control", show_progressbar=False)
-    found = found.copy()
-    for label, p in table["pvalue_adj"].drop("control").items():
-        found[int(label)] = p
-    return found
+    return table["pvalue_adj"].drop("control").to_dict()
 
 
 @contextmanager
