@@ -309,6 +309,69 @@ def test_own_states_are_scored_on_their_own(task):
     assert own["probe_error"].sum() < 0.7 * own["squared_effect"].sum()
 
 
+def test_cells_are_retrieved_by_their_neighbours(task):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    name = "neighbour_retrieval"
+    none, replicate, truth = (
+        scores(task, p, metrics=[name])[name]
+        for p in (fitted("no change", task), oracle("replicate", task, 0), oracle("truth", task, 0))
+    )
+    chance = 1 / (1 + len(task.rows))
+    assert none.mean() < chance < replicate.mean() < truth.mean()
+    # All measured cells have equally many of each label where groups are of one size.
+    rows, cells = range(len(task.rows)), task.truths[0].cells
+    n = min(100, *((cells.row == r).sum() for r in (-1, *rows)))
+    rng = np.random.default_rng(0)
+    some = np.concatenate([np.sort(rng.permutation(np.flatnonzero(cells.row == r))[:n])
+                           for r in (-1, *rows)])  # fmt: skip
+    near = KNeighborsClassifier(10).fit(task.pca.transform(cells.log1p[some]), cells.row[some])
+    other = oracle("replicate", task, 0).cells
+    votes = [near.predict_proba(task.pca.transform(other.log1p[other.row == r]))[:, 1 + r].mean()
+             for r in rows]  # fmt: skip
+    np.testing.assert_allclose(replicate, votes, atol=1e-9)
+
+
+def test_interactions_are_found_by_what_knows_them_and_by_nothing_additive():
+    many = standard_cells(gpjepa.datasets.simulate(9_000, 60, n_targets=5, n_combinations=8))
+    task = Task.of(many, splits.doubles(measured_rows(many)))
+    name = "interaction_recall"
+    alone = {p.targets for _, p in task.training.rows}
+    known = [all((t,) in alone for t in p.targets) for _, p in task.rows]
+    assert any(known)
+    truth, replicate, additive = (
+        scores(task, p, metrics=[name])[name]
+        for p in (oracle("truth", task, 0), oracle("replicate", task, 0), fitted("additive", task))
+    )
+    np.testing.assert_array_equal(truth.notna(), known)
+    assert (additive[known] == 0).all()
+    assert 0 < replicate[known].mean() < truth[known].mean()
+
+
+def test_states_that_tell_cell_types_apart_score_high():
+    adata = gpjepa.datasets.simulate(1_500, 40, n_targets=4, n_combinations=1, n_contexts=2)
+    adata.obs["type"] = adata.obs["context"]
+    typed = standard_cells(adata, cell_type_key="type")
+    found = Task.of(typed, splits.unseen_singles(measured_rows(typed), folds=2)[0])
+    assert "cell_type" not in found.train.obs
+    truth = oracle("truth", found, 0)
+
+    def of(embed, task=found):
+        return scores(task, replace(truth, embed=embed), metrics=["avg_bio"])["avg_bio"]
+
+    types = found.truths[0].cells.cell_type
+    assert set(types) == set(adata.obs["type"])
+    right = {n: np.array([[10.0 * (t == types[0])] for t in types]) for n in [len(types)]}
+    perfect = of(lambda c: right.get(c.n_obs, np.zeros((c.n_obs, 1))))
+    assert perfect.nunique() == 1
+    assert perfect[0] == pytest.approx(1)
+    nothing = of(lambda c: np.random.default_rng(0).normal(size=(c.n_obs, 3)))
+    assert nothing[0] < 0.25
+    bare = replace(found, truths=tuple(replace(t, cells=replace(t.cells, cell_type=None))
+                                       for t in found.truths))  # fmt: skip
+    assert of(None, bare).isna().all()
+
+
 def test_e_test_finds_what_responds_and_is_repeatable(task):
     p = task.e_test
     assert p.min() < 0.05

@@ -49,11 +49,12 @@ def test_predicted_cells_are_counts_with_their_expectation(predicted, model, sim
     assert info["units"]["X"] == "sampled counts"
 
 
-def test_sampled_counts_follow_the_expected_rates(predicted, model):
-    """Sums of counts against the mean and the variance of the negative binomial."""
+def test_sampled_counts_follow_the_expected_rates(predicted, model, simulated):
+    """Sums of counts against the mean and the variance of a gamma-Poisson given a cell's own counts."""
     library = predicted.obs["library_size"].to_numpy()[:, None]
     mean = predicted.layers["expected"] * library / 1e4
-    variance = mean + mean**2 / model.module.decoder.dispersion.detach().numpy()
+    own = simulated[predicted.obs["control_cell"]].layers["counts"].toarray()
+    variance = mean + mean**2 / (model.module.decoder.dispersion.detach().numpy() + own)
     z = (np.asarray(predicted.X.sum(0)).ravel() - mean.sum(0)) / np.sqrt(variance.sum(0))
     assert np.abs(z).max() < 5
     assert abs(z.mean()) < 0.3
@@ -705,6 +706,19 @@ def test_a_target_outside_the_panel_is_predicted_if_features_know_it(simulated):
         assert model.predict_perturbation(simulated, "ELSEWHERE", n_samples=5, gate=gate).n_obs == 5
     with pytest.raises(UnknownTargetError, match="NOWHERE"):
         model.predict_effects("NOWHERE")
+
+
+def test_a_target_of_which_only_the_name_is_known_takes_the_shrunken_mean(simulated, tmp_path):
+    model = train_quickly(simulated, train={"max_epochs": 1}, model={"targets": ["NAMED"]})
+    effects = model.predict_effects("NAMED", gate=0)
+    other = model.predict_effects("GENE00001", gate=0)
+    np.testing.assert_array_equal(effects["effect"], other["effect"])
+    assert model.predict_perturbation(simulated, "NAMED+TF001", n_samples=5, gate=1).n_obs == 5
+    with pytest.raises(UnknownTargetError, match=r"'NAMEDD' \(nearest: NAMED"):
+        model.predict_effects("NAMEDD")
+    model.save(tmp_path / "model")
+    again = GPJEPA.load(tmp_path / "model", adata=False)
+    pd.testing.assert_frame_equal(again.predict_effects("NAMED", gate=0), effects)
 
 
 def test_features_that_cover_no_training_target_are_told(simulated):

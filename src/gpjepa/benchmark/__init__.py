@@ -2,19 +2,12 @@
 
 from ._compare import COMPARED, Comparison, compare
 from ._config import BenchmarkConfig, presets
+from ._measures import energy_distance_unbiased, risk_coverage
 from ._methods import METHODS, NEGATIVE, ORACLES, Method
-from ._metrics import (
-    INTERVALS,
-    METRICS,
-    Metric,
-    Prediction,
-    Scoring,
-    energy_distance_unbiased,
-    risk_coverage,
-    score,
-)
+from ._metrics import INTERVALS, METRICS, Metric, score
 from ._peers import PEERS, make_environment
 from ._runner import BenchmarkResult, run
+from ._scoring import Prediction, Scoring
 from ._summary import calibration, summarise, verdicts
 from ._tasks import CellSet, Task, Truth, moved, standard_cells
 

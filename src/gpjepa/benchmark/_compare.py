@@ -23,7 +23,7 @@ from gpjepa.effects import (
 )
 from gpjepa.perturbations import LabelReader, Perturbation
 
-from ._metrics import correlation, r2_top
+from ._measures import correlation, r2_top
 
 if TYPE_CHECKING:
     from gpjepa.model import GPJEPA

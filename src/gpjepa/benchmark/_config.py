@@ -158,6 +158,7 @@ class _Cells(_Strict):
     control: str | list[str] = "control"
     context_key: str | None = None
     library_size_key: str | None = None
+    cell_type_key: str | None = Field(None, description="Column of cell types, for avg_bio.")
     separator: str | None = "+"
     strip: str | None = None
 

@@ -34,8 +34,8 @@ from gpjepa.effects import (
 from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures
 from gpjepa.splits import Split
 
-from ._metrics import Prediction
 from ._peers import PEERS, peer
+from ._scoring import Prediction
 from ._tasks import SCALE, CellSet, Task, moved
 
 _read = LabelReader().read
@@ -356,23 +356,21 @@ class GPJEPAMethod:
         cells = train.copy()
         GPJEPA.setup_anndata(cells, context_key="context", library_size_key="library_size")
         self.model_ = GPJEPA(
-            cells, target_features=self.features, missing_features="mean", **(self.model or {})
-        )
+            cells, target_features=self.features, missing_features="mean",
+            targets=sorted({t for _, p in split.test for t in p.targets}), **(self.model or {}),
+        )  # fmt: skip
         self.model_.train(**{"enable_progress_bar": False, **(self.train or {})})
         self.n_parameters_ = sum(p.numel() for p in self.model_.module.parameters())
 
     def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> dict[str, ad.AnnData]:
         """Cells with each gate, and their mean effects."""
         context = str(control.obs["context"].iloc[0])
-        # A target that is neither measured nor described cannot be asked for.
-        known = [p for p in perturbations
-                 if all(t in self.model_.vocabulary.index for t in _read(p).targets)]  # fmt: skip
         found = {}
         for gate in self.gates:
             cells = self.model_.predict_perturbation(
-                control, known, context=context, seed=self.seed, gate=gate
+                control, perturbations, context=context, seed=self.seed, gate=gate
             )
-            tidy = self.model_.predict_effects(known, context, gate=gate)
+            tidy = self.model_.predict_effects(perturbations, context, gate=gate)
             wide = {column: tidy.pivot(index="perturbation", columns="gene", values=column)
                     for column in ("effect", "sd")}  # fmt: skip
             cells.uns = {"scale": "counts", "effect": wide["effect"], "effect_sd": wide["sd"]}

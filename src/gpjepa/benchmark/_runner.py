@@ -26,13 +26,14 @@ from gpjepa.splits import Manifest
 
 from ._config import BenchmarkConfig, Data, MethodConfig
 from ._methods import ORACLES, imported, is_seeded, make_method, oracle, predict_rows
-from ._metrics import Prediction, Scoring, score
+from ._metrics import score
 from ._peers import FOLDER, PEERS, Peer
+from ._scoring import Prediction, Scoring
 from ._summary import summarise
 from ._tasks import SCALE, Task
 
 logger = logging.getLogger(__name__)
-_FORMAT = 3  # of a kept cell of the grid; another number recomputes all
+_FORMAT = 4  # of a kept cell of the grid; another number recomputes all
 _DECIDING = ("gpjepa", "cell-eval2", "scvi-tools", "torch", "scikit-learn", "numpy")
 
 

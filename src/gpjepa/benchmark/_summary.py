@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ._metrics import METRICS, risk_coverage
+from ._measures import risk_coverage
+from ._metrics import METRICS
 
 FLOOR, CEILING = "mean", "replicate"
 N_DRAWS = 1_000

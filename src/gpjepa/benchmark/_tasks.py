@@ -39,6 +39,7 @@ def standard_cells(
     control: str | Sequence[str] = "control",
     context_key: str | None = None,
     library_size_key: str | None = None,
+    cell_type_key: str | None = None,
     separator: str | None = "+",
     strip: str | None = None,
 ) -> ad.AnnData:
@@ -50,12 +51,15 @@ def standard_cells(
         Cells with raw counts.
     layer, perturbation_key, control, context_key, library_size_key, separator, strip
         As in :meth:`gpjepa.GPJEPA.setup_anndata`.
+    cell_type_key
+        Column of ``obs`` with cell types, which no method sees and the metric ``avg_bio`` needs.
 
     Returns
     -------
     anndata.AnnData
         Counts in ``X``; ``obs`` ``perturbation`` (``"A+B"``, ``"control"``), ``context``
-        (``"all"`` if there is one) and ``library_size``; cells sorted by name.
+        (``"all"`` if there is one), ``library_size``, and ``cell_type`` if it was named; cells
+        sorted by name.
 
     Raises
     ------
@@ -63,7 +67,7 @@ def standard_cells(
         If values are not counts, a column is missing, names repeat, or labels look as if they were
         written in another way.
     """
-    columns = [perturbation_key, context_key, library_size_key]
+    columns = [perturbation_key, context_key, library_size_key, cell_type_key]
     missing = [c for c in columns if c is not None and c not in adata.obs]
     if missing:
         raise KeyError(f"{missing} are not columns of adata.obs: {list(adata.obs.columns)}.")
@@ -87,6 +91,8 @@ def standard_cells(
         {"perturbation": labels, "context": list(context), "library_size": library},
         index=adata.obs_names.astype(str),
     )
+    if cell_type_key is not None:
+        obs["cell_type"] = list(adata.obs[cell_type_key].astype(str))
     some = library > 0
     order = np.argsort(obs.index.to_numpy()[some], kind="stable")
     keep = np.flatnonzero(some)[order]
@@ -106,7 +112,7 @@ def data_hash(cells: ad.AnnData) -> str:
     counts = sp.csr_matrix(cells.X[:, order])
     counts.sort_indices()
     found = sha256("\n".join(cells.var_names[order]).encode())
-    for column in ("perturbation", "context", "library_size"):
+    for column in cells.obs:
         found.update("\n".join(cells.obs[column].astype(str)).encode())
     for part in (counts.indptr.astype(np.int64), counts.indices.astype(np.int64), counts.data):
         found.update(np.ascontiguousarray(part).tobytes())
@@ -121,6 +127,7 @@ class CellSet:
     library: np.ndarray
     row: np.ndarray
     context: np.ndarray
+    cell_type: np.ndarray | None = None
 
     def to_anndata(self, genes: np.ndarray) -> ad.AnnData:
         """The cells without their labels, as methods embed them."""
@@ -245,6 +252,7 @@ class Task:
             return effect_table(cells.X, library, perturbations, list(contexts),
                                 cells.var_names, keep)  # fmt: skip
 
+        typed = "cell_type" in cells.obs
         index = {row: i for i, row in enumerate(rows)}
         row = np.array([index.get(k, -1) for k in keys])
         truths = []
@@ -255,10 +263,17 @@ class Task:
             truths.append(
                 Truth(
                     measured.subset(np.array([where[r] for r in rows])),
-                    CellSet(cells.X[mine], library[mine], row[mine], contexts[mine]),
+                    CellSet(
+                        cells.X[mine],
+                        library[mine],
+                        row[mine],
+                        contexts[mine],
+                        cells.obs["cell_type"].to_numpy(str)[mine] if typed else None,
+                    ),
                 )
             )
         train = cells[part == 0].copy()
+        train.obs = train.obs[["perturbation", "context", "library_size"]]
         is_control = (train.obs["perturbation"] == "control").to_numpy()
         control = train[is_control & train.obs["context"].isin(held).to_numpy()].copy()
         return cls(split, rows, dropped, train, control, (truths[0], truths[1]), table(part == 0),

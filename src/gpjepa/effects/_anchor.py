@@ -172,9 +172,11 @@ class EffectAnchor:
         Explanation
             Tables of experts and measured effects; ``plot()`` draws them.
         """
-        perturbation = LabelReader().read(perturbation)
-        featured = [t for f in self.features for t in f.targets]
-        Vocabulary(self._perturbed, [*map(str, self.effects_.genes), *featured]).check(perturbation)
+        if isinstance(perturbation, str):
+            perturbation = LabelReader().read(perturbation)
+            featured = [t for f in self.features for t in f.targets]
+            known = Vocabulary(self._perturbed, [*map(str, self.effects_.genes), *featured])
+            known.check(perturbation)
         if context is None:
             if len(self.effects_.contexts) > 1:
                 raise ValueError(f"Say in which context: {self.effects_.contexts}.")

@@ -51,6 +51,7 @@ class Registered(BaseModelClass):
         n_hidden: int = 256,
         target_features: TargetFeatures | Sequence[TargetFeatures] = (),
         missing_features: Literal["error", "mean"] = "error",
+        targets: Sequence[str] = (),
     ) -> None:
         super().__init__(adata, registry)
         if not isinstance(target_features, TargetFeatures):
@@ -63,7 +64,7 @@ class Registered(BaseModelClass):
         known = self._trained_perturbations() if self.labelled else []
         featured = [t for f in self.new_anchor().features for t in f.targets]
         self.vocabulary = Vocabulary(
-            [t for p in known for t in p.targets], [*map(str, self.genes), *featured]
+            [t for p in known for t in p.targets], [*map(str, self.genes), *featured, *targets]
         )
         self.module = GPJEPAModule(
             len(self.genes), len(self.vocabulary.perturbed), len(self.vocabulary), self.n_batches,

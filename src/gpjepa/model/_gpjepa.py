@@ -36,6 +36,9 @@ class GPJEPA(Trainable):
     missing_features
         A target never perturbed that no features know is refused (``"error"``), or takes the
         shrunken mean effect (``"mean"``).
+    targets
+        Further names that may be asked for, such as those of a guide library, although no gene and
+        no feature has them. Other names are refused, as they may be misspelt.
 
     Examples
     --------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,27 @@ from ._results import PredictedCells, PredictedEffect, Z, assemble
 
 _ENCODE = 512  # cells encoded at a time
 Gate = Literal["auto", 0, 1]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Control cells that predictions start from.
+
+    Attributes
+    ----------
+    state
+        Shape (n_cells, n_latent).
+    share
+        Share of each gene in the counts, decoded from the state, shape (n_cells, n_genes).
+    mean, own
+        Mean counts by the state, and by the cell's own counts as well: the mean of the gamma
+        posterior of :func:`gpjepa.model._random.perturbed_counts`. Shape (n_cells, n_genes).
+    """
+
+    state: np.ndarray
+    share: np.ndarray
+    mean: np.ndarray
+    own: np.ndarray
 
 
 class Predicting(Registered):
@@ -327,6 +349,10 @@ class Predicting(Registered):
     ) -> AnnData:
         """Predict the cells that a perturbation makes of control cells.
 
+        Each predicted cell is a control cell with other rates: what its own counts say of its
+        rates beyond its state (the gamma posterior behind the negative binomial) is kept, the
+        network's response of its state and the mean effect are added, and counts are drawn anew.
+
         Parameters
         ----------
         adata
@@ -386,33 +412,47 @@ class Predicting(Registered):
             mine = cells.take(np.array(at[c]))
             where, draws = _random.choose(mine.names, n_samples, seed)
             mine = mine.take(where)
-            state = self._encode(mine, np.arange(len(mine))).numpy()
+            start = self._start(mine, c)
             for p in wanted:
                 effect = self._effect(p, c, gate)
-                groups.append(self._predict_cells(mine, state, draws, p, effect, seed, return_mean))
+                groups.append(self._predict_cells(mine, start, draws, p, effect, seed, return_mean))
         order = {self._label(p): i for i, p in enumerate(wanted)}
         groups.sort(key=lambda g: order[g.effect.perturbation])
         units = "expected counts" if return_mean else "sampled counts"
         key = self.registry_["setup_args"]["context_key"]
         return assemble(groups, self.genes, seed, units, key)
 
+    def _start(self, cells: Cells, context: str) -> _Start:
+        """Control cells as predictions start from them."""
+        state = self._encode(cells, np.arange(len(cells))).numpy()
+        share = np.maximum(self._decode(state, cells.batch).astype(float), 1e-12)
+        # The decoder's mean over the cells is put right before a cell's own counts are weighed in.
+        rate = np.expm1(self.anchor.effects_.control["log1p_mean"][context].astype(float)) / PER
+        mean = share * np.maximum(rate, 1e-9) / share.mean(0)
+        mean *= cells.library[:, None]
+        theta = self._dispersion
+        own = (theta + cells.counts.toarray()) / (theta / mean + cells.visible)
+        return _Start(state, share, mean, own)
+
     def _predict_cells(
-        self, cells: Cells, state: np.ndarray, draws: np.ndarray, perturbation: Perturbation,
+        self, cells: Cells, start: _Start, draws: np.ndarray, perturbation: Perturbation,
         effect: PredictedEffect, seed: int, return_mean: bool,
     ) -> PredictedCells:  # fmt: skip
         stream = (seed, effect.perturbation)
-        noise = _random.normal(cells.names, draws, state.shape[1], *stream)
+        noise = _random.normal(cells.names, draws, start.state.shape[1], *stream)
         moved = self._transition(
-            state, noise, perturbation, effect.anchor["mean_log1p"], effect.gate
+            start.state, noise, perturbation, effect.anchor["mean_log1p"], effect.gate
         )
         # Without the network, control cells keep their own rates and only the mean is moved.
-        share = self._decode(moved if effect.gate else state, cells.batch)
-        expected = PER * share.astype(float)
+        expected = PER * start.own / cells.library[:, None]
+        if effect.gate:
+            expected *= self._decode(moved, cells.batch) / start.share
         expected *= effect.target_rate / np.maximum(expected.mean(0), 1e-12)
         library = cells.library * np.exp(library_shift(self.library_shifts_, perturbation))
         mean = expected * (library / PER)[:, None]
-        counts = mean if return_mean else _random.negative_binomial(
-            mean, self._dispersion, cells.names, draws, *stream
+        counts = mean if return_mean else _random.perturbed_counts(
+            cells.counts.toarray(), start.mean, self._dispersion, cells.visible, mean / start.own,
+            cells.names, draws, *stream,
         )  # fmt: skip
         return PredictedCells(
             effect, sp.csr_matrix(counts, dtype=np.float32), expected.astype(np.float32), moved,

@@ -49,3 +49,21 @@ def negative_binomial(
         rng = stream("counts", *parts, name, draw)
         result[i] = rng.poisson(rng.standard_gamma(dispersion) * (mean[i] / dispersion))
     return result
+
+
+def perturbed_counts(
+    counts: np.ndarray, mean: np.ndarray, dispersion: np.ndarray, visible: np.ndarray,
+    ratio: np.ndarray, names: np.ndarray, draws: np.ndarray, *parts: object,
+) -> np.ndarray:  # fmt: skip
+    """Counts of each cell had its rates been ``ratio`` times what they are, shape (n_cells, n_genes).
+
+    A negative binomial is a Poisson whose rate is a gamma variable with shape θ and rate θ/μ. Given
+    the cell's own counts k that rate is again gamma, with shape θ + k and rate θ/μ + 1; genes that
+    are not visible have no k, and keep the first.
+    """
+    result = np.empty(mean.shape, np.float32)
+    for i, (name, draw) in enumerate(zip(names, draws, strict=True)):
+        rng = stream("counts", *parts, name, draw)
+        shape, rate = dispersion + counts[i], dispersion / mean[i] + visible
+        result[i] = rng.poisson(rng.standard_gamma(shape) / rate * ratio[i])
+    return result

@@ -336,7 +336,11 @@ class _ActionStage:
         # Whether what is held out has control cells of its own.
         self.independent = bool((out & cells.is_control).any()) and holdout.kind != "cells"
         self.inside = self._table(~out)
-        self.rows = self.inside.rows
+        # A context of which only controls are known is trained on as it is: the decoder would else
+        # never have seen its cells.
+        perturbed = {c for c, _ in self.inside.rows}
+        lone = sorted(c for c, p in self.members if p.is_control and c not in perturbed)
+        self.rows = [*self.inside.rows, *((c, Perturbation()) for c in lone)] if perturbed else []
         if holdout.kind == "cells":
             self.outside = self._table(out)
             if not self.outside.rows:
@@ -370,14 +374,19 @@ class _ActionStage:
         trained = torch.zeros_like(module.perturbation_encoder.trained)
         trained[targets[targets >= 0].unique()] = 1
         module.perturbation_encoder.trained.copy_(trained)
-        anchor = torch.from_numpy(self.anchor.out_of_fold("mean_log1p"))
+        anchor = self._padded(self.anchor.out_of_fold("mean_log1p"))
         shift = anchor.to(module.anchor_map.device) @ module.anchor_map
         scale: Scale = "log1p_mean"
-        missed = self.inside.effect[scale] - self.anchor.out_of_fold(scale)
-        missed = torch.from_numpy(missed.astype(np.float32))
+        missed = self._padded(self.inside.effect[scale] - self.anchor.out_of_fold(scale))
         return ActionPlan(
             module, targets, doses, shift, missed, self.error, matching=matching, **plan_kwargs
         )
+
+    def _padded(self, effect: np.ndarray) -> torch.Tensor:
+        """Effects of the measured rows, and none of the others, shape (n_rows, n_genes)."""
+        padded = torch.zeros(len(self.rows), effect.shape[1])
+        padded[: len(effect)] = torch.from_numpy(effect)
+        return padded
 
     def batches(self, batch_size: int) -> Batches:
         controls = {c: self.members[c, Perturbation()] for c, _ in self.rows}
