@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from exchanges import record as exchange
 from helpers import real_file
 
 import gpjepa
@@ -911,6 +912,65 @@ def test_a_peer_answers_through_files(task, theirs):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("name", sorted(exchange.OPTIONS))
+def test_recorded_exchanges_with_published_methods_still_fit(name, tmp_path):
+    """What a method was asked in its own environment is what we ask now; its answer is read."""
+    recorded, task = exchange.HERE / name, exchange.exchange_task()
+    shutil.copy(PEER_SCRIPTS / "_serve.py", tmp_path)
+    (tmp_path / "run_again.py").write_text(
+        f"""
+import anndata
+from _serve import serve
+
+serve(lambda train, task: None,
+      lambda state, control, wanted: anndata.read_h5ad({str(recorded / "prediction.h5ad")!r}))
+"""
+    )
+    peer = Peer(tmp_path / "run_again.py", sys.executable, options=exchange.OPTIONS[name])
+    peer.fit(task.train, task.split)
+    found = predict_rows(peer, task, name)[name]
+    here = Path(peer.folder.name)
+    for file in ("task.json", "wanted.json"):
+        assert json.loads((here / file).read_text()) == json.loads((recorded / file).read_text())
+    for file in exchange.SHARED:
+        ours, theirs = (ad.read_h5ad(f / file) for f in (here, exchange.HERE))
+        assert list(ours.var_names) == list(theirs.var_names)
+        assert type(ours.X) is type(theirs.X)
+        assert ours.X.dtype == theirs.X.dtype
+        assert ours.obs.dtypes.astype(str).to_dict() == theirs.obs.dtypes.astype(str).to_dict()
+        assert set(ours.obs["perturbation"]) == set(theirs.obs["perturbation"])
+    peer.close()
+    answer = ad.read_h5ad(recorded / "prediction.h5ad")
+    for i, (_, perturbation) in enumerate(task.rows):
+        mine = answer[(answer.obs["perturbation"] == str(perturbation)).to_numpy(), task.genes]
+        assert found.refused[i] == (mine.n_obs == 0)
+        if mine.n_obs:
+            expected = np.asarray(mine.X.mean(0)).ravel() - task.control_profiles[i]
+            np.testing.assert_allclose(found.effect[i], expected, atol=1e-5)
+    assert not found.refused.all()
+    values = scores(task, found, metrics=["squared_error", "energy_distance_unbiased"])
+    assert values.notna().all(None)
+
+
+def test_scgpt_asks_for_its_weights(tmp_path):
+    scgpt = peer_script("scgpt")
+    with pytest.raises(ValueError, match="give the option weights"):
+        scgpt.weights_folder({})
+    (tmp_path / "args.json").touch()
+    with pytest.raises(ValueError, match=r"vocab.json, best_model.pt missing"):
+        scgpt.weights_folder({"weights": tmp_path})
+    flags = scgpt.flags_of(["A+C", "B"], ["A", "B", "C"])
+    np.testing.assert_array_equal(flags, [[1, 0, 1], [0, 1, 0]])
+
+
+def peer_script(name):
+    sys.path.insert(0, str(PEER_SCRIPTS))
+    try:
+        return importlib.import_module(f"run_{name}")
+    finally:
+        sys.path.remove(str(PEER_SCRIPTS))
+
+
 def test_what_happens_to_a_peer_is_told(task, theirs):
     peer = theirs(fail="fit")
     with pytest.raises(RuntimeError, match="ValueError: cannot be fitted"):
@@ -949,11 +1009,7 @@ def test_an_environment_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch
 
 
 def test_peers_get_what_they_can_use():
-    sys.path.insert(0, str(PEER_SCRIPTS))
-    try:
-        cpa, gears = (importlib.import_module(f"run_{x}") for x in ("cpa", "gears"))
-    finally:
-        sys.path.remove(str(PEER_SCRIPTS))
+    cpa, gears = peer_script("cpa"), peer_script("gears")
     labels = ["control"] * 8 + ["A"] * 4 + ["B"] * 4 + ["C+D"] * 4
     train = ad.AnnData(
         sp.csr_matrix(np.ones((20, 3), np.float32)),

@@ -384,7 +384,17 @@ def _told(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-_PATHS = {"source", "path", "regulons", "graph", "table", "blocks", "gene_sets", "python"}
+_PATHS = {
+    "source",
+    "path",
+    "regulons",
+    "graph",
+    "table",
+    "blocks",
+    "gene_sets",
+    "python",
+    "weights",
+}
 
 
 def _anchored(value: Any, folder: Path, key: str = "") -> Any:

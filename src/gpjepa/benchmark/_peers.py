@@ -47,6 +47,7 @@ PEERS: dict[str, PeerInfo] = {
     "scGen": PeerInfo("scgen", "3.12 or newer", "Lotfollahi, Wolf, Theis 2019, through pertpy"),
     "CPA": PeerInfo("cpa", "3.11", "Lotfollahi et al. 2023"),
     "GEARS": PeerInfo("gears", "3.11", "Roohani, Huang, Leskovec 2023"),
+    "scGPT": PeerInfo("scgpt", "3.11", "Cui et al. 2024"),
     "CellFlow": PeerInfo("cellflow", "3.11 or newer", "Klein et al. 2025"),
     "State": PeerInfo("state", "3.11 or 3.12", "Adduri et al. 2025"),
 }
