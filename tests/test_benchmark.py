@@ -859,6 +859,53 @@ def test_both_twins_say_the_same(result):
         assert line in html.unescape(page)
 
 
+def test_published_numbers_stand_beside_ours_on_their_rows(tmp_path):
+    """A stand-in for Norman's screen, and a table that its true effects would have given."""
+    source = {"n_cells": 2_500, "n_genes": 60, "n_targets": 6, "n_combinations": 8, "seed": 4}
+    adata = gpjepa.datasets.simulate(**source)
+    doubles = sorted({p for p in adata.obs["perturbation"] if "+" in p})
+    rows = [(seed, "theirs", p, float(i), 0.5) for seed in (1, 2)
+            for i, p in enumerate(doubles[seed - 1 : seed + 3])]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["seed", "method", "perturbation", "l2", "pearson_delta"])
+    path = tmp_path / "published.csv"
+    table.to_csv(path, index=False)
+    config = {
+        "title": "Beside", "methods": ["additive", "mean", "replicate"],
+        "metrics": ["squared_error"],
+        "data": [{"name": "screen", "simulate": source,
+                  "splits": [{"kind": "published", "path": str(path)}]}],
+    }  # fmt: skip
+    found = benchmark.run(config, tmp_path / "out", progress=False)
+    (one, two) = found.manifests["screen"].splits
+    assert {str(p) for _, p in one.test} == set(doubles[:4])
+    assert {str(p) for _, p in two.test} == set(doubles[1:5])
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| theirs | published | 1.500 | 0.500 | 8 |" in report
+    # By hand, from all cells of a held-out perturbation.
+    cells = standard_cells(adata, context_key="context")
+    task = Task.of(cells, one)
+    mine = cells[(cells.obs["perturbation"] == str(task.rows[0][1])).to_numpy()]
+    rates = np.log1p(1e4 * mine.X.toarray() / mine.obs[["library_size"]].to_numpy())
+    effect = fitted("additive", task).effect[0]
+    l2 = np.linalg.norm(task.control_profiles[0] + effect - rates.mean(0))
+    scores = found.scores[
+        (found.scores["split"] == one.name) & (found.scores["method"] == "additive")
+    ]
+    first = scores[scores["perturbation"] == str(task.rows[0][1])]["published_l2"]
+    np.testing.assert_allclose(first, l2, rtol=1e-5)
+    table.assign(perturbation="A+B").to_csv(path, index=False)
+    with pytest.raises(ValueError, match=r"1 perturbations of published.csv are not in the data"):
+        benchmark.run(config, tmp_path / "other", progress=False)
+
+
+def test_the_published_table_of_normans_doubles_has_its_published_means():
+    from gpjepa.benchmark._published import NORMAN_DOUBLES, read_published
+
+    means = read_published(NORMAN_DOUBLES).groupby("method")["l2"].mean()
+    for name, value in (("additive_model", 2.77), ("gears", 4.10), ("scgpt", 4.62), ("cpa", 12.2)):
+        assert means[name] == pytest.approx(value, abs=0.05), name
+
+
 # Published methods
 
 THEIRS = """

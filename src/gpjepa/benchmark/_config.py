@@ -17,6 +17,7 @@ from gpjepa.splits import Manifest, Row, Split
 from ._methods import METHODS, ORACLES, imported
 from ._metrics import METRICS
 from ._peers import PEERS
+from ._published import NORMAN_DOUBLES, published_splits
 from ._tasks import data_hash, measured_rows, standard_cells
 
 Positive = Annotated[int, Field(gt=0)]
@@ -114,9 +115,19 @@ class OwnManifest(_Strict):
     path: Path
 
 
+class Published(_Strict):
+    """Splits of a published table, beside whose numbers the report puts ours."""
+
+    kind: Literal["published"]
+    path: Path = NORMAN_DOUBLES
+
+    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
+        return published_splits(self.path, rows)
+
+
 AnySplit = Annotated[
     UnseenSingles | GearsSimulation | Doubles | HeldOutContext | FewShot | CrossDataset
-    | OwnManifest,
+    | OwnManifest | Published,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

@@ -15,8 +15,10 @@ import pandas as pd
 from gpjepa._files import written_whole
 
 from ._cell_eval import cell_eval_version
+from ._config import Published
 from ._methods import NEGATIVE, ORACLES
 from ._metrics import METRICS
+from ._published import beside_published
 from ._summary import calibration, verdicts
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ def contents(result: BenchmarkResult) -> dict[str, Any]:
         "all_metrics": _all_metrics(table),
         "controls": _controls(table, headline, rivals),
         "compute": _compute(result.runs),
+        "published": _published(result),
         "not_run": _not_run(result.runs, result.scores),
         "splits": _splits(result),
         "metrics": _metrics(result.scores),
@@ -338,6 +341,27 @@ def _compute(runs: pd.DataFrame) -> Table | None:
                      "–" if parameters != parameters else f"{int(parameters):,}"])  # fmt: skip
     columns = ["data and split", "method", "fit, s", "predict, s", "peak memory, GB", "parameters"]
     return Table("Compute", columns, rows, "Means over runs; memory above what was there before.")
+
+
+def _published(result: BenchmarkResult) -> list[Table]:
+    found = []
+    for data in result.config.data:
+        for split in data.splits:
+            if not isinstance(split, Published):
+                continue
+            mine = result.scores[result.scores["data"] == data.name]
+            table = beside_published(mine[~mine["method"].isin(ORACLES)], split.path)
+            rows = [[r["method"], "published" if r["published"] else "here", number(r["l2"]),
+                     number(r["pearson_delta"]), str(r["n_rows"])]
+                    for _, r in table.iterrows()]  # fmt: skip
+            note = (
+                f"The methods of {split.path.name} and those run here, on its splits and rows: means "
+                "over seeds and perturbations, on the 1,000 genes highest in the control. The choice "
+                "of genes and the normalisation are ours."
+            )
+            columns = ["method", "from", "L2", "Pearson delta", "rows"]
+            found.append(Table(f"{data.name}: beside published numbers", columns, rows, note))
+    return found
 
 
 def _not_run(runs: pd.DataFrame, scores: pd.DataFrame) -> Table:

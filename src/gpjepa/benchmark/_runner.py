@@ -28,6 +28,7 @@ from ._config import BenchmarkConfig, Data, MethodConfig
 from ._methods import ORACLES, imported, is_seeded, make_method, oracle, predict_rows
 from ._metrics import score
 from ._peers import FOLDER, PEERS, Peer
+from ._published import KIND, published_scores
 from ._scoring import Prediction, Scoring
 from ._summary import summarise
 from ._tasks import SCALE, Task
@@ -327,6 +328,8 @@ def _scored(
             "uncertainty": np.nan if sd is None else np.where(task.scored, sd**2, 0).sum(1),
         }
     )  # fmt: skip
+    if task.split.kind == KIND:
+        values = pd.concat([values, published_scores(task, predicted.effect)], axis=1)
     return pd.concat([about, values], axis=1)
 
 

@@ -134,6 +134,7 @@ class Network:
         return self.model(ids, values, flags, src_key_padding_mask=padding)["mlm_output"]
 
     def loss(self, base, perturbed, genes):
+        """Squared error on some genes of the perturbed cells, from as many control cells."""
         import torch
 
         values, wanted = (torch.from_numpy(x.X[:, genes].toarray()) for x in (base, perturbed))
