@@ -22,10 +22,10 @@ from gpjepa.objectives import (
     effective_rank,
     energy_distance,
     gaussian_kl,
+    gene_blocks,
     mmd,
     negative_binomial_nll,
     optimal_transport_pairs,
-    random_blocks,
     sliced_wasserstein,
     vicreg,
 )
@@ -99,7 +99,7 @@ def test_ema_moves_the_teacher_by_the_momentum():
 
 def test_block_predictor_is_told_which_genes_are_hidden():
     predictor = BlockPredictor(20, 4, 16)
-    blocks = random_blocks(20, 2, 0.5)
+    blocks = gene_blocks(20, 2, 0.5)
     predicted = predictor(torch.zeros(3, 4), blocks)
     assert predicted.shape == (2, 3, 4)
     assert not torch.allclose(predicted[0], predicted[1])
@@ -203,11 +203,11 @@ def test_optimal_transport_pairs_ignore_the_mean_shift():
 
 
 def test_blocks_are_disjoint_and_leave_genes_visible():
-    blocks = random_blocks(100, 4, 0.4)
+    blocks = gene_blocks(100, 4, 0.4)
     assert blocks.sum(1).tolist() == [10] * 4
     assert blocks.sum(0).max() == 1
     with pytest.raises(ValueError, match="none visible"):
-        random_blocks(10, 2, 1.0)
+        gene_blocks(10, 2, 1.0)
 
 
 def test_mlp_encoder_reads_the_expression():

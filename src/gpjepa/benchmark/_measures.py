@@ -98,9 +98,10 @@ def recall_of_interactions(scoring: Scoring) -> np.ndarray:
     noise, effect = task.training.noise(SCALE), task.training.effect[SCALE]
     rows, parts = [], []
     for i, (context, perturbation) in enumerate(task.rows):
-        singles = [training.get((context, s)) for s in perturbation.singles]
-        if len(singles) < 2 or None in singles:
+        alone = [(context, s) for s in perturbation.singles]
+        if len(alone) < 2 or not training.keys() >= set(alone):
             continue
+        singles = [training[key] for key in alone]
         # The noise of the control that the singles share adds up in their sum.
         n, shared = len(singles), task.training.control_variance[SCALE][context]
         variance = scoring.noise[i] + noise[singles].sum(0) + n * (n - 1) * shared

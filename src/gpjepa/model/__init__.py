@@ -2,6 +2,7 @@
 
 from ._gpjepa import GPJEPA
 from ._module import GPJEPAModule
-from ._plans import ActionPlan, PretrainPlan
+from ._plans import ActionPlan
+from ._pretrain import CollapseError, PretrainPlan
 
-__all__ = ["GPJEPA", "ActionPlan", "GPJEPAModule", "PretrainPlan"]
+__all__ = ["GPJEPA", "ActionPlan", "CollapseError", "GPJEPAModule", "PretrainPlan"]

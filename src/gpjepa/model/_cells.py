@@ -229,6 +229,41 @@ class RandomBatches:
             yield order[i * self.batch_size : (i + 1) * self.batch_size], torch.empty(0)
 
 
+def _draw(cells: np.ndarray, n: int) -> np.ndarray:
+    """Some of the cells, each once where there are enough."""
+    if len(cells) >= n:
+        return cells[torch.randperm(len(cells))[:n].numpy()]
+    return cells[torch.randint(len(cells), (n,)).numpy()]
+
+
+class SetBatches:
+    """Mini-batches of sets of cells that share context and perturbation, set by set.
+
+    Parameters
+    ----------
+    rows
+        Cells of each context and perturbation.
+    n_rows, n_cells
+        Sets in a batch, and cells per set.
+    n_batches
+        Batches in an epoch.
+    """
+
+    def __init__(
+        self, rows: list[np.ndarray], n_rows: int, n_cells: int, n_batches: int
+    ) -> None:  # fmt: skip
+        self.rows, self.n_cells, self.n_batches = rows, n_cells, n_batches
+        self.n_rows = min(n_rows, len(rows))
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        for _ in range(self.n_batches):
+            chosen = torch.randperm(len(self.rows))[: self.n_rows]
+            yield np.concatenate([_draw(self.rows[i], self.n_cells) for i in chosen]), chosen
+
+
 class CoherentBatches:
     """Mini-batches of a few (context, perturbation) rows, each with as many control cells.
 
@@ -257,21 +292,16 @@ class CoherentBatches:
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         for _ in range(self.n_batches):
             chosen = torch.randperm(len(self.rows))[: self.n_rows]
-            perturbed = [self._draw(self.rows[i]) for i in chosen]
-            control = [self._draw(self.controls[i]) for i in chosen]
+            perturbed = [_draw(self.rows[i], self.n_cells) for i in chosen]
+            control = [_draw(self.controls[i], self.n_cells) for i in chosen]
             yield np.concatenate(perturbed + control), chosen
-
-    def _draw(self, cells: np.ndarray) -> np.ndarray:
-        if len(cells) >= self.n_cells:
-            return cells[torch.randperm(len(cells))[: self.n_cells].numpy()]
-        return cells[torch.randint(len(cells), (self.n_cells,)).numpy()]
 
 
 class Batches(LightningDataModule):
     """Feeds a training plan with the mini-batches of a sampler."""
 
     def __init__(
-        self, cells: Cells, sampler: RandomBatches | CoherentBatches,
+        self, cells: Cells, sampler: RandomBatches | SetBatches | CoherentBatches,
         latent: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()

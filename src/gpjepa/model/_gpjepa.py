@@ -26,7 +26,8 @@ class GPJEPA(Trainable):
     n_latent
         Dimensions of the state.
     encoder
-        ``"mlp"``, or ``"perceiver"``: learned queries that attend to all genes.
+        ``"mlp"``, ``"perceiver"`` (learned queries that attend to all genes), or ``"pca"``
+        (principal components, without stage A: the control of a learned encoder).
     n_hidden
         Width of hidden layers.
     target_features

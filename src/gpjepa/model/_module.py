@@ -19,13 +19,11 @@ from gpjepa.nn import (
     make_encoder,
 )
 from gpjepa.objectives import (
-    effective_rank,
     energy_distance,
     gaussian_kl,
     mmd,
     negative_binomial_nll,
     optimal_transport_pairs,
-    random_blocks,
     sliced_wasserstein,
     vicreg,
 )
@@ -37,7 +35,7 @@ class GPJEPAModule(BaseModuleClass):
     r"""Encoder, predictor and decoder of GP-JEPA.
 
     Stage A trains ``encoder`` and ``block_predictor`` against ``target_encoder``
-    (:meth:`jepa_loss`). Stages B and C train ``perturbation_encoder``, ``predictor``,
+    (:class:`gpjepa.model.PretrainPlan`). Stages B and C train ``perturbation_encoder``, ``predictor``,
     ``posterior`` and ``decoder`` on the states of the frozen encoder (:meth:`action_loss`):
 
     .. math::
@@ -51,7 +49,7 @@ class GPJEPAModule(BaseModuleClass):
     n_latent, n_hidden, n_action, n_features
         Sizes of states, hidden layers, action embeddings and target features.
     encoder
-        ``"mlp"`` or ``"perceiver"``.
+        ``"mlp"``, ``"perceiver"`` or ``"pca"``.
     rest
         Whether library sizes are of whole cells, so that the genes hold a part only.
     """
@@ -105,38 +103,6 @@ class GPJEPAModule(BaseModuleClass):
         px = generative_outputs["px"]
         nll = negative_binomial_nll(tensors["counts"], px.mu, px.theta)
         return LossOutput(loss=nll.mean(), reconstruction_loss=nll)
-
-    # Stage A
-
-    def jepa_loss(
-        self, values: torch.Tensor, *, n_blocks: int, hidden: float, vicreg_weight: float
-    ) -> dict[str, torch.Tensor]:
-        """Predict the teacher's embedding of hidden gene blocks from the visible genes.
-
-        Parameters
-        ----------
-        values
-            log1p counts per 10,000, shape (n_cells, n_genes).
-        n_blocks, hidden
-            Blocks, and the share of genes that they hide together.
-        vicreg_weight
-            Weight of VICReg on the context embeddings; 0 is off.
-        """
-        blocks = random_blocks(self.n_genes, n_blocks, hidden).to(values.device)
-        context = self.encoder(values, ~blocks.any(0))
-        predicted = self.block_predictor(context, blocks)
-        with torch.no_grad():
-            target = torch.stack([self.target_encoder(values, block) for block in blocks])
-            target = F.layer_norm(target, target.shape[-1:])
-        predict = F.smooth_l1_loss(predicted, target)
-        regulariser = vicreg(context)
-        return {
-            "loss": predict + vicreg_weight * regulariser,
-            "predict": predict.detach(),
-            "vicreg": regulariser.detach(),
-            "latent_std": context.detach().std(0).mean(),
-            "effective_rank": effective_rank(context.detach()),
-        }
 
     # Stages B and C
 

@@ -17,7 +17,7 @@ _AVERAGE = 0.98
 """Momentum of the averaged weights of stages B and C: two epochs of 25 steps."""
 
 
-class _Plan(pl.LightningModule):
+class Plan(pl.LightningModule):
     """AdamW with a short warm-up and cosine decay over the steps that are planned."""
 
     def __init__(self, module: GPJEPAModule, stage: str, lr: float, weight_decay: float) -> None:
@@ -50,51 +50,7 @@ class _Plan(pl.LightningModule):
         return losses["loss"]
 
 
-class PretrainPlan(_Plan):
-    """Stage A: masked context to the teacher's embedding of hidden gene blocks.
-
-    Parameters
-    ----------
-    module
-        The module.
-    n_blocks, hidden
-        Blocks of genes, and the share of genes they hide together.
-    momentum
-        EMA momentum of the teacher at the start, at most 1 - 10/steps: in a short run the teacher
-        would else stay near its random start. It rises to 1 along a cosine.
-    vicreg_weight
-        Weight of VICReg; 0 is off.
-    lr, weight_decay
-        Of AdamW.
-    """
-
-    def __init__(
-        self, module: GPJEPAModule, *, n_blocks: int = 4, hidden: float = 0.5,
-        momentum: float = 0.996, vicreg_weight: float = 1.0, lr: float = 1e-3,
-        weight_decay: float = 1e-4,
-    ) -> None:  # fmt: skip
-        super().__init__(module, "pretrain", lr, weight_decay)
-        self.n_blocks, self.hidden = n_blocks, hidden
-        self.momentum, self.vicreg_weight = momentum, vicreg_weight
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Loss of one mini-batch."""
-        losses = self.module.jepa_loss(
-            batch["values"], n_blocks=self.n_blocks, hidden=self.hidden,
-            vicreg_weight=self.vicreg_weight,
-        )  # fmt: skip
-        return self._log(losses, "pretrain", len(batch["values"]))
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        done = self.global_step / total
-        start = max(min(self.momentum, 1 - 10 / total), 0.0)
-        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(done, 1.0))).item())
-        momentum = 1 - (1 - start) * cosine
-        ema_update(self.module.target_encoder, self.module.encoder, momentum)
-
-
-class ActionPlan(_Plan):
+class ActionPlan(Plan):
     """Stages B and C: the predictor with its posterior, and the count decoder.
 
     Parameters

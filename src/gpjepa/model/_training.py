@@ -22,20 +22,23 @@ from gpjepa.effects import (
     library_shifts,
     targeted,
 )
+from gpjepa.nn import PCAEncoder
 from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
-from ._cells import Batches, Cells, CoherentBatches, RandomBatches
+from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
 from ._module import MATCHINGS
-from ._plans import ActionPlan, PretrainPlan, finish_on_interrupt
+from ._plans import ActionPlan, finish_on_interrupt
 from ._prediction import Predicting
+from ._pretrain import PretrainPlan, masked_genes
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 512  # cells held dense at a time
 _N_REFERENCE = 256  # control cells of a context behind the network's mean effect
 _N_MAP = 2_000  # cells behind the latent image of the anchor
+_N_COMPONENTS = 10_000  # cells behind principal components
 _CELLS_PER_ROW = 32
 _BATCHES_PER_EPOCH = 25
 
@@ -69,7 +72,11 @@ class Trainable(Predicting):
         accelerator, devices
             As in scvi-tools.
         plan_kwargs
-            Options of :class:`gpjepa.model.PretrainPlan`.
+            Options of :class:`gpjepa.model.PretrainPlan`. Also ``masks``: which genes are hidden
+            together, ``"random"`` ones, ``"gene_sets"`` (with ``gene_sets``: GMT files, or a dict of
+            names to genes), ``"regulons"`` (with ``regulons``: a table or CSV with columns
+            ``source`` and ``target``), or ``"adversarial"`` (those that tell most of the
+            perturbation, by a linear probe on the training cells).
         **trainer_kwargs
             Options of :class:`scvi.train.Trainer`.
         """
@@ -119,7 +126,7 @@ class Trainable(Predicting):
         accelerator, devices
             As in scvi-tools.
         plan_kwargs, pretrain_kwargs
-            Options of :class:`gpjepa.model.ActionPlan` and :class:`gpjepa.model.PretrainPlan`.
+            Options of :class:`gpjepa.model.ActionPlan`, and of stage A as in :meth:`pretrain`.
         **trainer_kwargs
             Options of :class:`scvi.train.Trainer`.
         """
@@ -186,18 +193,41 @@ class Trainable(Predicting):
         self, cells: Cells, where: np.ndarray, max_epochs: int | None, batch_size: int,
         plan_kwargs: dict | None, **trainer_kwargs: Any,
     ) -> bool:  # fmt: skip
+        options = masked_genes(plan_kwargs or {}, cells, self.genes, where)
         self._fit_standardisation(cells, where)
-        sampler = RandomBatches(where, batch_size)
+        sampler: RandomBatches | SetBatches = RandomBatches(where, batch_size)
+        if options.get("set_size"):
+            sampler = self._sets(cells, where, options["set_size"], batch_size)
         epochs = max(2, round(1_000 / len(sampler))) if max_epochs is None else max_epochs
         interrupted = False
+        if isinstance(self.module.encoder, PCAEncoder):
+            some = where[_random.stream("components").permutation(len(where))[:_N_COMPONENTS]]
+            self.module.encoder.fit(cells.tensors(some)["values"])
+            epochs = 0
         if epochs:
-            plan = PretrainPlan(self.module, **(plan_kwargs or {}))
+            plan = PretrainPlan(self.module, **options)
             interrupted = self._run(plan, Batches(cells, sampler), epochs, **trainer_kwargs)
-            # The teacher is the smoother of the two; from here on it is the encoder.
-            self.module.encoder.load_state_dict(self.module.target_encoder.state_dict())
-            self._warn_of_collapse()
+            plan.finish()
         self.is_pretrained_ = self.is_trained_ = True
         return interrupted
+
+    def _sets(self, cells: Cells, where: np.ndarray, set_size: int, batch_size: int) -> SetBatches:
+        """Sets of cells that share context and perturbation."""
+        if cells.perturbations is None:
+            raise ValueError("set_size needs perturbations: the cells have none.")
+        if set_size < 4 or set_size % 2:
+            raise ValueError(f"set_size={set_size}: expected an even number from 4.")
+        groups: dict[tuple[str, Perturbation], list[int]] = {}
+        for i in where:
+            groups.setdefault((cells.contexts[i], cells.perturbations[i]), []).append(int(i))
+        rows = [np.array(g) for g in groups.values() if len(g) >= set_size]
+        if len(rows) < 2:
+            raise ValueError(
+                f"set_size={set_size}: {len(rows)} groups of cells with one context and perturbation "
+                "have so many; at least 2 are needed."
+            )
+        n_batches = max(1, len(where) // batch_size)
+        return SetBatches(rows, max(2, batch_size // set_size), set_size, n_batches)
 
     def _fit_standardisation(self, cells: Cells, where: np.ndarray) -> None:
         """Mean and spread of each gene over the training cells, its share of the counts, dispersion.
@@ -234,20 +264,6 @@ class Trainable(Predicting):
             self.module.decoder.out.bias.copy_(torch.from_numpy(logits))
             log_dispersion = np.log(np.clip(dispersion, 0.05, 100))
             self.module.decoder.log_dispersion.copy_(torch.from_numpy(log_dispersion))
-
-    def _warn_of_collapse(self) -> None:
-        history = self.history_ or {}
-        if "pretrain_effective_rank" not in history:
-            return
-        rank = float(history["pretrain_effective_rank"].iloc[-1].item())
-        spread = float(history["pretrain_latent_std"].iloc[-1].item())
-        if rank < 2 or spread < 0.05:
-            warnings.warn(
-                f"The encoder has collapsed (effective rank {rank:.1f}, spread {spread:.2g}): raise "
-                "vicreg_weight in pretrain_kwargs, or lower the learning rate.",
-                UserWarning,
-                stacklevel=4,
-            )
 
     def _hold_out(self, cells: Cells) -> tuple[Holdout, np.ndarray]:
         assert cells.perturbations is not None

@@ -1,12 +1,13 @@
 """Plain torch: encoders, predictors, the count decoder, EMA. Tensors in, tensors out."""
 
 from ._ema import ema_copy, ema_update
-from ._encoders import MLPEncoder, PerceiverEncoder, make_encoder
+from ._encoders import MLPEncoder, PCAEncoder, PerceiverEncoder, make_encoder
 from ._heads import (
     BlockPredictor,
     CountDecoder,
     GaussianHead,
     PerturbationEncoder,
+    mlp,
 )
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "CountDecoder",
     "GaussianHead",
     "MLPEncoder",
+    "PCAEncoder",
     "PerceiverEncoder",
     "PerturbationEncoder",
     "ema_copy",
     "ema_update",
     "make_encoder",
+    "mlp",
 ]

@@ -55,6 +55,41 @@ class MLPEncoder(_Encoder):
         return self.net(self.standardise(values, visible))
 
 
+class PCAEncoder(_Encoder):
+    """Principal components of standardised genes, fitted once: the control of a learned encoder.
+
+    Parameters
+    ----------
+    n_genes, n_latent
+        Sizes of input and output.
+    """
+
+    axes: torch.Tensor
+
+    def __init__(self, n_genes: int, n_latent: int) -> None:
+        super().__init__(n_genes)
+        self.register_buffer("axes", torch.zeros(n_genes, n_latent))
+
+    @torch.no_grad()
+    def fit(self, values: torch.Tensor) -> None:
+        """Set the axes; states vary by 1 on average.
+
+        Parameters
+        ----------
+        values
+            log1p counts per 10,000 of training cells, shape (n_cells, n_genes).
+        """
+        x = self.standardise(values, None)
+        n = min(self.axes.shape[1], *(d - 1 for d in x.shape))
+        _, singular, axes = torch.pca_lowrank(x, n, niter=4)
+        self.axes.zero_()
+        self.axes[:, :n] = axes / (singular.square().mean() / len(x)).sqrt()
+
+    def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """Latent states, shape (n_cells, n_latent)."""
+        return self.standardise(values, visible) @ self.axes
+
+
 class PerceiverEncoder(_Encoder):
     r"""Learned queries attend to all genes, each a token of identity and expression.
 
@@ -131,11 +166,13 @@ class PerceiverEncoder(_Encoder):
 
 
 def make_encoder(
-    kind: Literal["mlp", "perceiver"], n_genes: int, n_latent: int, n_hidden: int
-) -> MLPEncoder | PerceiverEncoder:
+    kind: Literal["mlp", "perceiver", "pca"], n_genes: int, n_latent: int, n_hidden: int
+) -> MLPEncoder | PerceiverEncoder | PCAEncoder:
     """Build an encoder by name."""
     if kind == "mlp":
         return MLPEncoder(n_genes, n_latent, n_hidden)
     if kind == "perceiver":
         return PerceiverEncoder(n_genes, n_latent)
-    raise ValueError(f"encoder={kind!r} is not known; choose 'mlp' or 'perceiver'.")
+    if kind == "pca":
+        return PCAEncoder(n_genes, n_latent)
+    raise ValueError(f"encoder={kind!r} is not known; choose 'mlp', 'perceiver' or 'pca'.")

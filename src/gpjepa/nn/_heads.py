@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 
-def _mlp(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:
+def mlp(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:
+    """Two hidden layers with layer norm and GELU."""
     return nn.Sequential(
         nn.Linear(n_in, n_hidden), nn.LayerNorm(n_hidden), nn.GELU(),
         nn.Linear(n_hidden, n_hidden), nn.LayerNorm(n_hidden), nn.GELU(),
@@ -23,7 +24,7 @@ class BlockPredictor(nn.Module):
     def __init__(self, n_genes: int, n_latent: int, n_hidden: int) -> None:
         super().__init__()
         self.identity = nn.Parameter(torch.randn(n_genes, n_latent) / n_latent**0.5)
-        self.net = _mlp(2 * n_latent, n_hidden, n_latent)
+        self.net = mlp(2 * n_latent, n_hidden, n_latent)
 
     def forward(self, context: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Predict each block.
@@ -66,7 +67,7 @@ class PerturbationEncoder(nn.Module):
         self.register_buffer("features", torch.zeros(n_known + 1, n_features))
         self.register_buffer("trained", torch.zeros(n_known + 1))
         self.n_targets = n_targets
-        self.token = _mlp(n_action + n_features, n_action, n_action)
+        self.token = mlp(n_action + n_features, n_action, n_action)
         self.out = nn.Linear(n_action, n_action)
 
     def forward(self, targets: torch.Tensor, doses: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ class GaussianHead(nn.Module):
 
     def __init__(self, n_in: int, n_hidden: int, n_latent: int) -> None:
         super().__init__()
-        self.net = _mlp(n_in, n_hidden, 2 * n_latent)
+        self.net = mlp(n_in, n_hidden, 2 * n_latent)
         for parameter in self.net[-1].parameters():
             nn.init.zeros_(parameter)
 

@@ -3,10 +3,15 @@ from __future__ import annotations
 import torch
 
 
-def random_blocks(
-    n_genes: int, n_blocks: int, hidden: float, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Disjoint random blocks of genes to hide from the context.
+def gene_blocks(
+    n_genes: int, n_blocks: int = 4, hidden: float = 0.5, *, overlap: float = 0.0,
+    size_spread: float = 0.0, groups: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None, generator: torch.Generator | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Blocks of genes to hide from the context, drawn anew at every call.
+
+    Genes are put into an order and cut into blocks: a random one, or group by group, or with the
+    heavier genes more often first.
 
     Parameters
     ----------
@@ -16,18 +21,58 @@ def random_blocks(
         Blocks.
     hidden
         Share of the genes that all blocks hide together.
+    overlap
+        Share of its own size that a block takes over from the next one.
+    size_spread
+        Standard deviation of the logarithm of the blocks' sizes; 0 for equal ones.
+    groups
+        Gene sets or regulons, boolean, shape (n_groups, n_genes): a block is made of whole groups,
+        as far as its size allows, and a gene in no group is never hidden.
+    weights
+        How readily each gene is hidden, shape (n_genes,).
 
     Returns
     -------
     torch.Tensor
         Boolean, shape (n_blocks, n_genes).
+
+    Raises
+    ------
+    ValueError
+        If no gene is left visible, or there are fewer genes to hide than blocks.
     """
-    size = max(1, int(hidden * n_genes / n_blocks))
-    if size * n_blocks >= n_genes:
+    order = _order(n_genes, groups, weights, generator)
+    n_hidden = min(int(hidden * n_genes), len(order))
+    if n_hidden >= n_genes or n_hidden < n_blocks:
         raise ValueError(
-            f"{n_blocks} blocks that hide {hidden:.0%} of {n_genes} genes leave none visible."
+            f"{n_blocks} blocks that hide {hidden:.0%} of {n_genes} genes, of which {len(order)} can "
+            "be hidden: every block needs a gene, and one must stay visible."
         )
-    order = torch.randperm(n_genes, generator=generator)[: size * n_blocks]
+    size = (size_spread * torch.randn(n_blocks, generator=generator)).exp()
+    # Every block has one gene; the rest is shared out by size.
+    cuts = (size.cumsum(0) / size.sum() * (n_hidden - n_blocks)).round().long()
+    ends = [int(c) + k + 1 for k, c in enumerate(cuts)]
+    slices = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     blocks = torch.zeros(n_blocks, n_genes, dtype=torch.bool)
-    blocks[torch.arange(n_blocks).repeat_interleave(size), order] = True
+    for k, own in enumerate(slices):
+        blocks[k, own] = True
+        blocks[k, slices[(k + 1) % n_blocks][: int(overlap * len(own))]] = True
     return blocks
+
+
+def _order(
+    n_genes: int, groups: torch.Tensor | None, weights: torch.Tensor | None,
+    generator: torch.Generator | None,
+) -> torch.Tensor:  # fmt: skip
+    """Genes that may be hidden, in the order in which they are."""
+    if groups is not None:
+        place = torch.randperm(len(groups), generator=generator)
+        first = torch.where(groups, place.unsqueeze(1), len(groups)).amin(0)
+        order = (first + torch.rand(n_genes, generator=generator)).argsort()
+        return order[: int((first < len(groups)).sum())]
+    if weights is not None:
+        # The largest of log-weights with Gumbel noise are a draw without replacement.
+        noise = -torch.log(-torch.log(torch.rand(n_genes, generator=generator)))
+        order = (weights.clamp_min(1e-12).log() + noise).argsort(descending=True)
+        return order[: int((weights > 0).sum())]
+    return torch.randperm(n_genes, generator=generator)

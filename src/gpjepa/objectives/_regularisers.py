@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import math
+
 import torch
+from torch.nn import functional as F
 
 
 def vicreg(z: torch.Tensor, spread: float = 1.0) -> torch.Tensor:
@@ -18,6 +21,50 @@ def vicreg(z: torch.Tensor, spread: float = 1.0) -> torch.Tensor:
     covariance = z.T @ z / (len(z) - 1)
     off_diagonal = covariance - torch.diag(covariance.diagonal())
     return (spread - deviation).relu().mean() + 0.04 * off_diagonal.square().sum() / z.shape[1]
+
+
+def sigreg(
+    z: torch.Tensor, n_slices: int = 64, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    r"""Distance of embeddings from an isotropic standard Gaussian (SIGReg of LeJEPA, 2025).
+
+    Mean over random directions of the Epps-Pulley statistic
+    :math:`\int |\hat\varphi(t) - e^{-t^2/2}|^2\,\phi(t)\,dt` of the projected embeddings, with
+    their empirical characteristic function and the standard normal density (Epps and Pulley 1983).
+
+    Parameters
+    ----------
+    z
+        Embeddings, shape (n_cells, n_latent).
+    n_slices
+        Directions.
+    """
+    directions = torch.randn(z.shape[1], n_slices, generator=generator).to(z)
+    u = z @ (directions / directions.norm(dim=0))
+    t = torch.linspace(0, 5, 26, dtype=z.dtype, device=z.device)
+    angle = u.unsqueeze(-1) * t
+    gaussian = torch.exp(-(t**2) / 2)
+    gap = (angle.cos().mean(0) - gaussian).square() + angle.sin().mean(0).square()
+    density = gaussian / math.sqrt(2 * math.pi)
+    # The integrand is even.
+    return 2 * torch.trapezoid(gap * density, t).mean()
+
+
+def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """Contrastive loss between two views of the same cells (InfoNCE, van den Oord et al. 2018).
+
+    Cosine similarities, both ways round (SimCLR, Chen et al. 2020).
+
+    Parameters
+    ----------
+    first, second
+        Embeddings of the views, shape (n_cells, n_latent).
+    temperature
+        Divides the similarities.
+    """
+    logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / temperature
+    same = torch.arange(len(first), device=first.device)
+    return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
 def effective_rank(z: torch.Tensor) -> torch.Tensor:

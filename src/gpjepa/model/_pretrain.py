@@ -1,0 +1,341 @@
+"""Stage A: the encoder's training plan, what it hides, and the guard against collapse."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gpjepa.effects import PER
+from gpjepa.nn import ema_update, mlp
+from gpjepa.objectives import effective_rank, gene_blocks, info_nce, sigreg, vicreg
+from gpjepa.perturbations import read_gmt
+
+from . import _random
+from ._cells import Cells
+from ._module import GPJEPAModule
+from ._plans import Plan
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVES = ("jepa", "reconstruction", "contrastive")
+REGULARISERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "vicreg": vicreg,
+    "sigreg": sigreg,
+}
+MASKS = ("random", "gene_sets", "regulons", "adversarial")
+GeneSets = str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]]
+
+_MIN_RANK, _MIN_SPREAD, _MIN_RATIO = 2.0, 0.05, 0.02
+_RAISE, _FIRST, _BOUND = 4.0, 0.25, 64.0
+_PROBED = 5_000  # cells that the probe behind adversarial masks learns from, at most
+
+
+class CollapseError(RuntimeError):
+    """The encoder gives all cells the same state, whatever the regulariser's weight."""
+
+
+class CollapseGuard:
+    """Warns of collapse, then raises the regulariser's weight, then stops.
+
+    Parameters
+    ----------
+    weight
+        Weight of the regulariser; raised fourfold after each epoch in which the collapse goes on,
+        up to 64 times itself, or 16 where it is off.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight, self.bound = weight, _BOUND * max(weight, _FIRST)
+        self.warned = False
+
+    def look(self, rank: float, spread: float, ratio: float) -> None:
+        """Judge an epoch.
+
+        Parameters
+        ----------
+        rank
+            Effective rank of the states.
+        spread
+            Mean standard deviation of their dimensions.
+        ratio
+            Spread of the predictions over that of the targets.
+
+        Raises
+        ------
+        CollapseError
+            If the states are still collapsed at the largest weight.
+        """
+        if rank >= _MIN_RANK and spread >= _MIN_SPREAD and ratio >= _MIN_RATIO:
+            self.warned = False
+            return
+        seen = (
+            f"The encoder has collapsed: effective rank {rank:.1f} (at least {_MIN_RANK:g}), spread "
+            f"{spread:.2g} (at least {_MIN_SPREAD:g}), predictions' spread over the targets' "
+            f"{ratio:.2g} (at least {_MIN_RATIO:g})"
+        )
+        if not self.warned:
+            self.warned = True
+            warnings.warn(f"{seen}. If it goes on, the regulariser is raised.", UserWarning,
+                          stacklevel=2)  # fmt: skip
+        elif self.weight >= self.bound:
+            raise CollapseError(
+                f"{seen}, with the regulariser raised to {self.weight:g}. Lower the learning rate, "
+                "hide fewer genes, or choose another objective."
+            )
+        else:
+            self.weight = min(max(_RAISE * self.weight, _FIRST), self.bound)
+            logger.warning("%s; the regulariser's weight is now %g.", seen, self.weight)
+
+
+class PretrainPlan(Plan):
+    """Stage A: masked context to the teacher's embedding of hidden gene blocks.
+
+    Parameters
+    ----------
+    module
+        The module.
+    objective
+        ``"jepa"``; or, with the same encoder, ``"reconstruction"`` of the expression of the hidden
+        genes, or ``"contrastive"``: InfoNCE between the visible and the hidden genes of a cell.
+    set_size
+        0 for cells on their own. For the condition-level JEPA, cells come in sets of this size that
+        share context and perturbation, and the mean state of one half predicts the other half's.
+    n_blocks, hidden, overlap, size_spread, groups, weights
+        What is hidden: see :func:`gpjepa.objectives.gene_blocks`.
+    teacher
+        Whether an EMA copy of the encoder gives the (layer-normalised) targets, and is the encoder
+        in the end. Without it the encoder gives them itself, and the regulariser holds for them.
+    momentum
+        EMA momentum of the teacher at the start, at most 1 - 10/steps: in a short run the teacher
+        would else stay near its random start. It rises to 1 along a cosine.
+    regulariser
+        ``"vicreg"``, or ``"sigreg"`` (LeJEPA; made for ``teacher=False``).
+    regulariser_weight
+        Its weight; 0 is off, the default but for the JEPA (1).
+    thinning
+        Largest share of the counts that the context does not see, drawn for each cell (binomial
+        thinning); targets see all.
+    noise
+        Standard deviation of Gaussian noise on the context's standardised expression, which falls
+        to 0 over training (N-JEPA).
+    lr, weight_decay
+        Of AdamW.
+    """
+
+    def __init__(
+        self, module: GPJEPAModule, *, objective: Literal["jepa", "reconstruction", "contrastive"] = "jepa",
+        set_size: int = 0, n_blocks: int = 4, hidden: float = 0.5, overlap: float = 0.0,
+        size_spread: float = 0.0, groups: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None, teacher: bool = True, momentum: float = 0.996,
+        regulariser: Literal["vicreg", "sigreg"] = "vicreg", regulariser_weight: float | None = None,
+        thinning: float = 0.0, noise: float = 0.0, lr: float = 1e-3, weight_decay: float = 1e-4,
+    ) -> None:  # fmt: skip
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective={objective!r} is not known; choose one of {OBJECTIVES}.")
+        if regulariser not in REGULARISERS:
+            raise ValueError(
+                f"regulariser={regulariser!r} is not known; choose one of {tuple(REGULARISERS)}."
+            )
+        if set_size and objective != "jepa":
+            raise ValueError("Sets of cells are for objective='jepa'.")
+        if not 0 <= thinning < 1:
+            raise ValueError(f"thinning={thinning}: expected a share from 0 to below 1.")
+        super().__init__(module, "pretrain", lr, weight_decay)
+        self.objective, self.set_size = objective, set_size
+        self.blocks: dict[str, Any] = {"n_blocks": n_blocks, "hidden": hidden, "overlap": overlap,
+                       "size_spread": size_spread, "groups": groups, "weights": weights}  # fmt: skip
+        self.teacher, self.momentum = teacher, momentum
+        self.regularise = REGULARISERS[regulariser]
+        if regulariser_weight is None:
+            regulariser_weight = 1.0 if objective == "jepa" else 0.0
+        self.guard = CollapseGuard(regulariser_weight)
+        self.thinning, self.noise = thinning, noise
+        n_latent, n_hidden = module.anchor_map.shape[1], 256
+        n_out = module.n_genes if objective == "reconstruction" else n_latent
+        self.head = nn.Identity() if objective == "jepa" else mlp(n_latent, n_hidden, n_out)
+        self.parameters_ = [*self.parameters_, *self.head.parameters()]
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Loss of one mini-batch."""
+        blocks = gene_blocks(self.module.n_genes, **self.blocks).to(batch["values"].device)
+        visible, target = ~blocks.any(0), batch["values"]
+        view = self._view(batch)
+        if self.set_size:
+            view, target = (x.unflatten(0, (-1, 2, self.set_size // 2))[:, i].flatten(0, 1)
+                            for i, x in enumerate((view, target)))  # fmt: skip
+        state = self.module.encoder(view, visible)
+        predicted, wanted, predict = getattr(self, f"_{self.objective}")(state, target, blocks)
+        regulariser = self.regularise(state) if self.guard.weight else predict.detach() * 0
+        if self.guard.weight and not self.teacher and self.objective == "jepa":
+            regulariser = regulariser + self.regularise(wanted.flatten(0, -2))
+        losses = {
+            "loss": predict + self.guard.weight * regulariser,
+            "predict": predict,
+            "regulariser": regulariser,
+            "latent_std": state.detach().std(0).mean(),
+            "effective_rank": effective_rank(state.detach()),
+            "spread_ratio": _spread(predicted) / _spread(wanted).clamp_min(1e-12),
+            "hidden_share": blocks.any(0).float().mean(),
+            "block_size": blocks.sum(1).float().mean(),
+        }
+        return self._log(losses, "pretrain", len(view))
+
+    def _view(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the context sees: log1p counts per 10,000, thinned and with noise."""
+        values = batch["values"]
+        if self.thinning:
+            keep = 1 - self.thinning * torch.rand(len(values), 1, device=values.device)
+            counts = torch.binomial(batch["counts"], keep.expand_as(values))
+            values = torch.log1p(counts * (PER / (batch["library"].unsqueeze(1) * keep)))
+        if self.noise:
+            left = 1 - self.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
+            noise = torch.randn_like(values) * self.module.encoder.scale
+            values = values + max(left, 0.0) * self.noise * noise
+        return values
+
+    def _jepa(
+        self, state: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        predicted = self.module.block_predictor(self._pool(state), blocks)
+        encoder = self.module.target_encoder if self.teacher else self.module.encoder
+        with torch.set_grad_enabled(not self.teacher):
+            target = torch.stack([self._pool(encoder(values, block)) for block in blocks])
+        if self.teacher:
+            target = F.layer_norm(target, target.shape[-1:])
+        return predicted, target, F.smooth_l1_loss(predicted, target)
+
+    def _pool(self, state: torch.Tensor) -> torch.Tensor:
+        """Mean state of each set."""
+        return state.unflatten(0, (-1, self.set_size // 2)).mean(1) if self.set_size else state
+
+    def _reconstruction(
+        self, state: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden = blocks.any(0)
+        wanted = self.module.encoder.standardise(values, None)[:, hidden]
+        predicted = self.head(state)[:, hidden]
+        return predicted, wanted, F.mse_loss(predicted, wanted)
+
+    def _contrastive(
+        self, state: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        predicted = self.head(state)
+        wanted = self.head(self.module.encoder(values, blocks.any(0)))
+        return predicted, wanted, info_nce(predicted, wanted)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self.teacher:
+            return
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        start = max(min(self.momentum, 1 - 10 / total), 0.0)
+        cosine = 0.5 * (1 + np.cos(np.pi * min(self.global_step / total, 1.0)))
+        ema_update(self.module.target_encoder, self.module.encoder, 1 - (1 - start) * cosine)
+
+    def on_train_epoch_end(self) -> None:
+        seen = self.trainer.callback_metrics
+        self.guard.look(*(float(seen[f"pretrain_{name}"])
+                          for name in ("effective_rank", "latent_std", "spread_ratio")))  # fmt: skip
+        self.log("pretrain_regulariser_weight", self.guard.weight)
+
+    def finish(self) -> None:
+        """Make teacher and encoder one: the teacher is the smoother of the two."""
+        pair = (self.module.encoder, self.module.target_encoder)
+        first, second = pair if self.teacher else pair[::-1]
+        first.load_state_dict(second.state_dict())
+
+
+def _spread(x: torch.Tensor) -> torch.Tensor:
+    """Mean standard deviation over cells."""
+    return x.detach().std(-2).mean()
+
+
+def masked_genes(
+    options: dict[str, Any], cells: Cells, genes: np.ndarray, where: np.ndarray
+) -> dict[str, Any]:
+    """Options of :class:`PretrainPlan`, with ``masks`` turned into what they hide.
+
+    Parameters
+    ----------
+    options
+        ``masks``, with ``gene_sets`` or ``regulons`` where they need them; the rest is left.
+    cells, where
+        The cells of training; adversarial masks learn from them which genes tell perturbations.
+    genes
+        Names of the genes.
+
+    Raises
+    ------
+    ValueError
+        If masks are not known, or what they need is missing or shares no gene with the data.
+    """
+    options = dict(options)
+    kind = options.pop("masks", "random")
+    sets, regulons = options.pop("gene_sets", None), options.pop("regulons", None)
+    if kind not in MASKS:
+        raise ValueError(f"masks={kind!r} is not known; choose one of {MASKS}.")
+    needs = {"gene_sets": sets, "regulons": regulons}
+    for name, given in needs.items():
+        if (given is not None) != (kind == name):
+            raise ValueError(
+                f"masks={kind!r} and {name}={'given' if given is not None else None}: {name} are "
+                f"needed for masks={name!r}, and for nothing else."
+            )
+    if kind == "gene_sets":
+        options["groups"] = _groups(_read_sets(sets), genes)
+    elif kind == "regulons":
+        edges = regulons if isinstance(regulons, pd.DataFrame) else pd.read_csv(regulons)
+        absent = {"source", "target"} - set(edges)
+        if absent:
+            raise ValueError(f"regulons: columns {sorted(absent)} are missing: {list(edges)}.")
+        found = {str(tf): {str(tf), *part["target"]} for tf, part in edges.groupby("source")}
+        options["groups"] = _groups(found, genes)
+    elif kind == "adversarial":
+        options["weights"] = _telling(cells, where)
+    return options
+
+
+def _read_sets(sets: GeneSets) -> Mapping[str, Iterable[str]]:
+    if isinstance(sets, Mapping):
+        return sets
+    paths = [sets] if isinstance(sets, str | Path) else list(sets)
+    return {f"{p}: {name}": genes for p in paths for name, genes in read_gmt(p).items()}
+
+
+def _groups(sets: Mapping[str, Iterable[str]], genes: np.ndarray) -> torch.Tensor:
+    """Membership of the genes, sets of fewer than two measured genes left out."""
+    place = {str(g): i for i, g in enumerate(genes)}
+    found = [[place[g] for g in map(str, members) if g in place] for members in sets.values()]
+    found = [f for f in found if len(f) > 1]
+    if not found:
+        raise ValueError(
+            f"None of the {len(sets)} gene sets has two of the measured genes "
+            f"({', '.join(map(str, genes[:3]))}, ...): are both gene symbols, of one species?"
+        )
+    groups = torch.zeros(len(found), len(genes), dtype=torch.bool)
+    for row, members in zip(groups, found, strict=True):
+        row[members] = True
+    return groups
+
+
+def _telling(cells: Cells, where: np.ndarray) -> torch.Tensor:
+    """How much each gene tells of the perturbation: size of a linear probe's coefficients."""
+    from sklearn.linear_model import RidgeClassifier
+
+    if cells.perturbations is None:
+        raise ValueError("masks='adversarial' needs perturbations to predict; the cells have none.")
+    order = _random.stream("probe").permutation(len(where))[:_PROBED]
+    some = np.sort(where[order])
+    values = cells.tensors(some)["values"].numpy()
+    spread = np.maximum(values.std(0), 0.1)
+    labels = [str(cells.perturbations[i]) for i in some]
+    probe = RidgeClassifier(alpha=values.shape[1]).fit((values - values.mean(0)) / spread, labels)
+    return torch.from_numpy(np.abs(np.atleast_2d(probe.coef_)).mean(0).astype(np.float32))
