@@ -8,6 +8,7 @@ from scipy.stats import nbinom
 from torch import nn
 
 from gpjepa.nn import (
+    ENCODERS,
     BlockPredictor,
     CountDecoder,
     GaussianHead,
@@ -23,9 +24,11 @@ from gpjepa.objectives import (
     energy_distance,
     gaussian_kl,
     gene_blocks,
+    info_nce,
     mmd,
     negative_binomial_nll,
     optimal_transport_pairs,
+    sigreg,
     sliced_wasserstein,
     vicreg,
 )
@@ -37,9 +40,9 @@ def _seed():
 
 
 def plain_perceiver(encoder, values, visible):
-    """Every token formed, standard attention: the judge of the split keys and values."""
-    phi = encoder.fourier((values - encoder.center) / encoder.scale)
-    token = encoder.gene + encoder.expression(phi)
+    """Every token formed, standard attention: the judge of the two identities."""
+    tokens = encoder.tokens
+    token = tokens.gene + tokens.expression(tokens.fourier(values))
     n, heads = len(values), encoder.n_heads
 
     def split(x):
@@ -48,31 +51,120 @@ def plain_perceiver(encoder, values, visible):
     query = split(encoder.to_query(encoder.queries)).expand(n, -1, -1, -1)
     key, value = split(encoder.to_key(token)), split(encoder.to_value(token))
     logits = query @ key.transpose(-1, -2) / np.sqrt(query.shape[-1])
-    logits = logits.masked_fill(~visible, -torch.inf)
+    if visible is not None:
+        hidden = ~visible if visible.dim() == 1 else ~visible[:, None, None]
+        logits = logits.masked_fill(hidden, -torch.inf)
     state = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2) + encoder.queries
     state = state + encoder.mix(state)
-    return encoder.out(state.flatten(1))
+    return encoder.out(state.flatten(1)), logits
 
 
-def test_perceiver_equals_attention_over_explicit_tokens():
-    encoder = PerceiverEncoder(30, 8, n_queries=3, n_heads=2, width=16)
-    values, visible = torch.rand(5, 30) * 3, torch.rand(30) > 0.3
-    encoder.center.uniform_()
-    plain = plain_perceiver(encoder, values, visible)
+def sparse_cells(n, n_genes, density):
+    return (torch.rand(n, n_genes) * 4) * (torch.rand(n, n_genes) < density)
+
+
+def assert_same(encoder, values, visible):
+    """Output and gradients of the plain and of the fast way, to 1e-5 of their size."""
+    plain, logits = plain_perceiver(encoder, values, visible)
     plain.square().sum().backward()
     expected = [p.grad.clone() for p in encoder.parameters()]
     encoder.zero_grad()
-    split = encoder(values, visible)
-    split.square().sum().backward()
-    torch.testing.assert_close(split, plain, atol=1e-5, rtol=1e-5)
+    fast = encoder(values, visible)
+    fast.square().sum().backward()
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
     for parameter, gradient in zip(encoder.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-4)
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5 * max(size, 1), rtol=1e-5)
+    encoder.zero_grad()
+    return logits
 
 
-@pytest.mark.parametrize("kind", ["mlp", "perceiver"])
+@pytest.mark.parametrize("masked", ["nothing", "genes", "each cell"])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.1, 0.5, 1.0])
+def test_perceiver_equals_attention_over_explicit_tokens(density, masked):
+    encoder = PerceiverEncoder(60, 8, n_queries=3, n_heads=2, width=16)
+    values = sparse_cells(37, 60, density)
+    values[0] = 0  # a cell without any expressed gene
+    visible = {
+        "nothing": None,
+        "genes": torch.rand(60) > 0.3,
+        "each cell": torch.rand(37, 60) > 0.3,
+    }
+    assert_same(encoder, values, visible[masked])
+
+
+@pytest.mark.parametrize("scale", [4.0, 10.0])
+def test_perceiver_keeps_its_digits_at_the_logits_of_a_trained_model(scale):
+    """Where a few genes hold nearly all of the attention, whether they are expressed or not."""
+    encoder = PerceiverEncoder(80, 8, n_queries=4, n_heads=2, width=16)
+    with torch.no_grad():
+        encoder.to_key.weight.mul_(scale)
+        encoder.to_query.weight.mul_(scale)
+        encoder.tokens.gene[:5] *= 2
+    values = sparse_cells(20, 80, 0.1)
+    values[:10, :5] = 2.0
+    logits = assert_same(encoder, values, torch.rand(80) > 0.2)
+    assert logits[logits.isfinite()].abs().max() > (20 if scale > 4 else 3)
+
+
+def test_perceiver_takes_the_way_over_expressed_genes_where_it_can(monkeypatch):
+    encoder = PerceiverEncoder(300, 8)
+    values = sparse_cells(8, 300, 0.1)
+    monkeypatch.setattr(encoder, "_over_all", lambda *args: pytest.fail("all genes"))
+    encoder(values)
+    monkeypatch.undo()
+    # A gene that is everything to a query at 0, and nothing as soon as it is expressed.
+    with torch.no_grad():
+        query = encoder.to_query(encoder.queries)[0, :32] @ encoder.to_key.weight[:32] / 32**0.5
+        direction = query / query.square().sum()
+        encoder.tokens.gene[0] = 15 * direction
+        encoder.tokens.expression.weight[:, 0] = -5 * direction
+    values[:, 0] = 3.0
+    went = []
+    original = encoder._over_all
+    monkeypatch.setattr(encoder, "_over_all", lambda *args: went.append(1) or original(*args))
+    assert_same(encoder, values, None)
+    assert went
+
+
+def test_transformer_equals_attention_cell_by_cell():
+    encoder = make_encoder("transformer", 30, 4, 0).eval()
+    values = sparse_cells(6, 30, 0.3)
+    visible = torch.rand(30) > 0.2
+    for cell, found in zip(values, encoder(values, visible), strict=True):
+        seen = torch.nonzero((cell > 0) & visible).ravel()
+        tokens = encoder.tokens.gene[seen] + encoder.tokens.expression(
+            encoder.tokens.fourier(cell[seen])
+        )
+        alone = encoder.layers(torch.cat([encoder.cell[0], tokens])[None])[:, 0]
+        torch.testing.assert_close(encoder.out(alone)[0], found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(ENCODERS))
+def test_the_order_of_the_genes_is_no_input(kind):
+    """With the parameters of each gene in the same order, states are the same."""
+    encoder = make_encoder(kind, 25, 4, 16)
+    values, order = sparse_cells(5, 25, 0.4), torch.randperm(25)
+    if kind == "pca":
+        encoder.fit(sparse_cells(50, 25, 0.4))
+    other = copy.deepcopy(encoder)
+    with torch.no_grad():
+        for name, tensor in [*other.named_parameters(), *other.named_buffers()]:
+            if tensor.shape[:1] == (25,):
+                tensor.copy_(tensor[order].clone())
+            elif name == "net.0.weight":
+                tensor.copy_(tensor[:, order].clone())
+    visible = torch.rand(25) > 0.3
+    torch.testing.assert_close(other(values[:, order], visible[order]), encoder(values, visible),
+                               atol=1e-5, rtol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(ENCODERS))
 def test_hidden_genes_have_no_influence(kind):
     encoder = make_encoder(kind, 20, 4, 16)
     visible = torch.arange(20) < 12
+    if kind == "pca":
+        encoder.fit(torch.rand(30, 20))
     values = torch.rand(3, 20)
     changed = values.clone()
     changed[:, 12:] += 5
@@ -206,8 +298,61 @@ def test_blocks_are_disjoint_and_leave_genes_visible():
     blocks = gene_blocks(100, 4, 0.4)
     assert blocks.sum(1).tolist() == [10] * 4
     assert blocks.sum(0).max() == 1
-    with pytest.raises(ValueError, match="none visible"):
-        gene_blocks(10, 2, 1.0)
+    for n, share in ((2, 1.0), (4, 0.3)):
+        with pytest.raises(ValueError, match="one must stay visible"):
+            gene_blocks(10, n, share)
+
+
+def test_blocks_overlap_and_differ_in_size_as_asked():
+    torch.manual_seed(0)
+    blocks = gene_blocks(400, 4, 0.5, overlap=0.2)
+    assert blocks.any(0).sum() == 200
+    assert blocks.sum(1).tolist() == [60] * 4
+    sizes = torch.stack([gene_blocks(400, 4, 0.5, size_spread=0.7).sum(1) for _ in range(200)])
+    assert (sizes.sum(1) == 200).all()
+    assert (sizes >= 1).all()
+    assert sizes.float().std() > 20
+
+
+def test_blocks_are_made_of_whole_groups():
+    groups = torch.zeros(12, 100, dtype=torch.bool)
+    for i in range(12):
+        groups[i, 8 * i : 8 * i + 8] = True  # four genes are in none
+    hidden = torch.stack([gene_blocks(100, 3, 0.48, groups=groups).any(0) for _ in range(300)])
+    assert not hidden[:, 96:].any()
+    share = hidden[:, :96].unflatten(1, (12, 8)).float().mean(2)
+    assert ((share == 0) | (share == 1)).all()
+    assert torch.allclose(share.mean(0), torch.tensor(0.5), atol=0.1)
+
+
+def test_heavier_genes_are_hidden_more_often():
+    weights = torch.ones(50)
+    weights[:10], weights[40:] = 5.0, 0.0
+    counts = sum(gene_blocks(50, 2, 0.4, weights=weights).any(0).float() for _ in range(400))
+    assert counts[40:].sum() == 0
+    assert counts[:10].min() > 1.5 * counts[10:40].max()
+
+
+def test_sigreg_is_the_epps_pulley_statistic_and_0_for_a_gaussian():
+    z = torch.randn(40, 1, dtype=torch.float64) * 1.5 + 0.3
+    u = z.ravel()
+    pairs = torch.exp(-((u[:, None] - u) ** 2) / 2).mean()
+    # Baringhaus and Henze 1988, with a smoothing parameter of 1.
+    closed = pairs - 2**0.5 * torch.exp(-(u**2) / 4).mean() + 3**-0.5
+    assert float(sigreg(z)) == pytest.approx(float(closed), abs=1e-4)
+    many = torch.randn(20_000, 8)
+    assert float(sigreg(many)) < 1e-3
+    for other in (many * 0.1, many * 3, many + 1, many[:, :1].sign()):
+        assert float(sigreg(other)) > 0.01
+
+
+def test_info_nce_knows_pairs_from_strangers():
+    z = torch.randn(64, 16)
+    assert float(info_nce(z, z + 0.01 * torch.randn_like(z))) < 0.1
+    assert float(info_nce(z, torch.randn(64, 16))) > np.log(64)
+    logits = torch.nn.functional.cosine_similarity(z[:, None], z.flip(0)[None], dim=2) / 0.5
+    slow = -(logits.softmax(0).diag().log() + logits.softmax(1).diag().log()).mean() / 2
+    assert float(info_nce(z, z.flip(0), 0.5)) == pytest.approx(float(slow), rel=1e-5)
 
 
 def test_mlp_encoder_reads_the_expression():

@@ -47,7 +47,7 @@ class Registered(BaseModelClass):
         registry: dict | None = None,
         *,
         n_latent: int = 64,
-        encoder: Literal["mlp", "perceiver", "pca"] = "mlp",
+        encoder: Literal["mlp", "perceiver", "transformer", "pca"] = "mlp",
         n_hidden: int = 256,
         target_features: TargetFeatures | Sequence[TargetFeatures] = (),
         missing_features: Literal["error", "mean"] = "error",

@@ -26,8 +26,9 @@ class GPJEPA(Trainable):
     n_latent
         Dimensions of the state.
     encoder
-        ``"mlp"``, ``"perceiver"`` (learned queries that attend to all genes), or ``"pca"``
-        (principal components, without stage A: the control of a learned encoder).
+        ``"mlp"``; ``"perceiver"``: learned queries that attend to all genes; ``"transformer"``:
+        self-attention among the expressed genes; or ``"pca"``: principal components, without stage
+        A, the control of a learned encoder.
     n_hidden
         Width of hidden layers.
     target_features

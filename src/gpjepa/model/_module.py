@@ -49,7 +49,7 @@ class GPJEPAModule(BaseModuleClass):
     n_latent, n_hidden, n_action, n_features
         Sizes of states, hidden layers, action embeddings and target features.
     encoder
-        ``"mlp"``, ``"perceiver"`` or ``"pca"``.
+        A key of ``gpjepa.nn.ENCODERS``.
     rest
         Whether library sizes are of whole cells, so that the genes hold a part only.
     """

@@ -125,8 +125,8 @@ class PretrainPlan(Plan):
         Largest share of the counts that the context does not see, drawn for each cell (binomial
         thinning); targets see all.
     noise
-        Standard deviation of Gaussian noise on the context's standardised expression, which falls
-        to 0 over training (N-JEPA).
+        Standard deviation of Gaussian noise on the context's expressed genes, in units of each
+        gene's own, which falls to 0 over training (N-JEPA).
     lr, weight_decay
         Of AdamW.
     """
@@ -198,7 +198,7 @@ class PretrainPlan(Plan):
             values = torch.log1p(counts * (PER / (batch["library"].unsqueeze(1) * keep)))
         if self.noise:
             left = 1 - self.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
-            noise = torch.randn_like(values) * self.module.encoder.scale
+            noise = torch.randn_like(values) * self.module.encoder.scale * (values != 0)
             values = values + max(left, 0.0) * self.noise * noise
         return values
 

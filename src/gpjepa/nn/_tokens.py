@@ -1,0 +1,85 @@
+"""Genes of a cell as tokens: what gene it is, and how much of it there is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+class Tokenizer(nn.Module):
+    r"""Token of gene *g* with value *x*: :math:`E_g + W_\varphi\varphi(x)`.
+
+    φ are the value itself and Fourier features of it (Tancik et al. 2020).
+
+    Parameters
+    ----------
+    n_genes
+        Genes.
+    width
+        Width of the tokens.
+    n_fourier
+        Frequencies of the Fourier features.
+    """
+
+    frequencies: torch.Tensor
+
+    def __init__(self, n_genes: int, width: int, n_fourier: int = 4) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 2.0 ** torch.arange(n_fourier) * math.pi / 8)
+        self.gene = nn.Parameter(torch.randn(n_genes, width) / math.sqrt(width))
+        self.expression = nn.Linear(2 * n_fourier + 1, width, bias=False)
+
+    def fourier(self, values: torch.Tensor) -> torch.Tensor:
+        """φ(x), shape (..., 2 n_fourier + 1)."""
+        angle = values.unsqueeze(-1) * self.frequencies
+        return torch.cat([values.unsqueeze(-1), angle.sin(), angle.cos()], -1)
+
+
+@dataclass(frozen=True)
+class Expressed:
+    """The expressed genes of cells, as lists of equal length.
+
+    Attributes
+    ----------
+    index
+        Gene of each place, n_genes where there is none, shape (n_cells, n_places).
+    values
+        Its value, same shape.
+    order, starts
+        Places in the flattened lists sorted by gene, shape (n_expressed,), and where each gene
+        begins among them, shape (n_genes,).
+    """
+
+    index: torch.Tensor
+    values: torch.Tensor
+    order: torch.Tensor
+    starts: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor, visible: torch.Tensor | None) -> Expressed:
+        """List them.
+
+        Parameters
+        ----------
+        values
+            Shape (n_cells, n_genes), 0 where a gene is not expressed.
+        visible
+            Mask of the genes that count, shape (n_genes,); all by default.
+        """
+        n, n_genes = values.shape
+        expressed = values != 0
+        if visible is not None:
+            expressed = expressed & visible
+        place = expressed.cumsum(1)
+        width = max(int(place[:, -1].max()), 1) if n else 1
+        gene, cell = expressed.t().nonzero(as_tuple=True)
+        order = cell * width + place[cell, gene] - 1
+        index = torch.full((n * width,), n_genes, device=values.device)
+        listed = values.new_zeros(n * width)
+        index[order], listed[order] = gene, values[cell, gene]
+        per_gene = expressed.sum(0)
+        starts = per_gene.cumsum(0) - per_gene
+        return cls(index.view(n, width), listed.view(n, width), order, starts)

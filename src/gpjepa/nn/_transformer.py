@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ._encoders import Encoder
+from ._tokens import Expressed, Tokenizer
+
+
+class TransformerEncoder(Encoder):
+    """Self-attention among the expressed genes of a cell; those with value 0 are not seen.
+
+    Its cost grows with the square of the expressed genes.
+
+    Parameters
+    ----------
+    n_genes, n_latent
+        Sizes of input and output.
+    n_layers, n_heads, width
+        Layers (pre-norm, Xiong et al. 2020), attention heads, width of the tokens.
+    """
+
+    def __init__(
+        self, n_genes: int, n_latent: int, n_layers: int = 2, n_heads: int = 4, width: int = 128
+    ) -> None:
+        super().__init__(n_genes)
+        self.tokens = Tokenizer(n_genes, width)
+        self.cell = nn.Parameter(torch.randn(1, 1, width) / width**0.5)
+        layer = nn.TransformerEncoderLayer(
+            width, n_heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_latent))
+
+    def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """Latent states, shape (n_cells, n_latent)."""
+        with torch.no_grad():
+            listed = Expressed.of(values, None if visible is None else visible.bool())
+            phi = self.tokens.fourier(listed.values)
+        tokens = F.pad(self.tokens.gene, (0, 0, 0, 1))[listed.index] + self.tokens.expression(phi)
+        tokens = torch.cat([self.cell.expand(len(values), -1, -1), tokens], 1)
+        empty = F.pad(listed.index == len(self.tokens.gene), (1, 0))
+        return self.out(self.layers(tokens, src_key_padding_mask=empty)[:, 0])
