@@ -36,6 +36,7 @@ GeneSets = str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]]
 
 _MIN_RANK, _MIN_SPREAD, _MIN_RATIO = 2.0, 0.05, 0.02
 _RAISE, _FIRST, _BOUND = 4.0, 0.25, 64.0
+_PATIENCE = 3  # epochs that a raised weight gets to show what it does
 _PROBED = 5_000  # cells that the probe behind adversarial masks learns from, at most
 
 
@@ -49,13 +50,13 @@ class CollapseGuard:
     Parameters
     ----------
     weight
-        Weight of the regulariser; raised fourfold after each epoch in which the collapse goes on,
+        Weight of the regulariser; raised fourfold for every three epochs that the collapse goes on,
         up to 64 times itself, or 16 where it is off.
     """
 
     def __init__(self, weight: float) -> None:
         self.weight, self.bound = weight, _BOUND * max(weight, _FIRST)
-        self.warned = False
+        self.epochs = 0
 
     def look(self, rank: float, spread: float, ratio: float) -> None:
         """Judge an epoch.
@@ -75,17 +76,19 @@ class CollapseGuard:
             If the states are still collapsed at the largest weight.
         """
         if rank >= _MIN_RANK and spread >= _MIN_SPREAD and ratio >= _MIN_RATIO:
-            self.warned = False
+            self.epochs = 0
             return
+        self.epochs += 1
         seen = (
             f"The encoder has collapsed: effective rank {rank:.1f} (at least {_MIN_RANK:g}), spread "
             f"{spread:.2g} (at least {_MIN_SPREAD:g}), predictions' spread over the targets' "
             f"{ratio:.2g} (at least {_MIN_RATIO:g})"
         )
-        if not self.warned:
-            self.warned = True
+        if self.epochs == 1:
             warnings.warn(f"{seen}. If it goes on, the regulariser is raised.", UserWarning,
                           stacklevel=2)  # fmt: skip
+        elif self.epochs % _PATIENCE != 1:
+            return
         elif self.weight >= self.bound:
             raise CollapseError(
                 f"{seen}, with the regulariser raised to {self.weight:g}. Lower the learning rate, "

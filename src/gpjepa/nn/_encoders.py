@@ -78,9 +78,10 @@ class PCAEncoder(Encoder):
         """
         x = self.standardise(values, None)
         n = min(self.axes.shape[1], *(d - 1 for d in x.shape))
-        _, singular, axes = torch.pca_lowrank(x, n, niter=4)
+        # A few more than are kept, or the last ones would not have settled.
+        _, singular, axes = torch.pca_lowrank(x, min(n + 16, *x.shape), niter=6)
         self.axes.zero_()
-        self.axes[:, :n] = axes / (singular.square().mean() / len(x)).sqrt()
+        self.axes[:, :n] = axes[:, :n] / (singular[:n].square().mean() / len(x)).sqrt()
 
     def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Latent states, shape (n_cells, n_latent)."""
