@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -909,6 +910,8 @@ def test_the_published_table_of_normans_doubles_has_its_published_means():
 # Published methods
 
 THEIRS = """
+import time
+
 import numpy as np
 from _serve import answer, log1p, serve
 
@@ -917,6 +920,9 @@ def fit(train, task):
     print("peers print what they like")
     if task["options"].get("fail") == "fit":
         raise ValueError("cannot be fitted")
+    if task["options"].get("fail") == "sleep":
+        print("sleeping")
+        time.sleep(120)
     rates = log1p(train).toarray()
     control = (train.obs["perturbation"] == "control").to_numpy()
     return rates[~control].mean(0) - rates[control].mean(0), task
@@ -1028,6 +1034,24 @@ def test_what_happens_to_a_peer_is_told(task, theirs):
     with pytest.raises(RuntimeError, match="exit code 3 at 'predict'"):
         peer.predict(["A"], task.control)
     peer.close()
+
+
+def test_a_peer_ends_with_who_started_it(task, theirs):
+    """Also in the middle of a fit: its input ends when the process at the other end is killed."""
+    peer = theirs(fail="sleep")
+    with ThreadPoolExecutor(1) as pool:
+        fit = pool.submit(peer.fit, task.train, task.split)
+        while not hasattr(peer, "process") or "sleeping" not in _log(peer):
+            time.sleep(0.1)
+        peer.process.stdin.close()
+        assert peer.process.wait(timeout=20) == 0
+        with pytest.raises(RuntimeError, match="ended with exit code 0 at 'fit'"):
+            fit.result()
+    peer.close()
+
+
+def _log(peer):
+    return (Path(peer.folder.name) / "log.txt").read_text()
 
 
 def test_peers_without_an_environment_are_not_run_and_say_how(tmp_path):

@@ -105,7 +105,11 @@ def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]
             label = f"{name} ({variant})" if variant else name
             answers.setdefault(label, {})[context] = _checked(cells, wanted, task.genes, label)
     embed = getattr(method, "embed", None)
-    return {label: replace(_assemble(task, parts), embed=embed) for label, parts in answers.items()}
+    shared: dict[tuple, np.ndarray] = {}
+    return {
+        label: replace(_assemble(task, parts), embed=embed, known_states=shared)
+        for label, parts in answers.items()
+    }
 
 
 def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: str) -> ad.AnnData:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ import pandas as pd
 
 from gpjepa._files import written_whole
 from gpjepa.perturbations import TargetFeatures
-from gpjepa.splits import Manifest
+from gpjepa.splits import Manifest, Split
 
 from ._config import BenchmarkConfig, Data, MethodConfig
 from ._methods import ORACLES, imported, is_seeded, make_method, oracle, predict_rows
@@ -31,7 +32,7 @@ from ._peers import FOLDER, PEERS, Peer
 from ._published import KIND, published_scores
 from ._scoring import Prediction, Scoring
 from ._summary import summarise
-from ._tasks import SCALE, Task
+from ._tasks import SCALE, Task, too_small
 
 logger = logging.getLogger(__name__)
 _FORMAT = 4  # of a kept cell of the grid; another number recomputes all
@@ -162,18 +163,19 @@ class _Grid:
         pairs = [(m, s) for m in methods for s in _seeds(m, self.config.seeds)]
         bar.add(data.name, len(manifest.splits) * len(pairs))
         for split in manifest.splits:
-            task = Task.of(cells, split, data.n_genes, gene_sets)
+            # Made when it is needed: a run that goes on may find everything kept.
+            task = cache(partial(Task.of, cells, split, data.n_genes, gene_sets))
             self.dropped += [
                 {"data": data.name, "split": split.name, "context": c, "perturbation": str(p),
                  "n_cells": n}
-                for (c, p), n in task.dropped.items()
+                for (c, p), n in too_small(cells, split).items()
             ]  # fmt: skip
             where = {"data": data.name, "split": split.name, "kind": split.kind}
             for method, seed in pairs:
                 bar.tell(f"{data.name} · {split.name} · {method.title}")
-                path = self.kept / _key(self.config, data, manifest, task, method, seed)
+                path = self.kept / _key(self.config, data, manifest, split, method, seed)
                 scores, record = _kept(path) or _compute(
-                    path, self.config, task, method, seed, features
+                    path, self.config, task(), method, seed, features
                 )
                 self.frames.append(scores.assign(**where))
                 self.runs.append({**where, "method": method.title, "seed": seed, **record})
@@ -196,14 +198,14 @@ def _seeds(method: MethodConfig, seeds: list[int]) -> list[int]:
 
 
 def _key(
-    config: BenchmarkConfig, data: Data, manifest: Manifest, task: Task, method: MethodConfig,
+    config: BenchmarkConfig, data: Data, manifest: Manifest, split: Split, method: MethodConfig,
     seed: int,
 ) -> str:  # fmt: skip
     """Hash of everything that decides the scores of a cell of the grid."""
-    rows = {part: [[c, str(p)] for c, p in getattr(task.split, part)] for part in ("train", "test")}
+    rows = {part: [[c, str(p)] for c, p in getattr(split, part)] for part in ("train", "test")}
     decides = {
         "format": _FORMAT, "data": manifest.data_hash, "n_genes": data.n_genes, "split": rows,
-        "split_seed": task.split.seed, "seed": seed,
+        "split_seed": split.seed, "seed": seed,
         "method": method.model_dump(mode="json", exclude={"python", "data"}),
         "metrics": config.metrics, "features": [_file_hashes(f.model_dump()) for f in data.features],
         "gene_sets": _file_hashes({"gene_sets": data.gene_sets}),

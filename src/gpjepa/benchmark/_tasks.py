@@ -106,6 +106,12 @@ def measured_rows(cells: ad.AnnData) -> dict[Row, int]:
     return {row: found[row] for row in sorted(found) if not row[1].is_control}
 
 
+def too_small(cells: ad.AnnData, split: Split) -> dict[Row, int]:
+    """Held-out rows with fewer than ``MIN_CELLS`` cells, and how many they have."""
+    n_cells = measured_rows(cells)
+    return {r: n_cells.get(r, 0) for r in split.test if n_cells.get(r, 0) < MIN_CELLS}
+
+
 def data_hash(cells: ad.AnnData) -> str:
     """Hash of counts, labels and gene names, whatever order the genes and cells come in."""
     order = np.argsort(cells.var_names.to_numpy(), kind="stable")
@@ -230,8 +236,7 @@ class Task:
         ValueError
             If a context has too few control cells to be split, or no row enough cells.
         """
-        n_cells = measured_rows(cells)
-        dropped = {r: n_cells.get(r, 0) for r in split.test if n_cells.get(r, 0) < MIN_CELLS}
+        dropped = too_small(cells, split)
         rows = tuple(r for r in split.test if r not in dropped)
         if not rows:
             raise ValueError(

@@ -17,7 +17,9 @@ Commands (``fit``, ``predict``) come as lines of standard input, and one line of
 
 import json
 import os
+import queue
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -45,7 +47,10 @@ def serve(fit, predict):
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True)
     state = None
-    for line in sys.stdin:
+    lines = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(lines,), daemon=True).start()
+    while True:
+        line = lines.get()
         try:
             if line.strip() == "fit":
                 state = fit(read(folder / "train.h5ad"), task)
@@ -58,6 +63,13 @@ def serve(fit, predict):
             traceback.print_exc()
             answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def listen(lines):
+    """Pass commands on, and end at once when nobody is left to answer, even in the middle of a fit."""
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(0)
 
 
 def read(path):
