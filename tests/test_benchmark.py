@@ -849,6 +849,19 @@ def test_page_needs_nothing_else_fits_a_phone_and_sorts(result, tmp_path, browse
     assert len(found["up"]) == 6
 
 
+def test_scaling_draws_a_line_per_data_set():
+    table = pd.DataFrame(
+        {"data": [d for d in "ab" for _ in range(3)], "kind": "doubles",
+         "method": ["small", "large", "mean"] * 2, "metric": "squared_error", "label": "error",
+         "value": [0.5, 0.4, 1.0, 0.6, 0.3, 1.0], "low": 0.2, "high": 1.2}
+    )  # fmt: skip
+    runs = table[["data", "kind", "method"]].assign(parameters=[100, 1_000, np.nan] * 2)
+    (axes,) = gpjepa.plotting.scaling(table, runs).axes
+    assert [x.get_text() for x in axes.get_legend().get_texts()] == ["a: doubles", "b: doubles"]
+    with pytest.raises(ValueError, match="two models of different size"):
+        gpjepa.plotting.scaling(table, runs[runs["method"] != "small"])
+
+
 def test_both_twins_say_the_same(result):
     page, text = ((result[1] / f"report.{x}").read_text() for x in ("html", "md"))
     table = result[0].table()

@@ -183,3 +183,15 @@ def test_a_line_that_is_no_gene_set_is_named(tmp_path):
         TargetFeatures.from_gene_sets({})
     with pytest.raises(TypeError, match="set 'S' is a string"):
         TargetFeatures.from_gene_sets({"S": "STAT1"})
+
+
+def test_permuted_features_are_those_of_other_targets():
+    names = list("ABCDEFGH")
+    features = TargetFeatures(names, np.eye(8), "own")
+    other = features.permuted(1)
+    assert set(other.targets) == set(names)
+    assert other.name == "own, permuted"
+    moved = other.take(names).toarray()
+    assert not np.array_equal(moved, np.eye(8))
+    np.testing.assert_array_equal(moved.sum(0), 1)
+    np.testing.assert_array_equal(moved.sum(1), 1)

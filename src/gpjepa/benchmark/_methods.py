@@ -340,6 +340,8 @@ class GPJEPAMethod:
         Seed of training and of the predicted cells.
     gates
         Gates to predict with: ``"auto"``, 0, 1.
+    permute_features
+        Deal the features out to other targets: what they say must matter.
     model, train
         Arguments of :class:`gpjepa.GPJEPA` and of its ``train``.
     """
@@ -347,6 +349,7 @@ class GPJEPAMethod:
     features: Sequence[TargetFeatures] = ()
     seed: int = 0
     gates: Sequence[Any] = ("auto", 0, 1)
+    permute_features: bool = False
     model: Mapping[str, Any] | None = None
     train: Mapping[str, Any] | None = None
 
@@ -357,10 +360,12 @@ class GPJEPAMethod:
         from gpjepa.model import GPJEPA
 
         scvi.settings.seed = self.seed
-        cells = train.copy()
+        cells, features = train.copy(), self.features
+        if self.permute_features:
+            features = [f.permuted(self.seed) for f in features]
         GPJEPA.setup_anndata(cells, context_key="context", library_size_key="library_size")
         self.model_ = GPJEPA(
-            cells, target_features=self.features, missing_features="mean",
+            cells, target_features=features, missing_features="mean",
             targets=sorted({t for _, p in split.test for t in p.targets}), **(self.model or {}),
         )  # fmt: skip
         self.model_.train(**{"enable_progress_bar": False, **(self.train or {})})

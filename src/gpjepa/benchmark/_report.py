@@ -77,7 +77,7 @@ def contents(result: BenchmarkResult) -> dict[str, Any]:
         "short": _in_short(beside, focus),
         "first": _first_screen(beside, headline, focus),
         "headlines": _headlines(table, headline),
-        "figures": _figures(table),
+        "figures": _figures(table, result.runs),
         "wins": _wins(beside, focus),
         "regimes": _strata(result, "regime", "regime"),
         "sizes": _strata(result, "size", "size of the measured effect"),
@@ -401,7 +401,7 @@ def _metrics(scores: pd.DataFrame) -> Table:
     return Table("Metrics", columns, rows)
 
 
-def _figures(table: pd.DataFrame) -> list[dict[str, str]]:
+def _figures(table: pd.DataFrame, runs: pd.DataFrame) -> list[dict[str, str]]:
     from gpjepa import plotting
 
     found = []
@@ -411,6 +411,9 @@ def _figures(table: pd.DataFrame) -> list[dict[str, str]]:
     if table["metric"].str.startswith("coverage_").any():
         found.append({"svg": _svg(plotting.calibration(table)),
                       "alt": "Share of measured effects inside stated intervals"})  # fmt: skip
+    if "parameters" in runs and runs.groupby(["data", "kind"])["parameters"].nunique().gt(1).any():
+        found.append({"svg": _svg(plotting.scaling(table, runs)),
+                      "alt": "Error over the number of parameters"})  # fmt: skip
     return found
 
 

@@ -103,6 +103,11 @@ class TargetFeatures:
         )
         return sp.csr_matrix(pick @ self._rows)
 
+    def permuted(self, seed: int) -> TargetFeatures:
+        """The same features, dealt out to other targets: a control that must not help."""
+        targets = np.random.default_rng(seed).permutation(list(self.index))
+        return TargetFeatures(list(targets), self._rows, f"{self.name}, permuted")
+
     @classmethod
     def from_table(cls, table: pd.DataFrame, name: str = "table") -> TargetFeatures:
         """Any table, one row per target: embeddings of text, proteins or a foundation model.

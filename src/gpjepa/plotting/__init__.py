@@ -9,14 +9,21 @@ import pandas as pd
 
 from gpjepa._figure import COLORS, new_figure
 
-from ._benchmark import benchmark_scores, calibration
+from ._benchmark import benchmark_scores, calibration, scaling
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gpjepa.benchmark import Comparison
 
-__all__ = ["benchmark_scores", "calibration", "effect_scatter", "method_errors", "top_genes"]
+__all__ = [
+    "benchmark_scores",
+    "calibration",
+    "effect_scatter",
+    "method_errors",
+    "scaling",
+    "top_genes",
+]
 
 
 def method_errors(scores: pd.DataFrame) -> Figure:

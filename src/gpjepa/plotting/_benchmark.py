@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OTHER = "#56B4E9"
+_PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999"]
 
 
 def benchmark_scores(table: pd.DataFrame, metric: str = "squared_error") -> Figure:
@@ -62,6 +63,47 @@ def benchmark_scores(table: pd.DataFrame, metric: str = "squared_error") -> Figu
     return figure
 
 
+def scaling(table: pd.DataFrame, runs: pd.DataFrame, metric: str = "squared_error") -> Figure:
+    """One metric over the number of parameters, a line per data set.
+
+    Parameters
+    ----------
+    table
+        :meth:`gpjepa.benchmark.BenchmarkResult.table`.
+    runs
+        :attr:`gpjepa.benchmark.BenchmarkResult.runs`.
+    metric
+        A metric of the table.
+
+    Raises
+    ------
+    ValueError
+        If no data set has two models of different size.
+    """
+    sizes = runs.groupby(["data", "kind", "method"], sort=False)["parameters"].max()
+    part = table[table["metric"] == metric].merge(
+        sizes.dropna().reset_index(), on=["data", "kind", "method"]
+    )
+    enough = part.groupby(["data", "kind"])["parameters"].transform("nunique") > 1
+    part = part[enough]
+    if part.empty:
+        raise ValueError("No data set has two models of different size.")
+    figure = new_figure(6, 3.4)
+    axes = figure.add_subplot()
+    for i, (name, group) in enumerate(part.groupby(["data", "kind"], sort=False)):
+        group = group.sort_values("parameters")
+        spread = [group["value"] - group["low"], group["high"] - group["value"]]
+        # Intervals of several data sets would lie on each other.
+        axes.errorbar(group["parameters"] * 1.03**i, group["value"], np.clip(spread, 0, None),
+                      fmt="o-", color=_PALETTE[i % len(_PALETTE)], capsize=2, markersize=4,
+                      label=f"{name[0]}: {name[1]}")  # fmt: skip
+    axes.set(xscale="log", xlabel="parameters", ylabel=part["label"].iloc[0])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def calibration(table: pd.DataFrame) -> Figure:
     """Share of measured effects inside the intervals of each stated level.
 
@@ -84,8 +126,7 @@ def calibration(table: pd.DataFrame) -> Figure:
     figure = new_figure(3.1 * columns, 3.0 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     methods = list(dict.fromkeys(part["method"]))
-    palette = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999"]
-    color = {m: palette[i % len(palette)] for i, m in enumerate(methods)}
+    color = {m: _PALETTE[i % len(_PALETTE)] for i, m in enumerate(methods)}
     for axes, (name, group) in zip(panels, groups, strict=False):
         axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
         for method, mine in group.groupby("method", sort=False):
