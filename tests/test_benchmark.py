@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from exchanges import record as exchange
-from helpers import real_file
+from helpers import python, real_file
 
 import gpjepa
 from gpjepa import benchmark, splits
@@ -205,6 +205,28 @@ def test_what_does_not_depend_on_the_perturbation_tells_none_apart(task):
         assert found["embedding_retrieval"].mean() == pytest.approx(0.5, abs=1e-12), name
     found = scores(task, fitted("mean", task), metrics=["pearson_centroid"])
     assert (found["pearson_centroid"] == 0).all()
+
+
+def test_scoring_leaves_the_number_of_threads():
+    """Or methods that run after the first scores would be timed with others than before."""
+    found = python(
+        """
+import torch
+torch.set_num_threads(1)
+import gpjepa
+from gpjepa import splits
+from gpjepa.benchmark import METHODS, Scoring, Task, score, standard_cells
+from gpjepa.benchmark._methods import predict_rows
+from gpjepa.benchmark._tasks import measured_rows
+cells = standard_cells(gpjepa.datasets.simulate(600, 40, n_targets=4, n_combinations=4))
+task = Task.of(cells, splits.doubles(measured_rows(cells)))
+method = METHODS["no change"]((), 0, {})
+method.fit(task.train, task.split)
+score(Scoring(task, task.truths[0], predict_rows(method, task, "x")["x"]))
+print(torch.get_num_threads())
+"""
+    )
+    assert found.split()[-1] == "1"
 
 
 def test_a_single_perturbation_is_told_from_nothing(task, cells):

@@ -83,7 +83,7 @@ def run_cell_eval(task: Task, truth: Truth, predicted: CellSet) -> pd.DataFrame:
     found: dict[int, dict[str, float]] = {}
     for context in sorted({c for c, _ in task.rows}):
         pair = cell_eval_files(task, truth, predicted, context)
-        with _quiet():
+        with _quiet(), _same_threads():
             tidy = cell_eval2.compute_metrics(*pair, config=cell_eval_config(truth.cache.name))
         index = {str(p): i for i, (c, p) in enumerate(task.rows) if c == context}
         for name, metric, value in tidy.iter_rows():
@@ -112,6 +112,18 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _same_threads() -> Iterator[None]:
+    """Leave torch its threads, which cell-eval2 sets anew: later methods would have others."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cell_eval_version() -> str:
