@@ -942,6 +942,21 @@ def test_the_published_table_of_normans_doubles_has_its_published_means():
         assert means[name] == pytest.approx(value, abs=0.05), name
 
 
+def test_predicted_cells_of_a_new_context_are_as_much_cells_as_moved_controls():
+    """The decoder has seen few of its cells; what control cells say of themselves must not be lost."""
+    adata = gpjepa.datasets.simulate(2_400, 80, n_targets=6, n_combinations=2, n_contexts=2, seed=1)
+    both = standard_cells(adata, context_key="context")
+    task = Task.of(both, splits.leave_one_context_out(measured_rows(both))[0])
+    names = ["energy_distance_unbiased", "variance_log_ratio", "gene_correlation_error"]
+    moved = scores(task, fitted("anchor", task), metrics=names).mean()
+    quick = {"max_epochs": 2, "pretrain_epochs": 2}
+    method = METHODS["GP-JEPA"]((), 0, {"train": quick, "gates": [0, 1]})
+    method.fit(task.train, task.split)
+    for name, prediction in predict_rows(method, task, "ours").items():
+        ours = scores(task, prediction, metrics=names).mean()
+        assert (ours < 1.3 * moved + 0.02).all(), name
+
+
 # Published methods
 
 THEIRS = """
