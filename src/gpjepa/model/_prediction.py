@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -23,11 +23,10 @@ from gpjepa.effects import (
 from gpjepa.perturbations import LabelReader, Perturbation
 
 from . import _random
-from ._base import Registered
 from ._cells import Cells
+from ._embedding import Embedding
 from ._results import PredictedCells, PredictedEffect, Z, assemble
 
-_ENCODE = 512  # cells encoded at a time
 Gate = Literal["auto", 0, 1]
 
 
@@ -52,22 +51,10 @@ class _Start:
     own: np.ndarray
 
 
-class Predicting(Registered):
+class Predicting(Embedding):
     """From a perturbation to its mean effect, and to cells."""
 
     # Prediction
-
-    @torch.inference_mode()
-    def _encode(self, cells: Cells, where: np.ndarray) -> torch.Tensor:
-        """States of cells, shape (n_cells, n_latent)."""
-        self.module.eval()
-        device = self.module.anchor_map.device
-        visible = None if cells.visible.all() else torch.from_numpy(cells.visible).to(device)
-        states = []
-        for start in range(0, len(where), _ENCODE):
-            values = cells.tensors(where[start : start + _ENCODE])["values"].to(device)
-            states.append(self.module.inference(values, visible)["z"].cpu())
-        return torch.cat(states).clone()
 
     @property
     def anchor(self) -> EffectAnchor:
@@ -157,17 +144,6 @@ class Predicting(Registered):
             epsilon = torch.from_numpy(noise).to(device)
             shift = shift + gate * (residual + (0.5 * log_variance).exp() * epsilon)
         return (base + shift).cpu().numpy()
-
-    @torch.inference_mode()
-    def _decode(self, state: np.ndarray, batch: np.ndarray) -> np.ndarray:
-        """Share of each gene in the library size, shape (n_cells, n_genes)."""
-        device = self.module.anchor_map.device
-        z, b = torch.from_numpy(state).to(device), torch.from_numpy(batch).to(device)
-        return self.module.decoder(z, b).cpu().numpy()
-
-    @property
-    def _dispersion(self) -> np.ndarray:
-        return self.module.decoder.dispersion.detach().cpu().numpy()
 
     def _network_effect(
         self, perturbation: Perturbation, context: str, anchor: np.ndarray,
@@ -459,38 +435,6 @@ class Predicting(Registered):
             library, cells.names, draws,
         )  # fmt: skip
 
-    # Representations
-
-    def get_latent_representation(
-        self, adata: AnnData | None = None, indices: Sequence[int] | None = None
-    ) -> np.ndarray:
-        """States of cells.
-
-        Parameters
-        ----------
-        adata
-            Cells, aligned by gene name; the training cells by default.
-        indices
-            Cells to take; all by default.
-
-        Returns
-        -------
-        numpy.ndarray
-            Shape (n_cells, n_latent).
-        """
-        self._check_if_trained(warn=True)
-        cells = self._query_cells(adata)
-        where = _positions(len(cells), indices)
-        # Batches in the order of the names: the same cells give the same numbers to the last bit.
-        order = np.argsort(cells.names[where], kind="stable")
-        result = np.empty((len(where), self.module.anchor_map.shape[1]), np.float32)
-        result[order] = self._encode(cells, where[order]).numpy()
-        return result
-
-    def embed(self, adata: AnnData) -> None:
-        """Write the states of cells to ``adata.obsm["X_gpjepa"]``."""
-        adata.obsm["X_gpjepa"] = self.get_latent_representation(adata)
-
     @torch.inference_mode()
     def get_perturbation_representation(self) -> pd.DataFrame:
         """Action embeddings of the training perturbations.
@@ -504,60 +448,7 @@ class Predicting(Registered):
         embedding = self._action(perturbations).cpu().numpy()
         return pd.DataFrame(embedding, index=[self._label(p) for p in perturbations])
 
-    def posterior_predictive_sample(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        n_samples: int = 1,
-        batch_size: int | None = None,
-    ) -> Any:
-        """Counts drawn from each cell's own state, for :mod:`scvi.criticism`.
-
-        Parameters
-        ----------
-        adata
-            Cells; the training cells by default.
-        indices
-            Cells to take; all by default.
-        n_samples
-            Draws per cell.
-        batch_size
-            Cells decoded at a time.
-
-        Returns
-        -------
-        sparse.GCXS
-            Shape (n_cells, n_genes), with a third axis (n_samples,) if there are several.
-        """
-        import sparse
-
-        self._check_if_trained(warn=True)
-        cells = self._query_cells(adata)
-        where = _positions(len(cells), indices)
-        draws = []
-        for k in range(n_samples):
-            parts = []
-            for start in range(0, len(where), batch_size or _ENCODE):
-                part = where[start : start + (batch_size or _ENCODE)]
-                share = self._decode(self._encode(cells, part).numpy(), cells.batch[part])
-                counts = _random.negative_binomial(
-                    share * cells.library[part, None], self._dispersion, cells.names[part],
-                    np.full(len(part), k), "posterior",
-                )  # fmt: skip
-                parts.append(sparse.GCXS.from_numpy(counts))
-            draws.append(sparse.concatenate(parts))
-        return draws[0] if n_samples == 1 else sparse.stack(draws, axis=2)
-
 
 def _check_gate(gate: Gate) -> None:
     if gate not in ("auto", 0, 1):
         raise ValueError(f"gate={gate!r}: choose 'auto', 0 (anchor) or 1 (network).")
-
-
-def _positions(n_cells: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
-    """Positions of the cells that positions or a mask choose."""
-    where = np.arange(n_cells) if indices is None else np.asarray(indices)
-    where = np.flatnonzero(where) if where.dtype == bool else where
-    if not len(where):
-        raise ValueError("No cells were selected.")
-    return where
