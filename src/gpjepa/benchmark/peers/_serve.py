@@ -67,8 +67,12 @@ def serve(fit, predict):
 
 def listen(lines):
     """Pass commands on, and end at once when nobody is left to answer, even in the middle of a fit."""
-    for line in sys.stdin:
-        lines.put(line)
+    left = b""
+    # Not through sys.stdin: a process that a peer forks would wait for its lock for ever.
+    while chunk := os.read(0, 4096):
+        *whole, left = (left + chunk).split(b"\n")
+        for line in whole:
+            lines.put(line.decode())
     os._exit(0)
 
 
