@@ -31,6 +31,7 @@ from gpjepa.benchmark._cell_eval import cell_eval_config, cell_eval_files
 from gpjepa.benchmark._methods import METHODS, oracle, predict_rows
 from gpjepa.benchmark._peers import FOLDER as PEER_SCRIPTS
 from gpjepa.benchmark._peers import Peer
+from gpjepa.benchmark._runner import _contents
 from gpjepa.benchmark._tasks import data_hash, measured_rows
 
 LFC = "de_wilcoxon_lfc_nmae"  # not defined where few genes respond
@@ -394,6 +395,42 @@ def test_states_that_tell_cell_types_apart_score_high():
     bare = replace(found, truths=tuple(replace(t, cells=replace(t.cells, cell_type=None))
                                        for t in found.truths))  # fmt: skip
     assert of(None, bare).isna().all()
+    adata.obs["type"] = adata.obs["type"].astype(object)
+    adata.obs.loc[adata.obs_names[::2], "type"] = np.nan
+    half = standard_cells(adata, cell_type_key="type")
+    assert set(half.obs["cell_type"]) == {"", *types}
+    part = Task.of(half, splits.unseen_singles(measured_rows(half), folds=2)[0])
+    known = part.truths[0].cells.cell_type
+    told = np.array([[10.0 * (t == types[0]), 100 * np.sin(i) * (t == "")]
+                     for i, t in enumerate(known)])  # fmt: skip
+    own = replace(oracle("truth", part, 0), embed=lambda c: told)
+    assert scores(part, own, metrics=["avg_bio"])["avg_bio"][0] == pytest.approx(1)
+
+
+def test_one_value_for_all_rows_has_no_interval():
+    rows = [
+        {"data": "d", "kind": "doubles", "split": "s", "context": "c", "perturbation": f"A+B{i}",
+         "method": m, "avg_bio": v}
+        for m, v in (("mean", 0.3), ("replicate", 0.31), ("ours", 0.305)) for i in range(30)
+    ]  # fmt: skip
+    table = benchmark.summarise(pd.DataFrame(rows))
+    assert table[["low", "high", "scaled"]].isna().all(None)
+    assert set(table["unscaled"]) == {"one value for all rows, so no interval"}
+
+
+def test_files_that_options_name_decide_what_is_kept(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "best_model.pt").write_text("one")
+    (tmp_path / "sets.gmt").write_text("a")
+    options = {
+        "weights": str(tmp_path / "weights"),
+        "train": {"sets": [str(tmp_path / "sets.gmt")]},
+    }
+    before = _contents(options)
+    assert len(before) == 2
+    (tmp_path / "weights" / "best_model.pt").write_text("two")
+    assert before[0] != _contents(options)[0]
+    assert before[1] == _contents(options)[1]
 
 
 def test_e_test_finds_what_responds_and_is_repeatable(task):
@@ -1097,8 +1134,8 @@ def test_a_peer_ends_with_who_started_it(task, theirs):
         while not hasattr(peer, "process") or "sleeping" not in _log(peer):
             time.sleep(0.1)
         peer.process.stdin.close()
-        assert peer.process.wait(timeout=20) == 0
-        with pytest.raises(RuntimeError, match="ended with exit code 0 at 'fit'"):
+        assert peer.process.wait(timeout=20) == -signal.SIGKILL
+        with pytest.raises(RuntimeError, match="ended with exit code -9 at 'fit'"):
             fit.result()
     peer.close()
 

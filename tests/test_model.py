@@ -716,6 +716,9 @@ def test_a_target_of_which_only_the_name_is_known_takes_the_shrunken_mean(simula
     assert model.predict_perturbation(simulated, "NAMED+TF001", n_samples=5, gate=1).n_obs == 5
     with pytest.raises(UnknownTargetError, match=r"'NAMEDD' \(nearest: NAMED"):
         model.predict_effects("NAMEDD")
+    assert model.explain("NAMED").regime == "unseen"
+    with pytest.raises(TypeError, match="give a list of names"):
+        GPJEPA(model.adata, targets="NAMED")
     model.save(tmp_path / "model")
     again = GPJEPA.load(tmp_path / "model", adata=False)
     pd.testing.assert_frame_equal(again.predict_effects("NAMED", gate=0), effects)

@@ -108,6 +108,31 @@ def test_perceiver_takes_the_way_over_expressed_genes_where_it_can(monkeypatch):
     assert went
 
 
+def test_a_cell_does_not_depend_on_an_outlier_in_its_batch():
+    """One shift for all cells: far below it the weights of the others lose their digits."""
+    encoder = PerceiverEncoder(40, 8, n_queries=2, n_heads=1, width=16)
+    values = sparse_cells(6, 40, 0.2)
+    with torch.no_grad():
+        query = (encoder.to_query(encoder.queries)[0] @ encoder.to_key.weight) / 4
+        encoder.tokens.expression.weight[:, 0] = query / query.square().sum()
+    for logit in (20.0, 80.0, 112.0, 118.0, 150.0):
+        with_outlier = torch.cat([values, values[:1]])
+        with_outlier[-1, with_outlier[-1] > 0] = logit
+        torch.testing.assert_close(
+            encoder(with_outlier)[:-1], encoder(values), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_perceiver_trains_in_mixed_precision():
+    encoder, values = PerceiverEncoder(50, 8), sparse_cells(9, 50, 0.2)
+    expected = encoder(values)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder(values)
+        found.float().square().sum().backward()
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
+
+
 def test_transformer_equals_attention_cell_by_cell():
     encoder = make_encoder("transformer", 30, 4, 0).eval()
     values = sparse_cells(6, 30, 0.3)

@@ -105,7 +105,7 @@ def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]
             label = f"{name} ({variant})" if variant else name
             answers.setdefault(label, {})[context] = _checked(cells, wanted, task.genes, label)
     embed = getattr(method, "embed", None)
-    shared: dict[tuple, np.ndarray] = {}
+    shared: dict[tuple, tuple[CellSet, np.ndarray]] = {}
     return {
         label: replace(_assemble(task, parts), embed=embed, known_states=shared)
         for label, parts in answers.items()
@@ -366,7 +366,8 @@ class GPJEPAMethod:
         GPJEPA.setup_anndata(cells, context_key="context", library_size_key="library_size")
         self.model_ = GPJEPA(
             cells, target_features=features, missing_features="mean",
-            targets=sorted({t for _, p in split.test for t in p.targets}), **(self.model or {}),
+            **({"targets": sorted({t for _, p in split.test for t in p.targets})}
+               | dict(self.model or {})),
         )  # fmt: skip
         self.model_.train(**{"enable_progress_bar": False, **(self.train or {})})
         self.n_parameters_ = sum(p.numel() for p in self.model_.module.parameters())

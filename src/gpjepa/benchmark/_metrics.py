@@ -38,6 +38,8 @@ class Metric:
         One value per row of the task; NaN where it is not defined.
     denominator
         Column whose sum divides the sum of this one; means are taken if None.
+    per_task
+        Whether all rows of a task, or of a context, share one value, which has no interval then.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Metric:
     reference: str
     function: Callable[[Scoring], np.ndarray]
     denominator: str | None = None
+    per_task: bool = False
 
 
 CELL_EVAL = "cell-eval2 (Arc Institute 2026)"
@@ -91,6 +94,7 @@ METRICS: dict[str, Metric] = {
         "combinations taken for the sum of their singles; the noise of the measured singles is in "
         "prediction and truth alike, so that no change finds some",
         "Norman 2019; Ahlmann-Eltze, Huber, Anders 2025", measures.recall_of_interactions,
+        per_task=True,
     ),
     "pds_cosine": Metric(
         "PDS, cosine", "effect", "higher", 1.0,
@@ -167,6 +171,7 @@ METRICS: dict[str, Metric] = {
         "states that mix cell types; of measured cells, so it judges the representation; needs "
         "cell_type_key",
         "mean of ARI, NMI and scaled silhouette (scGPT, Cui et al. 2024)", representation.avg_bio,
+        per_task=True,
     ),
     "gene_set_agreement": Metric(
         "gene sets, rank correlation", "decision", "higher", 1.0,
@@ -177,7 +182,9 @@ METRICS: dict[str, Metric] = {
     "signature_ranking": Metric(
         "signatures, ranking of perturbations", "decision", "higher", 1.0,
         "perturbations chosen for a signature that do not have it; needs gene_sets",
-        "Spearman over perturbations of each set's ULM score, mean over sets", representation.signature_ranking,
+        "Spearman over perturbations of each set's ULM score, mean over sets",
+        representation.signature_ranking,
+        per_task=True,
     ),
     **{
         f"coverage_{level}": Metric(

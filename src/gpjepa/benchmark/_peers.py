@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,6 +86,7 @@ class Peer:
             self.process = subprocess.Popen(
                 [self.python, self.script, here], cwd=here, text=True, stderr=log,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_clean_environment(),
+                start_new_session=True,
             )  # fmt: skip
         self._ask("fit")
 
@@ -120,7 +123,8 @@ class Peer:
             for pipe in (self.process.stdin, self.process.stdout):
                 if pipe is not None:
                     pipe.close()
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # and all that it started
             self.process.wait()
         if hasattr(self, "folder"):
             self.folder.cleanup()

@@ -114,6 +114,9 @@ def beside_published(scores: pd.DataFrame, path: Path) -> pd.DataFrame:
         One row per method, best first: ``method``, ``published``, ``l2``, ``pearson_delta``,
         ``n_rows``.
     """
+    columns = ["method", "published", *SCORES.values(), "n_rows"]
+    if not set(SCORES) <= set(scores):
+        return pd.DataFrame(columns=columns)  # nothing could be run on these splits
     mine = scores[scores["kind"] == KIND].rename(columns=SCORES)
     # A method's own seed is another thing than that of the split.
     mine = mine.assign(seed=mine["split"].str.rsplit("-", n=1).str[-1].astype(int))

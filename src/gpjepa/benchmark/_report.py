@@ -351,6 +351,8 @@ def _published(result: BenchmarkResult) -> list[Table]:
                 continue
             mine = result.scores[result.scores["data"] == data.name]
             table = beside_published(mine[~mine["method"].isin(ORACLES)], split.path)
+            if table.empty:
+                continue
             rows = [[r["method"], "published" if r["published"] else "here", number(r["l2"]),
                      number(r["pearson_delta"]), str(r["n_rows"])]
                     for _, r in table.iterrows()]  # fmt: skip

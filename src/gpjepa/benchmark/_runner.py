@@ -35,7 +35,7 @@ from ._summary import summarise
 from ._tasks import SCALE, Task, too_small
 
 logger = logging.getLogger(__name__)
-_FORMAT = 4  # of a kept cell of the grid; another number recomputes all
+_FORMAT = 5  # of a kept cell of the grid; another number recomputes all
 _DECIDING = ("gpjepa", "cell-eval2", "scvi-tools", "torch", "scikit-learn", "numpy")
 
 
@@ -207,11 +207,25 @@ def _key(
         "format": _FORMAT, "data": manifest.data_hash, "n_genes": data.n_genes, "split": rows,
         "split_seed": split.seed, "seed": seed,
         "method": method.model_dump(mode="json", exclude={"python", "data"}),
+        "files": _contents(method.options),
         "metrics": config.metrics, "features": [_file_hashes(f.model_dump()) for f in data.features],
         "gene_sets": _file_hashes({"gene_sets": data.gene_sets}),
         "code": _code(method.name), "versions": {name: _version(name) for name in _DECIDING},
     }  # fmt: skip
     return sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _contents(value: Any) -> list[str]:
+    """Hashes of the files, and of those in the folders, that options name."""
+    if isinstance(value, dict | list):
+        return [
+            h for v in (value.values() if isinstance(value, dict) else value) for h in _contents(v)
+        ]
+    path = Path(value) if isinstance(value, str) and value else None
+    if path is None or not path.exists():
+        return []
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [sha256(p.read_bytes()).hexdigest() for p in files]
 
 
 def _file_hashes(feature: dict[str, Any]) -> list[str]:
@@ -223,8 +237,8 @@ def _code(name: str) -> str:
     """Hash of the file that holds a method of others, which may change under the same name."""
     if name in PEERS:
         script = PEERS[name].script
-        files = (f"run_{script}.py", f"{script}.txt", "_serve.py")
-        return sha256(b"".join((FOLDER / f).read_bytes() for f in files)).hexdigest()
+        files = [FOLDER / "_serve.py", FOLDER / f"run_{script}.py", *FOLDER.glob(f"{script}*.txt")]
+        return sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()
     if ":" in name:
         return sha256(Path(inspect.getfile(imported(name))).read_bytes()).hexdigest()
     return ""

@@ -42,7 +42,7 @@ class Prediction:
     sd: np.ndarray | None = None
     refused: np.ndarray | None = None
     embed: Callable[[AnnData], np.ndarray] | None = None
-    known_states: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
+    known_states: dict[tuple, tuple[CellSet, np.ndarray]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Scoring:
 
         The method's own states, or principal components where it has none.
         """
-        return self._states(self.predicted.cells), self._known(self.truth.cells)
+        return self._states(self.predicted.cells), self.known_states(self.truth.cells)
 
     @cached_property
     def shifts(self) -> tuple[np.ndarray, np.ndarray]:
         """Predicted and measured shift of each row's mean state, shape (n_rows, n_dimensions)."""
         task, control = self.task, self.task.controls
-        (own, theirs), start = self.states, self._known(control)
+        (own, theirs), start = self.states, self.known_states(control)
         rows, contexts = range(len(task.rows)), [c for c, _ in task.rows]
         base = {c: start[control.context == c].mean(0) for c in set(contexts)}
         theirs_base = {
@@ -99,19 +99,19 @@ class Scoring:
         """The same of the training rows, in the order of ``task.training.rows``."""
         labels = self.task.train.obs[["context", "perturbation"]].astype(str).agg(tuple, axis=1)
         own = self.predicted.embed is not None
-        states = self._known(self.task.trained) if own else self.task.trained_components
+        states = self.known_states(self.task.trained) if own else self.task.trained_components
         means = pd.DataFrame(states).groupby(labels.to_numpy()).mean()
         return np.stack([
             means.loc[[(c, str(p))]].to_numpy()[0] - means.loc[[(c, "control")]].to_numpy()[0]
             for c, p in self.task.training.rows
         ])  # fmt: skip
 
-    def _known(self, cells: CellSet) -> np.ndarray:
+    def known_states(self, cells: CellSet) -> np.ndarray:
         """States of cells of the task, which are the same for all that one training predicts."""
-        known, key = self.predicted.known_states, (self.predicted.embed, id(cells))
+        known, key = self.predicted.known_states, (self.predicted.embed, id(self.task), id(cells))
         if key not in known:
-            known[key] = self._states(cells)
-        return known[key]
+            known[key] = cells, self._states(cells)  # the cells too, or their id could be another's
+        return known[key][1]
 
     def _states(self, cells: CellSet) -> np.ndarray:
         if self.predicted.embed is None:

@@ -115,6 +115,8 @@ def resampled(part: pd.DataFrame, metric: str) -> tuple[dict[str, Resampled], in
         str(m): Resampled.of(over[m].to_numpy(float), below, weights)
         for m in part["method"].unique()
     }
+    if METRICS[metric].per_task:  # rows that share a value say nothing of how sure it is
+        found = {m: Resampled(r.value, np.full_like(r.draws, np.nan)) for m, r in found.items()}
     return found, len(over)
 
 
@@ -141,7 +143,7 @@ def _summary(part: pd.DataFrame) -> pd.DataFrame:
         if metric not in part:
             continue
         found, n = resampled(part, metric)
-        why = _unscaled(metric, found) if declared.axis != "calibration" else "no floor and ceiling"
+        why = "no floor and ceiling" if declared.axis == "calibration" else _unscaled(metric, found)
         for method, value in found.items():
             if not np.isfinite(value.value):
                 continue
@@ -167,6 +169,8 @@ def _unscaled(metric: str, found: dict[str, Resampled]) -> str:
     floor, ceiling = found[FLOOR], found[CEILING]
     if not np.isfinite(floor.value) or not np.isfinite(ceiling.value):
         return "not defined for these rows"
+    if METRICS[metric].per_task:
+        return "one value for all rows, so no interval"
     values = f"a replicate ({ceiling.value:.3g}) {{}} the mean response ({floor.value:.3g})"
     low, high = interval(goodness(metric, ceiling.draws) - goodness(metric, floor.draws))
     if high < 0:

@@ -52,7 +52,8 @@ def standard_cells(
     layer, perturbation_key, control, context_key, library_size_key, separator, strip
         As in :meth:`gpjepa.GPJEPA.setup_anndata`.
     cell_type_key
-        Column of ``obs`` with cell types, which no method sees and the metric ``avg_bio`` needs.
+        Column of ``obs`` with cell types, which no method sees and the metric ``avg_bio`` needs; a
+        cell without one is left out there.
 
     Returns
     -------
@@ -92,7 +93,8 @@ def standard_cells(
         index=adata.obs_names.astype(str),
     )
     if cell_type_key is not None:
-        obs["cell_type"] = list(adata.obs[cell_type_key].astype(str))
+        types = adata.obs[cell_type_key]
+        obs["cell_type"] = types.astype(str).where(types.notna(), "").to_numpy()
     some = library > 0
     order = np.argsort(obs.index.to_numpy()[some], kind="stable")
     keep = np.flatnonzero(some)[order]

@@ -154,7 +154,7 @@ class EffectAnchor:
 
     def explain(
         self, perturbation: str | Perturbation, context: str | None = None,
-        scale: Scale = "mean_log1p",
+        scale: Scale = "mean_log1p", vocabulary: Vocabulary | None = None,
     ) -> Explanation:  # fmt: skip
         """Which expert says what of a mean effect, and with which weight.
 
@@ -166,17 +166,19 @@ class EffectAnchor:
             Where; may be left out if there is only one.
         scale
             Scale of the effect.
+        vocabulary
+            Targets that may be asked for; by default those perturbed, measured or with features.
 
         Returns
         -------
         Explanation
             Tables of experts and measured effects; ``plot()`` draws them.
         """
-        if isinstance(perturbation, str):
-            perturbation = LabelReader().read(perturbation)
+        perturbation = LabelReader().read(perturbation)
+        if vocabulary is None:
             featured = [t for f in self.features for t in f.targets]
-            known = Vocabulary(self._perturbed, [*map(str, self.effects_.genes), *featured])
-            known.check(perturbation)
+            vocabulary = Vocabulary(self._perturbed, [*map(str, self.effects_.genes), *featured])
+        vocabulary.check(perturbation)
         if context is None:
             if len(self.effects_.contexts) > 1:
                 raise ValueError(f"Say in which context: {self.effects_.contexts}.")

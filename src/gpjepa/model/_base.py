@@ -53,6 +53,8 @@ class Registered(BaseModelClass):
         missing_features: Literal["error", "mean"] = "error",
         targets: Sequence[str] = (),
     ) -> None:
+        if isinstance(targets, str):
+            raise TypeError(f"targets={targets!r} is one name; give a list of names.")
         super().__init__(adata, registry)
         if not isinstance(target_features, TargetFeatures):
             target_features = tuple(target_features)

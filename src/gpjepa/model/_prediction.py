@@ -258,7 +258,7 @@ class Predicting(Embedding):
         (wanted,) = self._parse([perturbation])
         if context is not None:
             self._contexts(context, [])
-        return self.anchor.explain(wanted, context, scale)
+        return self.anchor.explain(wanted, context, scale, self.vocabulary)
 
     def predict_interactions(
         self,

@@ -200,12 +200,13 @@ class Trainable(Predicting):
             sampler = self._sets(cells, where, options["set_size"], batch_size)
         epochs = max(2, round(1_000 / len(sampler))) if max_epochs is None else max_epochs
         interrupted = False
+        plan = PretrainPlan(self.module, **options)
         if isinstance(self.module.encoder, PCAEncoder):
             some = where[_random.stream("components").permutation(len(where))[:_N_COMPONENTS]]
-            self.module.encoder.fit(cells.tensors(some)["values"])
+            values = cells.tensors(some)["values"]
+            self.module.encoder.fit(values.to(self.module.anchor_map.device))
             epochs = 0
         if epochs:
-            plan = PretrainPlan(self.module, **options)
             interrupted = self._run(plan, Batches(cells, sampler), epochs, **trainer_kwargs)
             plan.finish()
         self.is_pretrained_ = self.is_trained_ = True

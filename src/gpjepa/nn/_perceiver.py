@@ -13,6 +13,7 @@ from ._encoders import Encoder
 from ._tokens import Expressed, Tokenizer
 
 _CELLS = 16  # cells whose lists are worked on at a time, so that they stay in the processor's cache
+_TINY = 1e-30
 _LOST = 16.0  # what is subtracted may be this many times what is left
 
 
@@ -94,9 +95,12 @@ class PerceiverEncoder(Encoder):
             listed = Expressed.of(values, visible)
             phi = F.pad(self.tokens.fourier(listed.values), (0, 1), value=1.0)
             phi_zero = self.tokens.fourier(values.new_zeros(()))
-        state, seen, kept = _Attention.apply(
-            by_gene, value, by_value, phi, phi_zero, listed, visible, self.n_heads
-        )
+        # Differences need the digits of the full precision, also where the rest does without.
+        with torch.autocast(values.device.type, enabled=False):
+            tables = (x.to(phi.dtype) for x in (by_gene, value, by_value))
+            state, seen, kept = _Attention.apply(
+                *tables, phi, phi_zero, listed, visible, self.n_heads
+            )
         return (state, seen) if kept else None
 
     def _over_all(
@@ -189,14 +193,22 @@ class _Attention(torch.autograd.Function):
         mean_phi = (seen[..., :-1] + rest * phi_zero) / weight
         of_head = crossed.view(n, heads, -1, heads, width // heads).diagonal(dim1=1, dim2=3)
         state = (of_head.permute(0, 3, 1, 2) + total_value) / weight.view(n, heads, -1, 1)
-        kept = bool((total.unsqueeze(-1) <= _LOST * weight).all() & (weight > 0).all())
+        # The shift is for all cells: far below the others, weights have no digits left either.
+        kept = bool((total.unsqueeze(-1) <= _LOST * weight).all() & (weight > _TINY).all())
         ctx.chunks, ctx.listed = saved, listed
         ctx.save_for_backward(value, by_value, phi, phi_zero, table, state, mean_phi, weight)
         return state, mean_phi, kept
 
     @staticmethod
     def backward(ctx: Any, d_state: torch.Tensor, d_phi: torch.Tensor, _: Any) -> tuple:
-        """Gradients of by_gene, value and by_value."""
+        """Gradients of by_gene, value and by_value, in full precision as the sums are."""
+        with torch.autocast(d_state.device.type, enabled=False):
+            return *_Attention._gradients(ctx, d_state, d_phi), *[None] * 5
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, d_state: torch.Tensor, d_phi: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         value, by_value, phi, phi_zero, table, state, mean_phi, weight = ctx.saved_tensors
         (n, heads, queries, d), (n_genes, n_maps) = state.shape, table.shape
         inner = (d_state * state).sum(-1).view(n, n_maps, 1) + (d_phi * mean_phi).sum(-1, True)
@@ -232,7 +244,7 @@ class _Attention(torch.autograd.Function):
         d_value = d_value + _sum_by_gene(d_listed, ctx.listed)
         d_at_zero = d_zero.sum(0) + d_gene.sum(0) - d_features[:, -1]
         d_by_value = d_features[:, :-1] + d_at_zero.unsqueeze(1) * phi_zero
-        return d_gene + d_zero, d_value, d_by_value, *[None] * 5
+        return d_gene + d_zero, d_value, d_by_value
 
 
 def _sum_by_gene(gradient: torch.Tensor, listed: Expressed) -> torch.Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 from _serve import answer, log1p, serve
 
+PREDICTED_AT_ONCE = 8  # all genes attend to all: memory grows with their square
 PUBLISHED = {"epochs": 15, "lr": 1e-4, "batch_size": 64, "max_genes": 1536, "patience": 5,
              "n_cells": 300}  # fmt: skip
 FILES = ("args.json", "vocab.json", "best_model.pt")
@@ -43,12 +44,17 @@ def fit(train, task):
 
     torch.manual_seed(task["seed"])
     cells, vocabulary = with_targets(train), json.loads((folder / "vocab.json").read_text())
-    for token in SPECIAL:
-        vocabulary.setdefault(token, len(vocabulary))
+    missing = [t for t in SPECIAL if t not in vocabulary]
+    if missing:
+        raise ValueError(f"vocab.json of the weights has no {missing}: it is not scGPT's.")
     tokens = np.array([vocabulary.get(g, vocabulary["<pad>"]) for g in cells.var_names])
     net = Network(pretrained(folder, vocabulary), tokens, settings["batch_size"])
     rng = np.random.default_rng(task["seed"])
     names = np.array(sorted(set(cells.obs["perturbation"]) - {"control"}))
+    if len(names) < 2:
+        raise ValueError(
+            f"scGPT is fine-tuned on perturbations but one, of which there are {len(names)}."
+        )
     held = rng.permutation(names)[: max(1, round(0.1 * len(names)))]
     is_control = (cells.obs["perturbation"] == "control").to_numpy()
     learn = np.flatnonzero(~is_control & ~cells.obs["perturbation"].isin(held).to_numpy())
@@ -68,6 +74,8 @@ def fit(train, task):
             optimizer.step()
         schedule.step()
         score = validation(net, cells, held, controls[: net.batch_size])
+        if not np.isfinite(score):
+            raise ValueError("scGPT's fine-tuning diverged: it predicts nothing that varies.")
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}, validation {score:.4f}")
         if score > best:
             best, kept, waited = score, copy.deepcopy(net.model.state_dict()), 0
@@ -106,7 +114,8 @@ def pretrained(folder, vocabulary):
     )  # fmt: skip
     parts = ["encoder", "value_encoder", "transformer_encoder"]
     found = torch.load(folder / "best_model.pt", map_location="cpu")
-    return load_pretrained(model, found, prefix=parts, verbose=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_pretrained(model, found, prefix=parts, verbose=False).to(device)
 
 
 def stand_in_for_torchtext():
@@ -129,9 +138,11 @@ class Network:
         """Expression of the genes after the flagged targets were perturbed."""
         import torch
 
+        device = next(self.model.parameters()).device
         ids = torch.from_numpy(self.tokens[genes]).expand(len(values), -1)
         padding = torch.zeros(ids.shape, dtype=torch.bool)
-        return self.model(ids, values, flags, src_key_padding_mask=padding)["mlm_output"]
+        ids, values, flags, padding = (x.to(device) for x in (ids, values, flags, padding))
+        return self.model(ids, values, flags, src_key_padding_mask=padding)["mlm_output"].cpu()
 
     def loss(self, base, perturbed, genes):
         """Squared error on some genes of the perturbed cells, from as many control cells."""
@@ -148,8 +159,8 @@ class Network:
         genes, found = np.arange(base.n_vars), []
         self.model.eval()
         with torch.no_grad():
-            for start in range(0, base.n_obs, self.batch_size):
-                part = base[start : start + self.batch_size]
+            for start in range(0, base.n_obs, PREDICTED_AT_ONCE):
+                part = base[start : start + PREDICTED_AT_ONCE]
                 flags = flags_of([perturbation] * part.n_obs, base.var_names)
                 values = torch.from_numpy(part.X.toarray())
                 found.append(self(values, torch.from_numpy(flags), genes).numpy())
