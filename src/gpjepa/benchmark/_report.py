@@ -413,7 +413,8 @@ def _figures(table: pd.DataFrame, runs: pd.DataFrame) -> list[dict[str, str]]:
     if table["metric"].str.startswith("coverage_").any():
         found.append({"svg": _svg(plotting.calibration(table)),
                       "alt": "Share of measured effects inside stated intervals"})  # fmt: skip
-    if "parameters" in runs and runs.groupby(["data", "kind"])["parameters"].nunique().gt(1).any():
+    models = runs.dropna(subset=["parameters"]) if "parameters" in runs else runs.iloc[:0]
+    if models.groupby(["data", "kind"])["method"].nunique().gt(1).any():
         found.append({"svg": _svg(plotting.scaling(table, runs)),
                       "alt": "Error over the number of parameters"})  # fmt: skip
     return found
