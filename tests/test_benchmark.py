@@ -1162,6 +1162,16 @@ def test_peers_without_an_environment_are_not_run_and_say_how(tmp_path):
     assert again.runs["reason"].str.contains("there is no").sum() == len(benchmark.PEERS)
 
 
+def test_a_method_that_is_left_out_on_purpose_says_why(tmp_path):
+    left = {"name": "State", "not_run": "takes 38 h here"}
+    config = {**TINY, "methods": ["mean", "replicate", left], "focus": None}
+    config["data"] = [{**TINY["data"][0], "splits": [{"kind": "doubles"}]}]
+    found = benchmark.run(config, tmp_path / "out", progress=False)
+    (row,) = found.runs[found.runs["method"] == "State"].itertuples()
+    assert (row.status, row.reason) == ("not run", "takes 38 h here")
+    assert "takes 38 h here" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_an_environment_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has no environment; those with one are scGen"):
         benchmark.make_environment("gears", tmp_path / "gears")

@@ -273,6 +273,7 @@ class MethodConfig(_Strict):
     options: dict[str, Any] = {}
     python: Path | None = Field(None, description="Interpreter of a published method.")
     data: list[str] | None = Field(None, description="Data sets it runs on; all by default.")
+    not_run: str | None = Field(None, description="Why it is left out, for the report to say.")
 
     @model_validator(mode="before")
     @classmethod

@@ -173,6 +173,11 @@ class _Grid:
             where = {"data": data.name, "split": split.name, "kind": split.kind}
             for method, seed in pairs:
                 bar.tell(f"{data.name} · {split.name} · {method.title}")
+                if method.not_run is not None:
+                    record = {"status": "not run", "reason": method.not_run}
+                    self.runs.append({**where, "method": method.title, "seed": seed, **record})
+                    bar.step()
+                    continue
                 path = self.kept / _key(self.config, data, manifest, split, method, seed)
                 scores, record = _kept(path) or _compute(
                     path, self.config, task(), method, seed, features
