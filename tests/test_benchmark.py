@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import yaml
 from exchanges import record as exchange
 from helpers import python, real_file
 
@@ -28,6 +29,7 @@ import gpjepa
 from gpjepa import benchmark, splits
 from gpjepa.benchmark import METRICS, Prediction, Scoring, Task, score, standard_cells
 from gpjepa.benchmark._cell_eval import cell_eval_config, cell_eval_files
+from gpjepa.benchmark._config import PRESETS
 from gpjepa.benchmark._methods import METHODS, oracle, predict_rows
 from gpjepa.benchmark._peers import FOLDER as PEER_SCRIPTS
 from gpjepa.benchmark._peers import Peer
@@ -926,6 +928,33 @@ def test_scaling_draws_a_line_per_data_set():
     assert len(_figures(table, one)) == 1
     with pytest.raises(ValueError, match="two models whose sizes are known"):
         gpjepa.plotting.scaling(table, runs[runs["method"] != "small"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ablations", "scaling"])
+def test_every_arm_of_a_preset_runs(name, tmp_path):
+    """As it stands, but for the size of the screen and the length of the training."""
+    content = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    for data in content["data"]:
+        data["simulate"] = {"n_cells": 700, "n_genes": 60, "n_targets": 8, "n_combinations": 6}
+        data["splits"] = data["splits"][:1]
+    methods = []
+    for method in content["methods"]:
+        method = {"name": method} if isinstance(method, str) else method
+        if method["name"] == "GP-JEPA":
+            train = method.setdefault("options", {}).setdefault("train", {})
+            method["options"]["train"] = {"max_epochs": 1, "pretrain_epochs": 1} | train
+        methods.append(method)
+    small = {
+        **content,
+        "methods": methods,
+        "seeds": [0],
+        "metrics": ["squared_error", "probe_error"],
+    }
+    found = benchmark.run(small, tmp_path / "out", progress=False)
+    assert (found.runs["status"] == "run").all(), found.runs["reason"].unique()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Error over the number of parameters" in page
 
 
 def test_both_twins_say_the_same(result):
