@@ -1,8 +1,11 @@
-"""How fast the encoders are: against a plain implementation, over density, and beside scVI.
+"""How fast the encoders are: beside a plain implementation, GeneJEPA's, and scVI; over density.
 
-Usage: ``python docs/encoder_speed.py OUT``; two threads, medians of five. Writes ``OUT.png``.
+Usage: ``python docs/encoder_speed.py OUT [GENEJEPA]``; two threads, medians of five. Writes
+``OUT.png``. GENEJEPA is a clone of https://github.com/BiostateAI/GeneJEPA, which needs
+``pip install ema-pytorch``.
 """
 
+import contextlib
 import resource
 import sys
 import time
@@ -21,6 +24,7 @@ from plain import plain_perceiver
 from gpjepa.nn import PerceiverEncoder
 
 BATCH, N_LATENT, REPEATS = 64, 64, 5
+TURN = 1.0  # seconds of every way in every round, at least
 
 
 def cells(n, n_genes, density, seed=0):
@@ -29,30 +33,59 @@ def cells(n, n_genes, density, seed=0):
     return 4 * torch.rand(n, n_genes, generator=generator) * expressed
 
 
-def cells_per_second(functions, encoder):
+def cells_per_second(functions):
     """Medians over rounds in which every way takes its turn, forward and backward."""
-    took = {name: [] for name in functions}
-    for repeat in range(REPEATS + 1):
+    rates = {name: [] for name in functions}
+    for _ in range(REPEATS):
         for name, function in functions.items():
-            encoder.zero_grad()
-            start = time.perf_counter()
-            function().square().sum().backward()
-            if repeat:  # the first round warms up
-                took[name].append(time.perf_counter() - start)
-    return {name: BATCH / median(t) for name, t in took.items()}
+            function().square().sum().backward()  # finds the caches full of another way's numbers
+            start, calls = time.perf_counter(), 0
+            while (seconds := time.perf_counter() - start) < TURN:
+                function().square().sum().backward()
+                calls += 1
+            rates[name].append(calls * BATCH / seconds)
+    return {name: median(found) for name, found in rates.items()}
 
 
-def against_plain():
+def beside_others(genejepa):
     for n_genes in (2_000, 5_000):
         torch.manual_seed(0)
         encoder, values = PerceiverEncoder(n_genes, N_LATENT), cells(BATCH, n_genes, 0.1)
         ways = {
-            "plain": lambda e=encoder, v=values: plain_perceiver(e, v, None)[0],
             "ours": lambda e=encoder, v=values: e(v),
+            "plain": lambda e=encoder, v=values: plain_perceiver(e, v, None)[0],
         }
-        found = cells_per_second(ways, encoder)
-        print(f"{n_genes:,} genes, 10% expressed: plain {found['plain']:,.0f} cells/s, ours "
-              f"{found['ours']:,.0f}, ratio {found['ours'] / found['plain']:.1f}")  # fmt: skip
+        if genejepa:
+            ways |= genejepa_ways(genejepa, values)
+        found = cells_per_second(ways)
+        for name, rate in found.items():
+            print(f"{n_genes:,} genes, 10% expressed: {name} {rate:,.0f} cells/s; ours is "
+                  f"{found['ours'] / rate:.1f} times as fast")  # fmt: skip
+
+
+def genejepa_ways(path, values):
+    """Its encoder at our width, queries and heads, with its one latent block."""
+    sys.path.insert(0, str(path))
+    from genejepa.configs import ModelConfig
+    from genejepa.models import GenePerceiverEncoder
+
+    ways = {}
+    for chunk, how in ((ModelConfig.cross_attn_chunk_size, "as published"),
+                       (values.shape[1], "genes in one chunk")):  # fmt: skip
+        theirs = GenePerceiverEncoder(ModelConfig(
+            d=128, latents_L=16, heads_h=4, blocks_D=1, gene_vocab_size=values.shape[1],
+            cross_attn_chunk_size=chunk,
+        ))  # fmt: skip
+        for which, seen in (("expressed genes", values != 0), ("all genes", values >= 0)):
+            offsets = torch.cat([torch.zeros(1, dtype=torch.long), seen.sum(1).cumsum(0)])
+            args = seen.nonzero()[:, 1], values[seen], offsets
+            ways[f"GeneJEPA {how}, {which}"] = lambda t=theirs, a=args: silent(t, *a)
+    return ways
+
+
+def silent(encoder, *args):
+    with contextlib.redirect_stdout(None):  # now and then it prints what it sees
+        return encoder(*args)
 
 
 def over_density(out):
@@ -63,7 +96,7 @@ def over_density(out):
         densities, milliseconds = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4), []
         for density in densities:
             values = cells(BATCH, n_genes, density)
-            found = cells_per_second({"ours": lambda e=encoder, v=values: e(v)}, encoder)
+            found = cells_per_second({"ours": lambda e=encoder, v=values: e(v)})
             milliseconds.append(1_000 / found["ours"])
             print(f"{n_genes:,} genes, {density:.0%} expressed: {found['ours']:,.0f} cells/s")
         axes.plot([100 * d for d in densities], milliseconds, "o-", color=color,
@@ -109,6 +142,6 @@ def beside_scvi(n_cells=50_000, n_genes=2_000, max_epochs=1):
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    against_plain()
+    beside_others(sys.argv[2] if len(sys.argv) > 2 else None)
     over_density(sys.argv[1])
     beside_scvi()

@@ -158,6 +158,15 @@ def test_the_guard_warns_then_raises_the_regulariser_then_stops():
         off.look(rank=9, spread=0.02, ratio=0.5)
 
 
+def test_the_guard_only_warns_of_predictions_that_hardly_vary():
+    guard = CollapseGuard(0.5)
+    with pytest.warns(UserWarning, match="spread is 0.001 of the targets'"):
+        guard.look(rank=9, spread=1.0, ratio=0.001)
+    for _ in range(20):  # neither again, nor more than that
+        guard.look(rank=9, spread=1.0, ratio=0.001)
+    assert guard.weight == 0.5
+
+
 @pytest.mark.parametrize("encoder", sorted(set(ENCODERS) - {"pca"}))
 def test_an_encoder_that_collapses_is_seen_and_held_up(cells, encoder, caplog):
     """Without teacher and regulariser a constant is the best prediction of all."""

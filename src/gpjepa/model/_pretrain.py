@@ -47,6 +47,10 @@ class CollapseError(RuntimeError):
 class CollapseGuard:
     """Warns of collapse, then raises the regulariser's weight, then stops.
 
+    States are collapsed when they vary too little or along too few directions. Predictions that
+    vary little beside varied targets are another matter: what is hidden may say nothing of what is
+    seen, and no regulariser helps. Of that it only warns.
+
     Parameters
     ----------
     weight
@@ -56,7 +60,7 @@ class CollapseGuard:
 
     def __init__(self, weight: float) -> None:
         self.weight, self.bound = weight, _BOUND * max(weight, _FIRST)
-        self.epochs = 0
+        self.epochs, self.told = 0, False
 
     def look(self, rank: float, spread: float, ratio: float) -> None:
         """Judge an epoch.
@@ -75,14 +79,22 @@ class CollapseGuard:
         CollapseError
             If the states are still collapsed at the largest weight.
         """
-        if rank >= _MIN_RANK and spread >= _MIN_SPREAD and ratio >= _MIN_RATIO:
+        if rank >= _MIN_RANK and spread >= _MIN_SPREAD:
             self.epochs = 0
+            if ratio < _MIN_RATIO and not self.told:
+                self.told = True
+                warnings.warn(
+                    f"The predictions hardly vary: their spread is {ratio:.2g} of the targets' (at "
+                    f"least {_MIN_RATIO:g} is expected). The genes that are seen say little of "
+                    "those that are hidden, or the predictor has not learned it yet.",
+                    UserWarning, stacklevel=2,
+                )  # fmt: skip
             return
         self.epochs += 1
         seen = (
             f"The encoder has collapsed: effective rank {rank:.1f} (at least {_MIN_RANK:g}), spread "
             f"{spread:.2g} (at least {_MIN_SPREAD:g}), predictions' spread over the targets' "
-            f"{ratio:.2g} (at least {_MIN_RATIO:g})"
+            f"{ratio:.2g}"
         )
         if self.epochs == 1:
             warnings.warn(f"{seen}. If it goes on, the regulariser is raised.", UserWarning,

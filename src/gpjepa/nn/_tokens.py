@@ -83,3 +83,9 @@ class Expressed:
         per_gene = expressed.sum(0)
         starts = per_gene.cumsum(0) - per_gene
         return cls(index.view(n, width), listed.view(n, width), order, starts)
+
+    def parts(self, n_places: int) -> list[slice]:
+        """Runs of cells with about so many places."""
+        n, width = self.index.shape
+        step = max(n_places // width, 1)
+        return [slice(start, start + step) for start in range(0, n, step)]
