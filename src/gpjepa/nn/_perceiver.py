@@ -152,7 +152,7 @@ class _Attention(torch.autograd.Function):
             Mean of the genes' own part, shape (n_cells, n_maps, width); mean φ, shape (n_cells,
             n_maps, n_features); whether no digits were lost.
         """
-        (n, places, n_features), n_maps = phi.shape, len(by_value)
+        (n, _, n_features), n_maps = phi.shape, len(by_value)
         at_zero = by_value @ phi_zero
         logits = phi[..., :-1] @ by_value.T  # (n, places, maps)
         # One shift for all cells, above every logit: the weights are then rows of tables.
