@@ -1,13 +1,21 @@
 """What states of cells hold, and how much of it is left when fewer counts are seen.
 
-Usage: ``python docs/representation.py DATA OUT.csv [DATA_SET ...]``, with DATA the folder of the
-real cells and gene sets. Every encoder learns from the same training cells without labels (but for
-adversarial masks); a logistic regression from their states to labels is then scored on test cells
-whose counts were thinned to a share of what was measured. No perturbation is held out: this is about
-states, not about predictions.
+Usage: ``python docs/representation.py encoders|ablations DATA OUT.csv [DATA_SET ...]``, with DATA
+the folder of the real cells and of the knowledge. Every encoder learns from the same training cells,
+without labels but where its name says so. Test cells are other cells, or other patients, whose
+counts were thinned to a share of what was measured; no perturbation is held out, as this is about
+states and not about predictions. Two scores, over depths the area under score against log depth:
+
+``probe``
+    Balanced accuracy of a logistic regression from states to labels.
+``retrieval``
+    Share of labels whose mean training state is farther (by cosine) than the cell's own label's.
+
+Intervals (95%) are of the difference from the first encoder, over seeds and test cells.
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -18,34 +26,70 @@ import scipy.sparse as sp
 import scvi
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+import gpjepa
 from gpjepa import GPJEPA
 
-N_LATENT, DEPTHS, SEEDS = 32, (1.0, 0.5, 0.25, 0.1), (0, 1, 2)
+N_LATENT, DEPTHS, SEEDS, DRAWS = 32, (1.0, 0.5, 0.25, 0.1), (0, 1, 2), 1_000
 GENE_SETS = ("hallmark.gmt", "reactome.gmt", "go_biological_process.gmt")
+FREE = {"teacher": False}
 
 
-def arms(data):
-    """Arguments of the model and of stage A, by name; None for scVI."""
-    sets = [data / "knowledge" / name for name in GENE_SETS]
+def encoders(data):
+    """Options of the model and of stage A, by name; None for scVI."""
     return {
         "JEPA": ({}, {}),
-        "JEPA, gene sets": ({}, {"masks": "gene_sets", "gene_sets": sets}),
-        "JEPA, adversarial": ({}, {"masks": "adversarial"}),
-        "JEPA, SIGReg without teacher": (
-            {}, {"regulariser": "sigreg", "regulariser_weight": 5.0, "teacher": False}
-        ),
+        **masks(data),
         "JEPA, thinned views": ({}, {"thinning": 0.9}),
+        "JEPA, SIGReg": ({}, {**FREE, "regulariser": "sigreg", "regulariser_weight": 5.0}),
         "JEPA, Perceiver": ({"encoder": "perceiver"}, {}),
         "masked reconstruction": ({}, {"objective": "reconstruction"}),
         "contrastive": ({}, {"objective": "contrastive"}),
         "PCA": ({"encoder": "pca"}, {}),
         "random encoder": ({}, None),
         "scVI": None,
+    }
+
+
+def masks(data):
+    """The JEPA with every other kind of mask."""
+    knowledge = data / "knowledge"
+    return {
+        "masks: gene sets": (
+            {}, {"masks": "gene_sets", "gene_sets": [knowledge / name for name in GENE_SETS]}
+        ),
+        "masks: regulons": (
+            {}, {"masks": "regulons", "regulons": knowledge / "collectri.csv"}
+        ),
+        "masks: adversarial (labels)": ({}, {"masks": "adversarial"}),
     }  # fmt: skip
+
+
+def ablations(data):
+    """The defaults of stage A, each changed on its own."""
+    changed = {
+        "hidden: 25%": {"hidden": 0.25},
+        "hidden: 75%": {"hidden": 0.75},
+        "blocks: 1": {"n_blocks": 1},
+        "blocks: 8": {"n_blocks": 8},
+        "overlap: 30%": {"overlap": 0.3},
+        "block sizes: spread": {"size_spread": 0.5},
+        "EMA: from 0.9": {"momentum": 0.9},
+        "EMA: no teacher": FREE,
+        "regulariser: none": {"regulariser_weight": 0.0},
+        "regulariser: VICReg x 0.1": {"regulariser_weight": 0.1},
+        "regulariser: VICReg x 10": {"regulariser_weight": 10.0},
+        "regulariser: SIGReg": {"regulariser": "sigreg", "regulariser_weight": 5.0},
+        "regulariser: SIGReg, no teacher": {
+            **FREE, "regulariser": "sigreg", "regulariser_weight": 5.0
+        },
+        "views: thinned": {"thinning": 0.9},
+        "views: noise": {"noise": 0.5},
+        "level: conditions (labels)": {"set_size": 8},
+    }  # fmt: skip
+    return {"defaults": ({}, {}), **masks(data), **{k: ({}, plan) for k, plan in changed.items()}}
 
 
 def halves(labels, seed=0):
@@ -58,81 +102,141 @@ def halves(labels, seed=0):
 
 
 def screens(data):
-    """Per data set: cells, labels, masks of training cells, and whether perturbations are named."""
+    """Per data set: cells, their labels, and masks of training cells."""
     zhao = ad.read_h5ad(data / "zhao_2021_mini.h5ad")
     patients = zhao.obs["patient"].astype(str).to_numpy()
-    yield "Zhao 2021", zhao, "perturbation", [patients != p for p in np.unique(patients)]
-    for name, file in (("Papalexi 2021", "papalexi"), ("Norman 2019", "norman")):
-        (path,) = data.glob(f"{file}_*_mini.h5ad")
+    yield "Zhao", zhao, "perturbation", [patients != p for p in np.unique(patients)]
+    for name in ("Norman", "Papalexi"):
+        (path,) = data.glob(f"{name.lower()}_*_mini.h5ad")
         cells = ad.read_h5ad(path)
         yield name, cells, "perturbation", halves(cells.obs["perturbation"].astype(str).to_numpy())
     pair = mudata.read_h5mu(data / "peterson_2017_reapseq_mini.h5mu")
     rna, protein = (pair.mod[m].copy() for m in ("rna", "protein"))
-    counts = np.log1p(protein.X.toarray() if sp.issparse(protein.X) else np.asarray(protein.X))
-    states = KMeans(8, n_init=10, random_state=0).fit_predict(
-        counts - counts.mean(1, keepdims=True)
-    )
+    counts = np.log1p(sp.csr_matrix(protein.X).toarray())
+    counts -= counts.mean(1, keepdims=True)
+    states = KMeans(8, n_init=10, random_state=0).fit_predict(counts)
     rna.obs["state"] = [f"state {s}" for s in states]
-    yield "Peterson 2017", rna, "state", halves(rna.obs["state"].to_numpy())
+    yield "Peterson", rna, "state", halves(rna.obs["state"].to_numpy())
+    told = gpjepa.datasets.simulate(3_000, 500, seed=0)
+    told.X = told.layers["counts"]
+    yield "simulated", told, "perturbation", halves(told.obs["perturbation"].astype(str).to_numpy())
+
+
+def plain(cells, key):
+    """Counts, labels and library sizes, and nothing else."""
+    counts = sp.csr_matrix(cells.X).astype(np.float32)
+    library = cells.obs.get("library_size", pd.Series(np.asarray(counts.sum(1)).ravel()))
+    obs = pd.DataFrame({"label": cells.obs[key].astype(str).to_numpy(),
+                        "library": library.to_numpy(float)}, cells.obs_names)  # fmt: skip
+    return ad.AnnData(counts, obs, cells.var[[]])
 
 
 def thinned(cells, depth):
-    found = cells.copy()
-    counts = sp.csr_matrix(found.X, copy=True)
-    counts.data = np.random.default_rng(0).binomial(counts.data.astype(np.int64), depth)
-    counts.eliminate_zeros()
-    found.X = counts.astype(np.float32)
-    return found[np.asarray(counts.sum(1)).ravel() > 0].copy()
+    rng, found, counts = np.random.default_rng(0), cells.copy(), cells.X.copy()
+    elsewhere = (cells.obs["library"].to_numpy() - np.asarray(counts.sum(1)).ravel()).round()
+    counts.data = rng.binomial(counts.data.astype(np.int64), depth).astype(np.float32)
+    found.X = counts
+    found.obs["library"] = np.asarray(counts.sum(1)).ravel() + rng.binomial(
+        elsewhere.astype(np.int64), depth
+    )
+    return found
 
 
-def embedder(arm, cells, key, seed):
+def embedder(arm, cells, seed):
     """States of any cells, by an encoder that learned from these."""
     scvi.settings.seed = seed
     cells = cells.copy()
     if arm is None:
         scvi.model.SCVI.setup_anndata(cells)
         model = scvi.model.SCVI(cells, n_latent=N_LATENT)
-        model.train(enable_progress_bar=False)
+        model.train(early_stopping=True, enable_progress_bar=False)
         return lambda other: model.get_latent_representation(other)
     options, plan = arm
-    labelled = plan is not None and plan.get("masks") == "adversarial"
-    if labelled:
-        GPJEPA.setup_anndata(cells, perturbation_key=key, control=cells.obs[key].iloc[0])
-    else:
-        GPJEPA.setup_anndata(cells, perturbation_key=None)
+    labelled = bool(plan and (plan.get("masks") == "adversarial" or "set_size" in plan))
+    own = {"perturbation_key": "label", "control": cells.obs["label"].iloc[0]} if labelled else {
+        "perturbation_key": None
+    }  # fmt: skip
+    GPJEPA.setup_anndata(cells, library_size_key="library", **own)
     model = GPJEPA(cells, n_latent=N_LATENT, **options)
     model.pretrain(0 if plan is None else None, plan_kwargs=plan, enable_progress_bar=False)
     return model.get_latent_representation
 
 
-def main(data, out, wanted):
-    rows = []
+def by_cell(arm, train, tests, seed):
+    """Probe and retrieval of every test cell at every depth, shape (2, n_depths, n_cells)."""
+    embed = embedder(arm, train, seed)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    states, labels = embed(train.copy()), train.obs["label"].to_numpy()
+    probe.fit(states, labels)
+    scaler, classes = probe[0], probe.classes_
+    states = scaler.transform(states)
+    centres = np.stack([states[labels == c].mean(0) for c in classes])
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    found = np.empty((2, len(tests), tests[0].n_obs))
+    for at, test in enumerate(tests):
+        own, states = test.obs["label"].to_numpy(), embed(test)
+        found[0, at] = probe.predict(states) == own
+        likeness = scaler.transform(states) @ centres.T
+        mine = likeness[np.arange(len(own)), np.searchsorted(classes, own)]
+        found[1, at] = (likeness < mine[:, None]).sum(1) / (len(classes) - 1)
+    return found
+
+
+def screen_scores(name, cells, splits, arms):
+    """Scores of every arm, shape (2, n_depths, n_seeds, n_cells), and the stratum of every cell."""
+    strata, scores = [], {label: [] for label in arms}
+    for fold, train in enumerate(splits):
+        tests = [thinned(cells[~train], depth) for depth in DEPTHS]
+        seen = np.asarray(tests[-1].X.sum(1)).ravel() > 0
+        tests = [test[seen].copy() for test in tests]
+        strata.extend(f"{fold} {label}" for label in tests[0].obs["label"])
+        for label, arm in arms.items():
+            runs = [by_cell(arm, cells[train].copy(), tests, seed) for seed in SEEDS]
+            scores[label].append(np.stack(runs, 2))
+            print(f"{name}, fold {fold}: {label} {runs[0].mean((1, 2)).round(3)}", flush=True)
+    return {label: np.concatenate(found, -1) for label, found in scores.items()}, np.array(strata)
+
+
+def summary(scores, strata):
+    """Areas, depths, and differences from the first arm with their intervals."""
+    log = np.log10(DEPTHS)
+    member = (strata[:, None] == np.unique(strata)).astype(float)
+    rng = np.random.default_rng(0)
+    weights = np.vstack([np.ones(len(strata)), rng.poisson(1, (DRAWS, len(strata)))])
+    size = weights @ member
+    picks = np.vstack([np.arange(len(SEEDS)), rng.integers(len(SEEDS), size=(DRAWS, len(SEEDS)))])
+
+    def mean(by_cell):  # (n_seeds, n_cells) -> estimate and draws, every stratum as heavy
+        means = np.stack([np.nanmean(np.where(size > 0, (weights * x) @ member / size, np.nan), 1)
+                          for x in by_cell], 1)  # fmt: skip
+        return np.take_along_axis(means, picks, 1).mean(1)
+
+    rows, base = [], {}
+    for label, found in scores.items():
+        for measure, by_depth in zip(("probe", "retrieval"), found, strict=True):
+            area = np.trapezoid(by_depth, log, axis=0) / (log[-1] - log[0])
+            draws = mean(area)
+            base.setdefault(measure, draws)
+            change = draws - base[measure]
+            lower, upper = np.percentile(change[1:], [2.5, 97.5])
+            depths = {f"depth {d:g}": mean(x)[0] for d, x in zip(DEPTHS, by_depth, strict=True)}
+            rows.append({"encoder": label, "measure": measure, "area": draws[0],
+                         "difference": change[0], "lower": lower, "upper": upper,
+                         **depths})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def main(which, data, out, wanted):
+    warnings.filterwarnings("ignore")
+    arms, tables = {"encoders": encoders, "ablations": ablations}[which](data), []
     for name, cells, key, splits in screens(data):
-        if wanted and name.split()[0] not in wanted:
+        if wanted and name not in wanted:
             continue
-        cells = ad.AnnData(sp.csr_matrix(cells.X).astype(np.float32), cells.obs[[key]].astype(str),
-                           cells.var[[]])  # fmt: skip
-        cells = cells[np.asarray(cells.X.sum(1)).ravel() > 0].copy()
-        for label, arm in arms(data).items():
-            for fold, train in enumerate(splits):
-                for seed in SEEDS if len(splits) == 1 else SEEDS[:1]:
-                    embed = embedder(arm, cells[train].copy(), key, seed)
-                    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-                    probe.fit(embed(cells[train].copy()), cells.obs[key][train])
-                    for depth in DEPTHS:
-                        test = thinned(cells[~train], depth)
-                        found = probe.predict(embed(test))
-                        score = balanced_accuracy_score(test.obs[key], found)
-                        rows.append((name, label, fold, seed, depth, score))
-            table = pd.DataFrame(
-                rows, columns=["data", "encoder", "fold", "seed", "depth", "score"]
-            )
-            mine = table[(table["data"] == name) & (table["encoder"] == label)]
-            means = mine.groupby("depth")["score"].mean().sort_index(ascending=False)
-            print(f"{name} | {label} | {means.mean():.3f} | "
-                  + " | ".join(f"{m:.3f}" for m in means), flush=True)  # fmt: skip
-            table.to_csv(out, index=False)
+        found = summary(*screen_scores(name, plain(cells, key), splits, arms))
+        tables.append(found.assign(data=name))
+        pd.concat(tables).to_csv(out, index=False)
+        print(found.round(3).to_string(index=False), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], set(sys.argv[3:]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], set(sys.argv[4:]))

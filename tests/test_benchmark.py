@@ -30,9 +30,10 @@ from gpjepa import benchmark, splits
 from gpjepa.benchmark import METRICS, Prediction, Scoring, Task, score, standard_cells
 from gpjepa.benchmark._cell_eval import cell_eval_config, cell_eval_files
 from gpjepa.benchmark._config import PRESETS
-from gpjepa.benchmark._methods import METHODS, oracle, predict_rows
+from gpjepa.benchmark._methods import METHODS
 from gpjepa.benchmark._peers import FOLDER as PEER_SCRIPTS
 from gpjepa.benchmark._peers import Peer
+from gpjepa.benchmark._predictions import oracle, predict_rows
 from gpjepa.benchmark._report import _figures
 from gpjepa.benchmark._runner import _contents
 from gpjepa.benchmark._tasks import data_hash, measured_rows
@@ -220,7 +221,7 @@ torch.set_num_threads(1)
 import gpjepa
 from gpjepa import splits
 from gpjepa.benchmark import METHODS, Scoring, Task, score, standard_cells
-from gpjepa.benchmark._methods import predict_rows
+from gpjepa.benchmark._predictions import predict_rows
 from gpjepa.benchmark._tasks import measured_rows
 cells = standard_cells(gpjepa.datasets.simulate(600, 40, n_targets=4, n_combinations=4))
 task = Task.of(cells, splits.doubles(measured_rows(cells)))

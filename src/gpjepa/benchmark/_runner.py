@@ -26,9 +26,10 @@ from gpjepa.perturbations import TargetFeatures
 from gpjepa.splits import Manifest, Split
 
 from ._config import BenchmarkConfig, Data, MethodConfig
-from ._methods import ORACLES, imported, is_seeded, make_method, oracle, predict_rows
+from ._methods import ORACLES, imported, is_seeded, make_method
 from ._metrics import score
 from ._peers import FOLDER, PEERS, Peer
+from ._predictions import oracle, predict_rows
 from ._published import KIND, published_scores
 from ._scoring import Prediction, Scoring
 from ._summary import summarise

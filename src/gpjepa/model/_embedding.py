@@ -106,10 +106,10 @@ class Embedding(Registered):
             for start in range(0, len(where), batch_size or _ENCODE):
                 part = where[start : start + (batch_size or _ENCODE)]
                 share = self._decode(self._encode(cells, part).numpy(), cells.batch[part])
-                counts = _random.negative_binomial(
-                    share * cells.library[part, None], self._dispersion, cells.names[part],
-                    np.full(len(part), k), "posterior",
-                )  # fmt: skip
+                mean, theta = share * cells.library[part, None], self._dispersion
+                counts = _random.gamma_poisson(
+                    theta, mean / theta, cells.names[part], np.full(len(part), k), "posterior"
+                )
                 parts.append(sparse.GCXS.from_numpy(counts))
             draws.append(sparse.concatenate(parts))
         return draws[0] if n_samples == 1 else sparse.stack(draws, axis=2)

@@ -40,15 +40,17 @@ class _Start:
         Shape (n_cells, n_latent).
     share
         Share of each gene in the counts, decoded from the state, shape (n_cells, n_genes).
-    mean, own
-        Mean counts by the state, and by the cell's own counts as well: the mean of the gamma
-        posterior of :func:`gpjepa.model._random.perturbed_counts`. Shape (n_cells, n_genes).
+    own, shape
+        Mean counts by the state and the cell's own counts. A negative binomial is a Poisson whose
+        rate is a gamma variable with shape θ and rate θ/μ; given the cell's own count k it is again
+        gamma, with shape θ + k and rate θ/μ + 1, of which these are mean and shape. Genes that the
+        data lack have no k, and keep the first. Shape (n_cells, n_genes).
     """
 
     state: np.ndarray
     share: np.ndarray
-    mean: np.ndarray
     own: np.ndarray
+    shape: np.ndarray
 
 
 class Predicting(Embedding):
@@ -407,8 +409,8 @@ class Predicting(Embedding):
         mean = share * np.maximum(rate, 1e-9) / share.mean(0)
         mean *= cells.library[:, None]
         theta = self._dispersion
-        own = (theta + cells.counts.toarray()) / (theta / mean + cells.visible)
-        return _Start(state, share, mean, own)
+        shape = theta + cells.counts.toarray()
+        return _Start(state, share, shape / (theta / mean + cells.visible), shape)
 
     def _predict_cells(
         self, cells: Cells, start: _Start, draws: np.ndarray, perturbation: Perturbation,
@@ -426,9 +428,8 @@ class Predicting(Embedding):
         expected *= effect.target_rate / np.maximum(expected.mean(0), 1e-12)
         library = cells.library * np.exp(library_shift(self.library_shifts_, perturbation))
         mean = expected * (library / PER)[:, None]
-        counts = mean if return_mean else _random.perturbed_counts(
-            cells.counts.toarray(), start.mean, self._dispersion, cells.visible, mean / start.own,
-            cells.names, draws, *stream,
+        counts = mean if return_mean else _random.gamma_poisson(
+            start.shape, mean / start.shape, cells.names, draws, *stream
         )  # fmt: skip
         return PredictedCells(
             effect, sp.csr_matrix(counts, dtype=np.float32), expected.astype(np.float32), moved,

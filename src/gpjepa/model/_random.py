@@ -40,30 +40,16 @@ def normal(names: np.ndarray, draws: np.ndarray, n: int, *parts: object) -> np.n
     return np.stack(rows)
 
 
-def negative_binomial(
-    mean: np.ndarray, dispersion: np.ndarray, names: np.ndarray, draws: np.ndarray, *parts: object
+def gamma_poisson(
+    shape: np.ndarray, scale: np.ndarray, names: np.ndarray, draws: np.ndarray, *parts: object
 ) -> np.ndarray:
-    """Negative-binomial counts of each cell, shape (n_cells, n_genes)."""
-    result = np.empty(mean.shape, np.float32)
-    for i, (name, draw) in enumerate(zip(names, draws, strict=True)):
-        rng = stream("counts", *parts, name, draw)
-        result[i] = rng.poisson(rng.standard_gamma(dispersion) * (mean[i] / dispersion))
-    return result
+    """Counts of each cell whose rates are gamma variables, shape (n_cells, n_genes).
 
-
-def perturbed_counts(
-    counts: np.ndarray, mean: np.ndarray, dispersion: np.ndarray, visible: np.ndarray,
-    ratio: np.ndarray, names: np.ndarray, draws: np.ndarray, *parts: object,
-) -> np.ndarray:  # fmt: skip
-    """Counts of each cell had its rates been ``ratio`` times what they are, shape (n_cells, n_genes).
-
-    A negative binomial is a Poisson whose rate is a gamma variable with shape θ and rate θ/μ. Given
-    the cell's own counts k that rate is again gamma, with shape θ + k and rate θ/μ + 1; genes that
-    are not visible have no k, and keep the first.
+    A negative binomial with mean μ and dispersion θ has shape θ and scale μ/θ.
     """
-    result = np.empty(mean.shape, np.float32)
+    shape = np.broadcast_to(shape, scale.shape)
+    result = np.empty(scale.shape, np.float32)
     for i, (name, draw) in enumerate(zip(names, draws, strict=True)):
         rng = stream("counts", *parts, name, draw)
-        shape, rate = dispersion + counts[i], dispersion / mean[i] + visible
-        result[i] = rng.poisson(rng.standard_gamma(shape) / rate * ratio[i])
+        result[i] = rng.poisson(rng.standard_gamma(shape[i]) * scale[i])
     return result
