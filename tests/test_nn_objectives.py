@@ -14,8 +14,10 @@ from gpjepa.nn import (
     CountDecoder,
     GaussianHead,
     MLPEncoder,
+    PCAEncoder,
     PerceiverEncoder,
     PerturbationEncoder,
+    ResidualEncoder,
     ema_copy,
     ema_update,
     make_encoder,
@@ -146,36 +148,57 @@ def test_transformer_equals_attention_cell_by_cell():
         torch.testing.assert_close(encoder.out(alone)[0], found, atol=1e-5, rtol=1e-5)
 
 
+def fit(encoder, values):
+    """Components as after pretraining, and something added to them."""
+    for part in encoder.modules():
+        if isinstance(part, PCAEncoder):
+            part.fit(values)
+    if isinstance(encoder, ResidualEncoder):
+        last = [m for m in encoder.residual.modules() if isinstance(m, torch.nn.Linear)][-1]
+        torch.nn.init.normal_(last.weight)
+
+
+@pytest.mark.parametrize("components", [False, True])
 @pytest.mark.parametrize("kind", sorted(ENCODERS))
-def test_the_order_of_the_genes_is_no_input(kind):
+def test_the_order_of_the_genes_is_no_input(kind, components):
     """With the parameters of each gene in the same order, states are the same."""
-    encoder = make_encoder(kind, 25, 4, 16)
+    encoder = make_encoder(kind, 25, 4, 16, components)
     values, order = sparse_cells(5, 25, 0.4), torch.randperm(25)
-    if kind == "pca":
-        encoder.fit(sparse_cells(50, 25, 0.4))
+    fit(encoder, sparse_cells(50, 25, 0.4))
     other = copy.deepcopy(encoder)
     with torch.no_grad():
         for name, tensor in [*other.named_parameters(), *other.named_buffers()]:
             if tensor.shape[:1] == (25,):
                 tensor.copy_(tensor[order].clone())
-            elif name == "net.0.weight":
+            elif name.endswith("net.0.weight"):
                 tensor.copy_(tensor[:, order].clone())
     visible = torch.rand(25) > 0.3
     torch.testing.assert_close(other(values[:, order], visible[order]), encoder(values, visible),
                                atol=1e-5, rtol=1e-5)  # fmt: skip
 
 
+@pytest.mark.parametrize("components", [False, True])
 @pytest.mark.parametrize("kind", sorted(ENCODERS))
-def test_hidden_genes_have_no_influence(kind):
-    encoder = make_encoder(kind, 20, 4, 16)
+def test_hidden_genes_have_no_influence(kind, components):
+    encoder = make_encoder(kind, 20, 4, 16, components)
     visible = torch.arange(20) < 12
-    if kind == "pca":
-        encoder.fit(torch.rand(30, 20))
+    fit(encoder, torch.rand(30, 20))
     values = torch.rand(3, 20)
     changed = values.clone()
     changed[:, 12:] += 5
     torch.testing.assert_close(encoder(values, visible), encoder(changed, visible))
     assert not torch.allclose(encoder(values), encoder(changed))
+
+
+def test_an_encoder_starts_from_the_components_it_adds_to():
+    encoder, values = make_encoder("mlp", 20, 4, 16, components=True), torch.rand(30, 20)
+    encoder.set_standard(values.mean(0), values.std(0))
+    encoder.components.fit(values)
+    alone = make_encoder("pca", 20, 4, 16)
+    alone.set_standard(values.mean(0), values.std(0))
+    alone.axes.copy_(encoder.components.axes)
+    assert float(alone(values).std(0).min()) > 0.1
+    torch.testing.assert_close(encoder(values), alone(values))
 
 
 def test_unknown_encoder_and_width_are_refused():

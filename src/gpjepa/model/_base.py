@@ -48,6 +48,7 @@ class Registered(BaseModelClass):
         *,
         n_latent: int = 64,
         encoder: Literal["mlp", "perceiver", "transformer", "pca"] = "mlp",
+        components: bool = True,
         n_hidden: int = 256,
         target_features: TargetFeatures | Sequence[TargetFeatures] = (),
         missing_features: Literal["error", "mean"] = "error",
@@ -71,6 +72,7 @@ class Registered(BaseModelClass):
         self.module = GPJEPAModule(
             len(self.genes), len(self.vocabulary.perturbed), len(self.vocabulary), self.n_batches,
             n_latent=n_latent, n_hidden=n_hidden, encoder=encoder,
+            components=components,
             rest=bool(fields.get(LIBRARY_KEY, {}).get("data_registry")),
         )  # fmt: skip
         self._model_summary_string = (

@@ -29,6 +29,9 @@ class GPJEPA(Trainable):
         ``"mlp"``; ``"perceiver"``: learned queries that attend to all genes; ``"transformer"``:
         self-attention among the expressed genes; or ``"pca"``: principal components, without stage
         A, the control of a learned encoder.
+    components
+        Whether states start from principal components, to which the encoder adds. Without them it
+        has to find those directions itself, and finds fewer of them.
     n_hidden
         Width of hidden layers.
     target_features

@@ -50,6 +50,8 @@ class GPJEPAModule(BaseModuleClass):
         Sizes of states, hidden layers, action embeddings and target features.
     encoder
         A key of ``gpjepa.nn.ENCODERS``.
+    components
+        Whether it adds to principal components.
     rest
         Whether library sizes are of whole cells, so that the genes hold a part only.
     """
@@ -57,11 +59,11 @@ class GPJEPAModule(BaseModuleClass):
     def __init__(
         self, n_genes: int, n_targets: int, n_known: int, n_batches: int, *, n_latent: int = 64,
         n_hidden: int = 256, n_action: int = 32, n_features: int = 16, encoder: Any = "mlp",
-        rest: bool = False,
+        components: bool = True, rest: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.n_genes = n_genes
-        self.encoder = make_encoder(encoder, n_genes, n_latent, n_hidden)
+        self.encoder = make_encoder(encoder, n_genes, n_latent, n_hidden, components)
         self.target_encoder = ema_copy(self.encoder)
         self.block_predictor = BlockPredictor(n_genes, n_latent, n_hidden)
         self.perturbation_encoder = PerturbationEncoder(n_targets, n_known, n_features, n_action)

@@ -148,7 +148,7 @@ class PretrainPlan(Plan):
 
     def __init__(
         self, module: GPJEPAModule, *, objective: Literal["jepa", "reconstruction", "contrastive"] = "jepa",
-        set_size: int = 0, n_blocks: int = 4, hidden: float = 0.5, overlap: float = 0.0,
+        set_size: int = 0, n_blocks: int = 1, hidden: float = 0.5, overlap: float = 0.0,
         size_spread: float = 0.0, groups: torch.Tensor | None = None,
         weights: torch.Tensor | None = None, teacher: bool = True, momentum: float = 0.996,
         regulariser: Literal["vicreg", "sigreg"] = "vicreg", regulariser_weight: float | None = None,

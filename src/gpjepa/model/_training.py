@@ -201,16 +201,23 @@ class Trainable(Predicting):
         epochs = max(2, round(1_000 / len(sampler))) if max_epochs is None else max_epochs
         interrupted = False
         plan = PretrainPlan(self.module, **options)
+        self._fit_components(cells, where)
         if isinstance(self.module.encoder, PCAEncoder):
-            some = where[_random.stream("components").permutation(len(where))[:_N_COMPONENTS]]
-            values = cells.tensors(some)["values"]
-            self.module.encoder.fit(values.to(self.module.anchor_map.device))
             epochs = 0
         if epochs:
             interrupted = self._run(plan, Batches(cells, sampler), epochs, **trainer_kwargs)
             plan.finish()
         self.is_pretrained_ = self.is_trained_ = True
         return interrupted
+
+    def _fit_components(self, cells: Cells, where: np.ndarray) -> None:
+        """Principal components of some of the cells, for whatever encoder has them, once."""
+        encoder = self.module.encoder
+        for part in encoder.modules():
+            if isinstance(part, PCAEncoder) and not part.axes.any():
+                some = where[_random.stream("components").permutation(len(where))[:_N_COMPONENTS]]
+                part.fit(cells.tensors(some)["values"].to(part.axes.device))
+        self.module.target_encoder.load_state_dict(encoder.state_dict())
 
     def _sets(self, cells: Cells, where: np.ndarray, set_size: int, batch_size: int) -> SetBatches:
         """Sets of cells that share context and perturbation."""
@@ -255,10 +262,8 @@ class Trainable(Predicting):
         rate, libraries = counts / library.sum(), float((library**2).sum())
         excess = excess - 2 * rate * crossed + rate**2 * libraries
         dispersion = rate**2 * libraries / np.maximum(excess, 1e-12)
-        encoders = (self.module.encoder, self.module.target_encoder)
-        for encoder in encoders:
-            encoder.center.copy_(torch.from_numpy(mean))
-            encoder.scale.copy_(torch.from_numpy(np.maximum(spread, 0.1)))
+        for encoder in (self.module.encoder, self.module.target_encoder):
+            encoder.set_standard(torch.from_numpy(mean), torch.from_numpy(np.maximum(spread, 0.1)))
         with torch.no_grad():
             rest = [max(1 - self.gene_share_.sum(), 1e-4)] if self.module.decoder.rest else []
             logits = np.log(np.append(self.gene_share_, rest))

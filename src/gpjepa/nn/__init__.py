@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from ._ema import ema_copy, ema_update
-from ._encoders import Encoder, MLPEncoder, PCAEncoder
+from ._encoders import Encoder, MLPEncoder, PCAEncoder, ResidualEncoder
 from ._heads import (
     BlockPredictor,
     CountDecoder,
@@ -23,13 +23,18 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
 }
 
 
-def make_encoder(kind: str, n_genes: int, n_latent: int, n_hidden: int) -> Encoder:
-    """Build an encoder by name; the width of hidden layers is the MLP's."""
+def make_encoder(
+    kind: str, n_genes: int, n_latent: int, n_hidden: int, components: bool = False
+) -> Encoder:
+    """Build an encoder by name; the width of hidden layers is the MLP's.
+
+    With ``components``, one that adds to principal components.
+    """
     if kind not in ENCODERS:
         raise ValueError(f"encoder={kind!r} is not known; choose one of {tuple(ENCODERS)}.")
-    if kind == "mlp":
-        return MLPEncoder(n_genes, n_latent, n_hidden)
-    return ENCODERS[kind](n_genes, n_latent)
+    sizes = (n_genes, n_latent, n_hidden) if kind == "mlp" else (n_genes, n_latent)
+    encoder = ENCODERS[kind](*sizes)
+    return ResidualEncoder(n_genes, n_latent, encoder) if components and kind != "pca" else encoder
 
 
 __all__ = [
@@ -42,6 +47,7 @@ __all__ = [
     "PCAEncoder",
     "PerceiverEncoder",
     "PerturbationEncoder",
+    "ResidualEncoder",
     "Tokenizer",
     "TransformerEncoder",
     "ema_copy",

@@ -21,6 +21,20 @@ class Encoder(nn.Module):
         self.register_buffer("center", torch.zeros(n_genes))
         self.register_buffer("scale", torch.ones(n_genes))
 
+    @torch.no_grad()
+    def set_standard(self, center: torch.Tensor, scale: torch.Tensor) -> None:
+        """Say what is average and what is one unit, here and in every part.
+
+        Parameters
+        ----------
+        center, scale
+            Mean and spread of each gene, shape (n_genes,).
+        """
+        for part in self.modules():
+            if isinstance(part, Encoder):
+                part.center.copy_(center)
+                part.scale.copy_(scale)
+
     def standardise(self, values: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
         standard = ((values - self.center) / self.scale).clamp(-8, 8)
         return standard if visible is None else standard * visible
@@ -86,3 +100,28 @@ class PCAEncoder(Encoder):
     def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Latent states, shape (n_cells, n_latent)."""
         return self.standardise(values, visible) @ self.axes
+
+
+class ResidualEncoder(Encoder):
+    """Principal components, and what another encoder adds to them.
+
+    The other's last layer starts at 0, and so does what it adds.
+
+    Parameters
+    ----------
+    n_genes, n_latent
+        Sizes of input and output.
+    residual
+        Encoder of the same sizes.
+    """
+
+    def __init__(self, n_genes: int, n_latent: int, residual: Encoder) -> None:
+        super().__init__(n_genes)
+        self.components, self.residual = PCAEncoder(n_genes, n_latent), residual
+        last = [m for m in residual.modules() if isinstance(m, nn.Linear)][-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """Latent states, shape (n_cells, n_latent)."""
+        return self.components(values, visible) + self.residual(values, visible)
