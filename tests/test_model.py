@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import scvi
 import torch
 from helpers import python, real_file, train_quickly
+from sklearn.exceptions import NotFittedError
 
 import gpjepa
 from gpjepa import GPJEPA
@@ -386,7 +387,7 @@ def test_pretraining_learns_to_predict_hidden_genes_without_labels(simulated):
     assert adata.obsm["X_gpjepa"].std() > 0.1
     with pytest.raises(ValueError, match="call pretrain"):
         fitted.train()
-    with pytest.raises(RuntimeError, match="not trained on perturbations"):
+    with pytest.raises(NotFittedError, match="not trained on perturbations"):
         fitted.predict_effects("TF001")
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import os
-import tempfile
+import inspect
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,26 +11,34 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 from scvi.data.fields import NumericalObsField
 from scvi.model.base import BaseModelClass
 
+from gpjepa._files import written_whole
 from gpjepa.effects import EffectAnchor, EffectTable
+from gpjepa.nn import load_genes
 from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures, Vocabulary
 
 from ._cells import Cells, align, read_cells
 from ._fields import (
     BATCH_KEY,
     CONTEXT_KEY,
+    DATASET_KEY,
     LIBRARY_KEY,
     PERTURBATION_KEY,
     CountsField,
+    DatasetField,
     LabelField,
     PerturbationField,
 )
 from ._module import GPJEPAModule
+from ._moments import moments
+
+logger = logging.getLogger(__name__)
 
 MIN_CELLS = 10
 """Perturbations with fewer cells than this are named in a warning."""
@@ -53,6 +61,7 @@ class Registered(BaseModelClass):
         target_features: TargetFeatures | Sequence[TargetFeatures] = (),
         missing_features: Literal["error", "mean"] = "error",
         targets: Sequence[str] = (),
+        pretrained: str | Path | None = None,
     ) -> None:
         if isinstance(targets, str):
             raise TypeError(f"targets={targets!r} is one name; give a list of names.")
@@ -60,6 +69,13 @@ class Registered(BaseModelClass):
         if not isinstance(target_features, TargetFeatures):
             target_features = tuple(target_features)
         self.new_anchor = partial(EffectAnchor, target_features, missing_features)
+        source = None
+        if pretrained is not None:
+            source = type(self).load(str(pretrained), adata=False)
+            n_latent, encoder, components, n_hidden = self._sizes(
+                {"n_latent": n_latent, "encoder": encoder, "components": components,
+                 "n_hidden": n_hidden}, source,
+            ).values()  # fmt: skip
         fields = self.registry_["field_registries"]
         self.genes = np.asarray(fields[REGISTRY_KEYS.X_KEY]["state_registry"]["column_names"])
         self.labelled = PERTURBATION_KEY in fields
@@ -88,6 +104,10 @@ class Registered(BaseModelClass):
         self._anchor: EffectAnchor | None = None
         self._visible: np.ndarray | None = None  # genes that attached data have; None for all
         self.history_: dict[str, pd.DataFrame] | None
+        self.pretrained_: dict[str, Any] = {}
+        if source is not None:
+            self._start_from(source, str(pretrained))
+            pretrained = None  # a saved model needs it no more
         self.init_params_ = self._get_init_params(locals())
 
     def _trained_perturbations(self) -> list[Perturbation]:
@@ -108,6 +128,7 @@ class Registered(BaseModelClass):
         batch_key: str | None = None,
         dosage_key: str | None = None,
         library_size_key: str | None = None,
+        dataset_key: str | None = None,
         separator: str | None = "+",
         strip: str | None = None,
         **kwargs: Any,
@@ -135,6 +156,10 @@ class Registered(BaseModelClass):
         library_size_key
             Column of ``obs`` with the counts of the whole cell, where the genes here are only
             some. By default the sum over the genes.
+        dataset_key
+            Column of ``obs`` with the data set of each cell, where these measured different genes:
+            ``varm["measured"]`` says which (:func:`gpjepa.datasets.join`). For :meth:`pretrain` and
+            :meth:`embed`; genes that a data set did not measure are missing, not zero.
         separator
             What stands between the targets of a combination; None if labels hold one target.
         strip
@@ -153,7 +178,7 @@ class Registered(BaseModelClass):
             layer = "counts"
         fields = cls._fields(
             layer, perturbation_key, LabelReader(tuple(control), separator, strip), context_key,
-            batch_key, dosage_key, library_size_key,
+            batch_key, dosage_key, library_size_key, dataset_key,
         )  # fmt: skip
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
         source_registry = kwargs.pop("source_registry", None)
@@ -166,7 +191,7 @@ class Registered(BaseModelClass):
     def _fields(
         layer: str | None, perturbation_key: str | None, reader: LabelReader,
         context_key: str | None, batch_key: str | None, dosage_key: str | None,
-        library_size_key: str | None,
+        library_size_key: str | None, dataset_key: str | None,
     ) -> list:  # fmt: skip
         fields = [
             CountsField(REGISTRY_KEYS.X_KEY, layer, is_count_data=True),
@@ -177,6 +202,8 @@ class Registered(BaseModelClass):
             fields.append(PerturbationField(perturbation_key, reader, dosage_key))
         if library_size_key is not None:
             fields.append(NumericalObsField(LIBRARY_KEY, library_size_key))
+        if dataset_key is not None:
+            fields.append(DatasetField(DATASET_KEY, dataset_key))
         return fields
 
     @staticmethod
@@ -216,6 +243,68 @@ class Registered(BaseModelClass):
                 UserWarning,
                 stacklevel=4,
             )
+
+    # A pretrained encoder
+
+    def _sizes(self, given: dict[str, Any], source: Registered) -> dict[str, Any]:
+        """The sizes of a pretrained encoder, unless others were asked for."""
+        theirs = source.init_params_["non_kwargs"]
+        default = inspect.signature(type(self).__init__).parameters
+        wrong = [
+            f"{name}={value!r} (it has {theirs[name]!r})"
+            for name, value in given.items()
+            if value not in (default[name].default, theirs[name])
+        ]
+        if wrong:
+            raise ValueError(
+                f"The pretrained encoder cannot be used with {', '.join(wrong)}: leave them out."
+            )
+        return {name: theirs[name] for name in given}
+
+    def _start_from(self, source: Registered, path: str) -> None:
+        """Take over encoder and block predictor, gene by gene by name."""
+        where = pd.Index(source.genes).get_indexer(pd.Index(self.genes))
+        shared = int((where >= 0).sum())
+        if not shared:
+            raise ValueError(
+                f"None of the {len(self.genes)} genes ({', '.join(self.genes[:3])}, ...) is known "
+                f"to the encoder of {path}, which knows {', '.join(source.genes[:3])}, ...: are "
+                "both gene symbols, of one species?"
+            )
+        if not source.is_pretrained_:
+            raise ValueError(f"The encoder of {path} is not trained: call its pretrain() first.")
+        places = torch.from_numpy(where)
+        for part in ("encoder", "target_encoder", "block_predictor"):
+            load_genes(getattr(self.module, part), getattr(source.module, part), places)
+        self.module.known.copy_((places >= 0) & source.module.known[places])
+        self.pretrained_ = {
+            "path": path, "shared": shared, "new": [str(g) for g in self.genes[where < 0]],
+            "unused": len(source.genes) - shared,
+        }  # fmt: skip
+        logger.info(
+            "The encoder of %s knows %d of the %d genes here; the others are hidden from it until "
+            "pretrain(), and %d genes that it knows are not here.",
+            path, shared, len(self.genes), len(source.genes) - shared,
+        )  # fmt: skip
+        self._standardise(cells := self._training_cells(), np.arange(len(cells)))
+        self.is_pretrained_ = self.is_trained_ = True
+
+    def _standardise(self, cells: Cells, where: np.ndarray) -> None:
+        """What cells say of each gene, for the encoder's input and the decoder's start.
+
+        Dispersion too: the steps that training has would not bring it there.
+        """
+        found = moments(cells, where)
+        spread = torch.from_numpy(np.maximum(found.spread, 0.1))
+        for encoder in (self.module.encoder, self.module.target_encoder):
+            encoder.set_standard(torch.from_numpy(found.mean), spread)
+        self.gene_share_ = np.maximum(found.share, 1e-8)
+        decoder = self.module.decoder
+        with torch.no_grad():
+            rest = [max(1 - self.gene_share_.sum(), 1e-4)] if decoder.rest else []
+            decoder.out.bias.copy_(torch.from_numpy(np.log(np.append(self.gene_share_, rest))))
+            log_dispersion = np.log(np.clip(found.dispersion, 0.05, 100))
+            decoder.log_dispersion.copy_(torch.from_numpy(log_dispersion))
 
     def _training_cells(self) -> Cells:
         if self._visible is not None:
@@ -266,8 +355,9 @@ class Registered(BaseModelClass):
         perturbation_key = args["perturbation_key"]
         if perturbation_key not in adata.obs:
             perturbation_key = None  # unlabelled cells can still be embedded
+        dataset_key = args["dataset_key"] if args["dataset_key"] in adata.obs else None
         keys = [perturbation_key, args["context_key"], args["batch_key"], args["dosage_key"],
-                args["library_size_key"]]  # fmt: skip
+                args["library_size_key"], dataset_key]  # fmt: skip
         light, visible = align(adata, self.genes, layer, keys)
         control = args["control"]
         reader = LabelReader(
@@ -276,7 +366,7 @@ class Registered(BaseModelClass):
         )  # fmt: skip
         fields = self._fields(
             layer, perturbation_key, reader, args["context_key"], args["batch_key"],
-            args["dosage_key"], args["library_size_key"],
+            args["dosage_key"], args["library_size_key"], dataset_key,
         )  # fmt: skip
         manager = AnnDataManager(fields=fields)
         manager.register_fields(light, self.registry_)
@@ -315,12 +405,8 @@ class Registered(BaseModelClass):
             raise ValueError(
                 f"{dir_path} already exists. Choose another directory, or pass overwrite=True."
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as part:
-            super().save(part, prefix=prefix, overwrite=True, **kwargs)
-            path.mkdir(exist_ok=True)
-            for file in os.listdir(part):
-                os.replace(Path(part) / file, path / file)
+        with written_whole(path) as draft:
+            super().save(str(draft), prefix=prefix, overwrite=True, **kwargs)
 
     @classmethod
     def load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,14 @@ from gpjepa._checks import check_gene_names, check_library
 from gpjepa.effects import PER
 from gpjepa.perturbations import Perturbation
 
-from ._fields import BATCH_KEY, CONTEXT_KEY, LIBRARY_KEY, PERTURBATION_KEY
+from ._fields import (
+    BATCH_KEY,
+    CONTEXT_KEY,
+    DATASET_KEY,
+    LIBRARY_KEY,
+    MEASURED,
+    PERTURBATION_KEY,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +54,9 @@ class Cells:
         Names of the cells.
     visible
         Mask of the genes that the data have, shape (n_genes,).
+    dataset, measured
+        Code of each cell's data set, and the genes that each of them measured, shape (n_datasets,
+        n_genes); None where all measured the same.
     """
 
     counts: sp.csr_matrix
@@ -56,6 +66,8 @@ class Cells:
     batch: np.ndarray
     names: np.ndarray
     visible: np.ndarray
+    dataset: np.ndarray | None = None
+    measured: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.counts.shape[0]
@@ -68,15 +80,25 @@ class Cells:
 
     def take(self, where: np.ndarray) -> Cells:
         """Some of the cells."""
-        return Cells(
-            self.counts[where],
-            self.library[where],
-            None if self.perturbations is None else [self.perturbations[i] for i in where],
-            [self.contexts[i] for i in where],
-            self.batch[where],
-            self.names[where],
-            self.visible,
+        return replace(
+            self,
+            counts=self.counts[where],
+            library=self.library[where],
+            perturbations=self.perturbations and [self.perturbations[i] for i in where],
+            contexts=[self.contexts[i] for i in where],
+            batch=self.batch[where],
+            names=self.names[where],
+            dataset=None if self.dataset is None else self.dataset[where],
         )
+
+    def by_dataset(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Genes that were measured, and the cells (positions in ``where``) that have just these."""
+        if self.dataset is None or self.measured is None:
+            yield self.visible, np.arange(len(where))
+            return
+        codes = self.dataset[where]
+        for code in np.unique(codes):
+            yield self.visible & self.measured[code], np.flatnonzero(codes == code)
 
     def tensors(self, where: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
         """Some of the cells, dense: counts, library, log1p counts per 10,000, batch."""
@@ -88,6 +110,17 @@ class Cells:
             "values": torch.log1p(counts * (PER / library).unsqueeze(1)),
             "batch": torch.from_numpy(self.batch[where]),
         }
+
+
+def _read_datasets(manager: AnnDataManager) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if DATASET_KEY not in manager.data_registry:
+        return None, None
+    names = manager.get_state_registry(DATASET_KEY)["values"]
+    table = manager.adata.varm[MEASURED]
+    measured = [
+        table[n].to_numpy(bool) if n in table else np.zeros(len(table), bool) for n in names
+    ]
+    return _codes(manager, DATASET_KEY), np.stack(measured)
 
 
 def read_cells(manager: AnnDataManager, visible: np.ndarray | None, n_batches: int) -> Cells:
@@ -126,6 +159,7 @@ def read_cells(manager: AnnDataManager, visible: np.ndarray | None, n_batches: i
         np.minimum(_codes(manager, BATCH_KEY), n_batches),
         adata.obs_names.to_numpy().astype(str),
         np.ones(counts.shape[1], bool) if visible is None else visible,
+        *_read_datasets(manager),
     )
 
 
@@ -194,6 +228,8 @@ def align(
         light.X = counts
     else:
         light.layers[layer] = counts
+    if isinstance(adata.varm.get(MEASURED), pd.DataFrame):
+        light.varm[MEASURED] = adata.varm[MEASURED].reindex(light.var_names, fill_value=False)
     return light, visible
 
 
@@ -209,24 +245,39 @@ class _Rows(Dataset):
     def __getitem__(self, index: tuple[np.ndarray, torch.Tensor]) -> dict[str, torch.Tensor]:
         where, rows = index
         batch = {**self.cells.tensors(where), "rows": rows}
+        if self.cells.measured is not None:  # a mini-batch is of one data set
+            ((measured, _),) = self.cells.by_dataset(where)
+            batch["measured"] = torch.from_numpy(measured)
         if self.latent is not None:
             batch["latent"] = self.latent[where]
         return batch
 
 
 class RandomBatches:
-    """Mini-batches of cells in random order, without the last, smaller one."""
+    """Mini-batches of cells in random order, without the last, smaller one.
 
-    def __init__(self, cells: np.ndarray, batch_size: int) -> None:
-        self.cells, self.batch_size = cells, min(batch_size, len(cells))
+    Parameters
+    ----------
+    groups
+        Cells; a mini-batch is of one group.
+    batch_size
+        Cells in a mini-batch.
+    """
+
+    def __init__(self, groups: Sequence[np.ndarray], batch_size: int) -> None:
+        self.groups = [(cells, min(batch_size, len(cells))) for cells in groups]
 
     def __len__(self) -> int:
-        return len(self.cells) // self.batch_size
+        return sum(len(cells) // size for cells, size in self.groups)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        order = self.cells[torch.randperm(len(self.cells)).numpy()]
-        for i in range(len(self)):
-            yield order[i * self.batch_size : (i + 1) * self.batch_size], torch.empty(0)
+        batches = []
+        for cells, size in self.groups:
+            order = cells[torch.randperm(len(cells)).numpy()]
+            batches += [order[i : i + size] for i in range(0, len(cells) - size + 1, size)]
+        turns = range(len(batches)) if len(self.groups) == 1 else torch.randperm(len(batches))
+        for i in turns:
+            yield batches[i], torch.empty(0)
 
 
 def _draw(cells: np.ndarray, n: int) -> np.ndarray:

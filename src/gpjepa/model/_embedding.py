@@ -22,12 +22,15 @@ class Embedding(Registered):
         """States of cells, shape (n_cells, n_latent)."""
         self.module.eval()
         device = self.module.anchor_map.device
-        visible = None if cells.visible.all() else torch.from_numpy(cells.visible).to(device)
-        states = []
-        for start in range(0, len(where), _ENCODE):
-            values = cells.tensors(where[start : start + _ENCODE])["values"].to(device)
-            states.append(self.module.inference(values, visible)["z"].cpu())
-        return torch.cat(states).clone()
+        states = torch.empty(len(where), self.module.anchor_map.shape[1])
+        for measured, mine in cells.by_dataset(where):
+            seen = torch.from_numpy(measured).to(device) & self.module.known
+            visible = None if seen.all() else seen
+            for start in range(0, len(mine), _ENCODE):
+                part = mine[start : start + _ENCODE]
+                values = cells.tensors(where[part])["values"].to(device)
+                states[part] = self.module.inference(values, visible)["z"].cpu()
+        return states.clone()
 
     @torch.inference_mode()
     def _decode(self, state: np.ndarray, batch: np.ndarray) -> np.ndarray:

@@ -21,6 +21,9 @@ PERTURBATION_KEY = "perturbation"
 CONTEXT_KEY = "context"
 BATCH_KEY = "batch_label"
 LIBRARY_KEY = "library_size"
+DATASET_KEY = "dataset"
+MEASURED = "measured"
+"""Where ``varm`` says which data set measured which gene."""
 ONLY = "all"
 """Name of the context, or batch, of data that have just one."""
 
@@ -137,6 +140,23 @@ class LabelField(_CodesField):
                 "label or remove them."
             )
         return column.astype(str).tolist()
+
+
+class DatasetField(LabelField):
+    """Data set of each cell, and in ``varm["measured"]`` the genes that it measured."""
+
+    def _read(self, adata: AnnData, training: bool) -> list[str]:
+        values = super()._read(adata, training)
+        table = adata.varm.get(MEASURED)
+        known = list(map(str, table.columns)) if isinstance(table, pd.DataFrame) else []
+        absent = sorted(set(values) - set(known))
+        if absent:
+            raise ValueError(
+                f"varm[{MEASURED!r}] does not say which genes {', '.join(map(repr, absent))} "
+                f"measured: expected a DataFrame of booleans with a column per data set, as "
+                f"gpjepa.datasets.join makes it; found columns {known}."
+            )
+        return values
 
 
 class PerturbationField(_CodesField):

@@ -44,6 +44,11 @@ class GPJEPA(Trainable):
     targets
         Further names that may be asked for, such as those of a guide library, although no gene and
         no feature has them. Other names are refused, as they may be misspelt.
+    pretrained
+        Directory of a saved model whose encoder to start from, matched gene by gene by name. Its
+        ``n_latent``, ``encoder``, ``components`` and ``n_hidden`` are taken over; genes that it does
+        not know are hidden from it until :meth:`pretrain` is called. ``model.pretrained_`` says how
+        many there are.
 
     Examples
     --------

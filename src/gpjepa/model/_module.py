@@ -72,8 +72,11 @@ class GPJEPAModule(BaseModuleClass):
         self.decoder = CountDecoder(n_latent, n_hidden, n_genes, n_batches, rest)
         # W_A, the least-squares image in latent space of a shift in mean log1p expression.
         self.register_buffer("anchor_map", torch.zeros(n_genes, n_latent))
+        # Genes that the encoder has learned of; one that it has not is hidden from it.
+        self.register_buffer("known", torch.ones(n_genes, dtype=torch.bool))
 
     anchor_map: torch.Tensor
+    known: torch.Tensor
 
     # The scvi-tools interface: a cell to its state to its counts.
 

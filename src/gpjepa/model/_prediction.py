@@ -9,6 +9,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
+from sklearn.exceptions import NotFittedError
 
 from gpjepa.effects import (
     PER,
@@ -62,7 +63,10 @@ class Predicting(Embedding):
     def anchor(self) -> EffectAnchor:
         """The closed-form predictor of mean effects, fitted on the training cells."""
         if self.effects_ is None:
-            raise RuntimeError("The model is not trained on perturbations yet: call train() first.")
+            # Also an AttributeError, or scvi-tools could not save a model that is only pretrained.
+            raise NotFittedError(
+                "The model is not trained on perturbations yet: call train() first."
+            )
         if self._anchor is None:
             self._anchor = self.new_anchor().fit(self.effects_)
         return self._anchor

@@ -181,8 +181,10 @@ class PretrainPlan(Plan):
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of one mini-batch."""
-        blocks = gene_blocks(self.module.n_genes, **self.blocks).to(batch["values"].device)
-        visible, target = ~blocks.any(0), batch["values"]
+        there = batch.get("measured", torch.ones(self.module.n_genes, dtype=torch.bool))
+        blocks = gene_blocks(self.module.n_genes, among=there.cpu(), **self.blocks)
+        blocks = blocks.to(batch["values"].device)
+        visible, target = there.to(blocks.device) & ~blocks.any(0), batch["values"]
         view = self._view(batch)
         if self.set_size:
             view, target = (x.unflatten(0, (-1, 2, self.set_size // 2))[:, i].flatten(0, 1)
@@ -199,7 +201,7 @@ class PretrainPlan(Plan):
             "latent_std": state.detach().std(0).mean(),
             "effective_rank": effective_rank(state.detach()),
             "spread_ratio": _spread(predicted) / _spread(wanted).clamp_min(1e-12),
-            "hidden_share": blocks.any(0).float().mean(),
+            "hidden_share": blocks.any(0).sum() / there.sum(),
             "block_size": blocks.sum(1).float().mean(),
         }
         return self._log(losses, "pretrain", len(view))

@@ -35,7 +35,6 @@ from ._pretrain import PretrainPlan, masked_genes
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 512  # cells held dense at a time
 _N_REFERENCE = 256  # control cells of a context behind the network's mean effect
 _N_MAP = 2_000  # cells behind the latent image of the anchor
 _N_COMPONENTS = 10_000  # cells behind principal components
@@ -138,6 +137,12 @@ class Trainable(Predicting):
         if matching not in MATCHINGS:
             raise ValueError(f"matching={matching!r} is not known; choose one of {MATCHINGS}.")
         cells = self._training_cells()
+        if cells.measured is not None:
+            raise ValueError(
+                "Cells of several data sets with genes of their own can be pretrained on, not "
+                "trained on. Save this model, and start from it with one data set: "
+                "GPJEPA(adata, pretrained=PATH)."
+            )
         trainer_kwargs |= {"accelerator": accelerator, "devices": devices}
         holdout, out = self._hold_out(cells)
         logger.info("Held out for early stopping and the gate: %s.", holdout.reason)
@@ -148,6 +153,8 @@ class Trainable(Predicting):
                 cells, np.flatnonzero(~out), pretrain_epochs, batch_size, pretrain_kwargs,
                 **trainer_kwargs,
             )  # fmt: skip
+        elif self.pretrained_:
+            self._standardise(cells, np.flatnonzero(~out))
         state = self._prepare_action(cells, out)
         history = self.history_ or {}
         stage = _ActionStage(self, cells, out, holdout, state)
@@ -194,8 +201,9 @@ class Trainable(Predicting):
         plan_kwargs: dict | None, **trainer_kwargs: Any,
     ) -> bool:  # fmt: skip
         options = masked_genes(plan_kwargs or {}, cells, self.genes, where)
-        self._fit_standardisation(cells, where)
-        sampler: RandomBatches | SetBatches = RandomBatches(where, batch_size)
+        self._standardise(cells, where)
+        groups = [where[mine] for _, mine in cells.by_dataset(where)]
+        sampler: RandomBatches | SetBatches = RandomBatches(groups, batch_size)
         if options.get("set_size"):
             sampler = self._sets(cells, where, options["set_size"], batch_size)
         epochs = max(2, round(1_000 / len(sampler))) if max_epochs is None else max_epochs
@@ -205,6 +213,7 @@ class Trainable(Predicting):
         if isinstance(self.module.encoder, PCAEncoder):
             epochs = 0
         if epochs:
+            self.module.known.fill_(True)
             interrupted = self._run(plan, Batches(cells, sampler), epochs, **trainer_kwargs)
             plan.finish()
         self.is_pretrained_ = self.is_trained_ = True
@@ -223,6 +232,8 @@ class Trainable(Predicting):
         """Sets of cells that share context and perturbation."""
         if cells.perturbations is None:
             raise ValueError("set_size needs perturbations: the cells have none.")
+        if cells.measured is not None:
+            raise ValueError("set_size needs cells of one data set, and dataset_key was given.")
         if set_size < 4 or set_size % 2:
             raise ValueError(f"set_size={set_size}: expected an even number from 4.")
         groups: dict[tuple[str, Perturbation], list[int]] = {}
@@ -236,40 +247,6 @@ class Trainable(Predicting):
             )
         n_batches = max(1, len(where) // batch_size)
         return SetBatches(rows, max(2, batch_size // set_size), set_size, n_batches)
-
-    def _fit_standardisation(self, cells: Cells, where: np.ndarray) -> None:
-        """Mean and spread of each gene over the training cells, its share of the counts, dispersion.
-
-        Dispersion by moments, as Var(k) = ℓr + ℓ²r²/θ gives θ = r²Σℓ² / Σ((k - ℓr)² - k): the steps
-        that training has would not bring it there.
-        """
-        total = square = share = counts = excess = np.zeros(len(self.genes))
-        crossed = np.zeros(len(self.genes))
-        for start in range(0, len(where), _CHUNK):
-            batch = cells.tensors(where[start : start + _CHUNK])
-            values, k = batch["values"].double(), batch["counts"].double()
-            library = batch["library"].double()[:, None]
-            total = total + values.sum(0).numpy()
-            square = square + values.square().sum(0).numpy()
-            share = share + (k / library).sum(0).numpy()
-            counts = counts + k.sum(0).numpy()
-            excess = excess + (k.square() - k).sum(0).numpy()
-            crossed = crossed + (k * library).sum(0).numpy()
-        mean = total / len(where)
-        spread = np.sqrt(np.maximum(square / len(where) - mean**2, 0))
-        self.gene_share_ = np.maximum(share / len(where), 1e-8)
-        library = cells.library[where]
-        rate, libraries = counts / library.sum(), float((library**2).sum())
-        excess = excess - 2 * rate * crossed + rate**2 * libraries
-        dispersion = rate**2 * libraries / np.maximum(excess, 1e-12)
-        for encoder in (self.module.encoder, self.module.target_encoder):
-            encoder.set_standard(torch.from_numpy(mean), torch.from_numpy(np.maximum(spread, 0.1)))
-        with torch.no_grad():
-            rest = [max(1 - self.gene_share_.sum(), 1e-4)] if self.module.decoder.rest else []
-            logits = np.log(np.append(self.gene_share_, rest))
-            self.module.decoder.out.bias.copy_(torch.from_numpy(logits))
-            log_dispersion = np.log(np.clip(dispersion, 0.05, 100))
-            self.module.decoder.log_dispersion.copy_(torch.from_numpy(log_dispersion))
 
     def _hold_out(self, cells: Cells) -> tuple[Holdout, np.ndarray]:
         assert cells.perturbations is not None

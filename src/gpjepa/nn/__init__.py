@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ._by_gene import load_genes
 from ._ema import ema_copy, ema_update
 from ._encoders import Encoder, MLPEncoder, PCAEncoder, ResidualEncoder
 from ._heads import (
@@ -52,6 +53,7 @@ __all__ = [
     "TransformerEncoder",
     "ema_copy",
     "ema_update",
+    "load_genes",
     "make_encoder",
     "mlp",
 ]

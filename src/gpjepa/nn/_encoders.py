@@ -6,6 +6,8 @@ visible, shape (n_genes,) or (n_cells, n_genes); a hidden or missing gene has no
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -13,6 +15,7 @@ from torch import nn
 class Encoder(nn.Module):
     """What all have: mean and spread of each gene over the training cells."""
 
+    by_gene: ClassVar[dict[str, int]] = {"center": 0, "scale": 0}
     center: torch.Tensor
     scale: torch.Tensor
 
@@ -49,6 +52,8 @@ class MLPEncoder(Encoder):
         Sizes of input, output and the hidden layers.
     """
 
+    by_gene: ClassVar[dict[str, int]] = {**Encoder.by_gene, "net.0.weight": 1}
+
     def __init__(self, n_genes: int, n_latent: int, n_hidden: int = 256) -> None:
         super().__init__(n_genes)
         self.net = nn.Sequential(
@@ -75,6 +80,7 @@ class PCAEncoder(Encoder):
         Sizes of input and output.
     """
 
+    by_gene: ClassVar[dict[str, int]] = {**Encoder.by_gene, "axes": 0}
     axes: torch.Tensor
 
     def __init__(self, n_genes: int, n_latent: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -20,6 +22,8 @@ class BlockPredictor(nn.Module):
 
     Which genes are hidden is told by an identity query, the mean of learned gene identities.
     """
+
+    by_gene: ClassVar[dict[str, int]] = {"identity": 0}
 
     def __init__(self, n_genes: int, n_latent: int, n_hidden: int) -> None:
         super().__init__()

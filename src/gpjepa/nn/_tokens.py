@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ class Tokenizer(nn.Module):
         Frequencies of the Fourier features.
     """
 
+    by_gene: ClassVar[dict[str, int]] = {"gene": 0}
     frequencies: torch.Tensor
 
     def __init__(self, n_genes: int, width: int, n_fourier: int = 4) -> None:

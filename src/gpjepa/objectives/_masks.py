@@ -6,7 +6,8 @@ import torch
 def gene_blocks(
     n_genes: int, n_blocks: int = 4, hidden: float = 0.5, *, overlap: float = 0.0,
     size_spread: float = 0.0, groups: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None, generator: torch.Generator | None = None,
+    weights: torch.Tensor | None = None, among: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Blocks of genes to hide from the context, drawn anew at every call.
 
@@ -30,6 +31,8 @@ def gene_blocks(
         as far as its size allows, and a gene in no group is never hidden.
     weights
         How readily each gene is hidden, shape (n_genes,).
+    among
+        The genes that there are to hide or to see, boolean, shape (n_genes,); all by default.
 
     Returns
     -------
@@ -41,11 +44,13 @@ def gene_blocks(
     ValueError
         If no gene is left visible, or there are fewer genes to hide than blocks.
     """
-    order = _order(n_genes, groups, weights, generator)
-    n_hidden = min(int(hidden * n_genes), len(order))
-    if n_hidden >= n_genes or n_hidden < n_blocks:
+    order, n_there = _order(n_genes, groups, weights, generator), n_genes
+    if among is not None:
+        order, n_there = order[among[order]], int(among.sum())
+    n_hidden = min(int(hidden * n_there), len(order))
+    if n_hidden >= n_there or n_hidden < n_blocks:
         raise ValueError(
-            f"{n_blocks} blocks that hide {hidden:.0%} of {n_genes} genes, of which {len(order)} can "
+            f"{n_blocks} blocks that hide {hidden:.0%} of {n_there} genes, of which {len(order)} can "
             "be hidden: every block needs a gene, and one must stay visible."
         )
     size = (size_spread * torch.randn(n_blocks, generator=generator)).exp()

@@ -1,0 +1,61 @@
+"""What the cells say of each gene before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ._cells import Cells
+
+_CHUNK = 512  # cells held dense at a time
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of each gene over the cells that measured it, all of shape (n_genes,).
+
+    Attributes
+    ----------
+    mean, spread
+        Mean and standard deviation of log1p counts per 10,000.
+    share
+        Mean share of the counts.
+    dispersion
+        θ of the negative binomial with one rate for all cells, by moments:
+        Var(k) = ℓr + ℓ²r²/θ gives θ = r²Σℓ² / Σ((k - ℓr)² - k).
+    """
+
+    mean: np.ndarray
+    spread: np.ndarray
+    share: np.ndarray
+    dispersion: np.ndarray
+
+
+def moments(cells: Cells, where: np.ndarray) -> Moments:
+    """Moments of some of the cells; a gene that none of them measured has mean 0 and spread 0."""
+    n_genes = cells.counts.shape[1]
+    sums = {name: np.zeros(n_genes) for name in
+            ("n", "value", "square", "share", "count", "excess", "crossed", "library", "libraries")}  # fmt: skip
+    for measured, mine in cells.by_dataset(where):
+        for start in range(0, len(mine), _CHUNK):
+            batch = cells.tensors(where[mine[start : start + _CHUNK]])
+            values, k = batch["values"].double().numpy(), batch["counts"].double().numpy()
+            library = batch["library"].double().numpy()[:, None]
+            found = {
+                "n": len(values), "value": values.sum(0), "square": (values**2).sum(0),
+                "share": (k / library).sum(0), "count": k.sum(0), "excess": (k**2 - k).sum(0),
+                "crossed": (k * library).sum(0), "library": library.sum(),
+                "libraries": (library**2).sum(),
+            }  # fmt: skip
+            for name, x in found.items():
+                sums[name] += x * measured
+    n = np.maximum(sums["n"], 1)
+    mean, rate = sums["value"] / n, sums["count"] / np.maximum(sums["library"], 1)
+    excess = sums["excess"] - 2 * rate * sums["crossed"] + rate**2 * sums["libraries"]
+    return Moments(
+        mean,
+        np.sqrt(np.maximum(sums["square"] / n - mean**2, 0)),
+        sums["share"] / n,
+        rate**2 * sums["libraries"] / np.maximum(excess, 1e-12),
+    )
