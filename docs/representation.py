@@ -1,7 +1,7 @@
 """What states of cells hold, and how much of it is left when fewer counts are seen.
 
-Usage: ``python docs/representation.py encoders|ablations DATA OUT.csv [DATA_SET ...]``, with DATA
-the folder of the real cells and of the knowledge. Every encoder learns from the same training cells,
+Usage: ``python docs/representation.py encoders|ablations|pretrained DATA OUT.csv [DATA_SET ...]``,
+with DATA the folder of the real cells and of the knowledge. Every encoder learns from the same training cells,
 without labels but where its name says so. Test cells are other cells, or other patients, whose
 counts were thinned to a share of what was measured; no perturbation is held out, as this is about
 states and not about predictions. Two scores, over depths the area under score against log depth:
@@ -12,6 +12,9 @@ states and not about predictions. Two scores, over depths the area under score a
     Share of labels whose mean training state is farther (by cosine) than the cell's own label's.
 
 Intervals (95%) are of the difference from the first encoder, over seeds and test cells.
+
+``pretrained`` is about encoders that learned from other data sets: their states of cells that they
+never saw, probed for the cell states of Peterson 2017, as they are and after more pretraining there.
 """
 
 import sys
@@ -148,13 +151,15 @@ def thinned(cells, depth):
 
 
 def embedder(arm, cells, seed):
-    """States of any cells, by an encoder that learned from these."""
+    """States of any cells, by an encoder that learned from these; an arm may be one itself."""
+    if callable(arm):
+        return arm(cells, seed)
     scvi.settings.seed = seed
     cells = cells.copy()
     if arm is None:
         scvi.model.SCVI.setup_anndata(cells)
         model = scvi.model.SCVI(cells, n_latent=N_LATENT)
-        model.train(early_stopping=True, enable_progress_bar=False)
+        model.train(100, early_stopping=True, enable_progress_bar=False)
         return lambda other: model.get_latent_representation(other)
     options, plan = arm
     labelled = bool(plan and (plan.get("masks") == "adversarial" or "set_size" in plan))
@@ -233,8 +238,61 @@ def summary(scores, strata):
     return pd.DataFrame(rows)
 
 
+def pretrained(data, out):
+    """Encoders of other data sets, on the cell states of Peterson 2017."""
+    *_, (_, cells, key, (train,)) = (s for s in screens(data) if s[0] == "Peterson")
+    cells = plain(cells, key)
+    sources = {
+        name: plain(ad.read_h5ad(path), "perturbation")
+        for name in ("Datlinger", "Zhao", "Papalexi", "Norman")
+        for path in data.glob(f"{name.lower()}_*_mini.h5ad")
+    }
+    for source in sources.values():
+        source.obs = source.obs.rename(columns={"library": "library_size"})
+    sources["all four"] = gpjepa.datasets.join(sources)
+    quiet, keys = {"enable_progress_bar": False}, {"perturbation_key": None}
+    arms = {"own cells alone": ({}, {})}
+    for encoder in ("mlp", "perceiver"):
+        for name, source in sources.items():
+            joined = {"dataset_key": "dataset"} if "dataset" in source.obs else {}
+            scvi.settings.seed = 0
+            GPJEPA.setup_anndata(source, library_size_key="library_size", **keys, **joined)
+            model = GPJEPA(source, n_latent=N_LATENT, encoder=encoder)
+            model.pretrain(**quiet)
+            path = Path(out).with_suffix("") / f"{encoder} {name}"
+            model.save(str(path), overwrite=True)
+            for epochs in (0, None):
+
+                def arm(mine, seed, path=path, epochs=epochs):
+                    scvi.settings.seed = seed
+                    mine = mine.copy()
+                    GPJEPA.setup_anndata(mine, library_size_key="library", **keys)
+                    model = GPJEPA(mine, pretrained=path)
+                    if epochs is None:
+                        model.pretrain(**quiet)
+                    return model.get_latent_representation
+
+                shared = cells.var_names.isin(source.var_names)
+                label = f"{encoder}, {name} ({shared.sum()} genes)"
+                arms[f"{label}{', then own cells' if epochs is None else ''}"] = arm
+                if encoder == "mlp" and not epochs and epochs is not None:
+                    few = cells.var_names[shared]
+
+                    def alone(mine, seed, few=few):
+                        states = embedder(({"encoder": "pca"}, {}), mine[:, few].copy(), seed)
+                        return lambda other: states(other[:, few].copy())
+
+                    arms[f"PCA of own cells, these {shared.sum()} genes"] = alone
+    found = summary(*screen_scores("Peterson", cells, [train], arms))
+    found.to_csv(out, index=False)
+    print(found.round(3).to_string(index=False))
+
+
 def main(which, data, out, wanted):
     warnings.filterwarnings("ignore")
+    if which == "pretrained":
+        pretrained(data, out)
+        return
     arms, tables = {"encoders": encoders, "ablations": ablations}[which](data), []
     for name, cells, key, splits in screens(data):
         if wanted and name not in wanted:
