@@ -18,6 +18,7 @@ never saw, probed for the cell states of Peterson 2017, as they are and after mo
 """
 
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -238,65 +239,66 @@ def summary(scores, strata):
     return pd.DataFrame(rows)
 
 
-def pretrained(data, out):
-    """Encoders of other data sets, on the cell states of Peterson 2017."""
-    *_, (_, cells, key, (train,)) = (s for s in screens(data) if s[0] == "Peterson")
-    cells = plain(cells, key)
-    sources = {
-        name: plain(ad.read_h5ad(path), "perturbation")
-        for name in ("Datlinger", "Zhao", "Papalexi", "Norman")
-        for path in data.glob(f"{name.lower()}_*_mini.h5ad")
-    }
-    for source in sources.values():
-        source.obs = source.obs.rename(columns={"library": "library_size"})
+def pretrained(data, genes):
+    """Encoders of other data sets, as they are and trained on; what the genes they share hold."""
+    keys = {"perturbation_key": None, "library_size_key": "library_size"}
+    sources = {}
+    for name in ("Datlinger", "Zhao", "Papalexi", "Norman"):
+        (path,) = data.glob(f"{name.lower()}_*_mini.h5ad")
+        source = plain(ad.read_h5ad(path), "perturbation")
+        source.obs["library_size"] = source.obs.pop("library")
+        GPJEPA.setup_anndata(source, **keys)
+        sources[name] = source
     sources["all four"] = gpjepa.datasets.join(sources)
-    quiet, keys = {"enable_progress_bar": False}, {"perturbation_key": None}
-    arms = {"own cells alone": ({}, {})}
-    for encoder in ("mlp", "perceiver"):
-        for name, source in sources.items():
-            joined = {"dataset_key": "dataset"} if "dataset" in source.obs else {}
+    GPJEPA.setup_anndata(sources["all four"], **keys, dataset_key="dataset")
+    arms = {"own cells": ({}, {})}
+    for name, source in sources.items():
+        shared = genes[genes.isin(source.var_names)]
+        arms[f"PCA of own cells, the {len(shared)} genes of {name}"] = only(shared)
+        for encoder in ("mlp", "perceiver"):
             scvi.settings.seed = 0
-            GPJEPA.setup_anndata(source, library_size_key="library_size", **keys, **joined)
             model = GPJEPA(source, n_latent=N_LATENT, encoder=encoder)
-            model.pretrain(**quiet)
-            path = Path(out).with_suffix("") / f"{encoder} {name}"
-            model.save(str(path), overwrite=True)
-            for epochs in (0, None):
+            model.pretrain(enable_progress_bar=False)
+            path = Path(tempfile.mkdtemp()) / "model"
+            model.save(str(path))
+            arms[f"{name}, {encoder}"] = started(path, 0)
+            arms[f"{name}, {encoder}, then own cells"] = started(path, None)
+    return arms
 
-                def arm(mine, seed, path=path, epochs=epochs):
-                    scvi.settings.seed = seed
-                    mine = mine.copy()
-                    GPJEPA.setup_anndata(mine, library_size_key="library", **keys)
-                    model = GPJEPA(mine, pretrained=path)
-                    if epochs is None:
-                        model.pretrain(**quiet)
-                    return model.get_latent_representation
 
-                shared = cells.var_names.isin(source.var_names)
-                label = f"{encoder}, {name} ({shared.sum()} genes)"
-                arms[f"{label}{', then own cells' if epochs is None else ''}"] = arm
-                if encoder == "mlp" and not epochs and epochs is not None:
-                    few = cells.var_names[shared]
+def only(genes):
+    """Principal components of some genes."""
 
-                    def alone(mine, seed, few=few):
-                        states = embedder(({"encoder": "pca"}, {}), mine[:, few].copy(), seed)
-                        return lambda other: states(other[:, few].copy())
+    def arm(cells, seed):
+        embed = embedder(({"encoder": "pca"}, {}), cells[:, genes].copy(), seed)
+        return lambda other: embed(other[:, genes].copy())
 
-                    arms[f"PCA of own cells, these {shared.sum()} genes"] = alone
-    found = summary(*screen_scores("Peterson", cells, [train], arms))
-    found.to_csv(out, index=False)
-    print(found.round(3).to_string(index=False))
+    return arm
+
+
+def started(path, epochs):
+    """A pretrained encoder, and so many more epochs."""
+
+    def arm(cells, seed):
+        scvi.settings.seed = seed
+        cells = cells.copy()
+        GPJEPA.setup_anndata(cells, perturbation_key=None, library_size_key="library")
+        model = GPJEPA(cells, pretrained=path)
+        if epochs is None:
+            model.pretrain(enable_progress_bar=False)
+        return model.get_latent_representation
+
+    return arm
 
 
 def main(which, data, out, wanted):
     warnings.filterwarnings("ignore")
-    if which == "pretrained":
-        pretrained(data, out)
-        return
-    arms, tables = {"encoders": encoders, "ablations": ablations}[which](data), []
+    tables = []
     for name, cells, key, splits in screens(data):
-        if wanted and name not in wanted:
+        if name not in (wanted or {name}) or (which == "pretrained" and name != "Peterson"):
             continue
+        arms = (pretrained(data, cells.var_names) if which == "pretrained"
+                else {"encoders": encoders, "ablations": ablations}[which](data))  # fmt: skip
         found = summary(*screen_scores(name, plain(cells, key), splits, arms))
         tables.append(found.assign(data=name))
         pd.concat(tables).to_csv(out, index=False)
