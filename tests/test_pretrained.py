@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse as sp
 import scvi
 import torch
+from sklearn.decomposition import PCA
 
 import gpjepa
 from gpjepa import GPJEPA
@@ -215,6 +216,23 @@ def test_moments_are_over_the_cells_that_measured_a_gene(two):
         np.testing.assert_allclose(found.spread[own], mine.std(0), rtol=1e-4, atol=1e-6)
     both = joined.varm["measured"].all(axis=1).to_numpy()
     np.testing.assert_allclose(found.mean[both], values[:, both].mean(0), rtol=1e-5)
+
+
+def test_what_a_data_set_did_not_measure_is_no_component(two):
+    """Principal components of standardised genes, those that were not measured at their mean."""
+    joined = join(two)
+    unlabelled(joined, dataset_key="dataset", library_size_key="library_size")
+    model = GPJEPA(joined, n_latent=4, encoder="pca")
+    model.pretrain(**QUIET)
+    read = model._training_cells()
+    values = read.tensors(np.arange(len(read)))["values"].numpy()
+    seen = joined.varm["measured"][joined.obs["dataset"]].to_numpy().T
+    found = moments(read, np.arange(len(read)))
+    standard = np.clip((values - found.mean) / np.maximum(found.spread, 0.1), -8, 8) * seen
+    expected = PCA(4, svd_solver="full").fit(standard).transform(standard)
+    ours = model.get_latent_representation()
+    for k in range(3):
+        assert abs(np.corrcoef(ours[:, k], expected[:, k])[0, 1]) > 0.99
 
 
 def test_mini_batches_are_of_one_data_set():

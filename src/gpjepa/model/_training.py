@@ -225,7 +225,11 @@ class Trainable(Predicting):
         for part in encoder.modules():
             if isinstance(part, PCAEncoder) and not part.axes.any():
                 some = where[_random.stream("components").permutation(len(where))[:_N_COMPONENTS]]
-                part.fit(cells.tensors(some)["values"].to(part.axes.device))
+                device, seen = part.axes.device, cells.seen(some)
+                part.fit(
+                    cells.tensors(some)["values"].to(device),
+                    None if seen is None else seen.to(device),
+                )
         self.module.target_encoder.load_state_dict(encoder.state_dict())
 
     def _sets(self, cells: Cells, where: np.ndarray, set_size: int, batch_size: int) -> SetBatches:
