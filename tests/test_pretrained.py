@@ -98,7 +98,7 @@ def test_a_model_that_started_elsewhere_needs_it_no_more(cells, saved, tmp_path)
     )
 
 
-def test_training_on_perturbations_starts_from_a_pretrained_encoder(cells, saved):
+def test_training_on_perturbations_starts_from_a_pretrained_encoder(cells, saved, recwarn):
     source, path = saved["mlp"]
     labelled = cells.copy()
     GPJEPA.setup_anndata(labelled)
@@ -106,6 +106,7 @@ def test_training_on_perturbations_starts_from_a_pretrained_encoder(cells, saved
     model = GPJEPA(labelled, pretrained=path)
     model.train(1, **QUIET)
     assert "pretrain_loss" not in model.history
+    assert not [w for w in recwarn if "in eval mode" in str(w.message)]
     for (name, mine), theirs in zip(model.module.encoder.named_parameters(),
                                     source.module.encoder.parameters(), strict=True):  # fmt: skip
         torch.testing.assert_close(mine, theirs, msg=name)

@@ -184,7 +184,9 @@ class Trainable(Predicting):
         trainer_kwargs = {"log_every_n_steps": 1, **trainer_kwargs}
         self.is_trained_ = False  # or scvi-tools would keep only the metrics that it knows already
         runner = TrainRunner(self, plan, batches, max_epochs=epochs, **trainer_kwargs)
-        with finish_on_interrupt(runner.trainer) as interrupted:
+        with finish_on_interrupt(runner.trainer) as interrupted, warnings.catch_warnings():
+            # The teacher is, and what a stage does not train may be.
+            warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
             runner()
         self.module.eval()
         self.module.requires_grad_(True)
