@@ -163,11 +163,13 @@ def embedder(arm, cells, seed):
         model.train(100, early_stopping=True, enable_progress_bar=False)
         return lambda other: model.get_latent_representation(other)
     options, plan = arm
-    labelled = bool(plan and (plan.get("masks") == "adversarial" or "set_size" in plan))
-    own = {"perturbation_key": "label", "control": cells.obs["label"].iloc[0]} if labelled else {
-        "perturbation_key": None
-    }  # fmt: skip
-    GPJEPA.setup_anndata(cells, library_size_key="library", **own)
+    keys = {"perturbation_key": None}
+    if plan and (plan.get("masks") == "adversarial" or "set_size" in plan):
+        # Without controls, as where labels are cell states, any label may stand for them.
+        labels = cells.obs["label"]
+        control = "control" if "control" in set(labels) else labels.iloc[0]
+        keys = {"perturbation_key": "label", "control": control}
+    GPJEPA.setup_anndata(cells, library_size_key="library", **keys)
     model = GPJEPA(cells, n_latent=N_LATENT, **options)
     model.pretrain(0 if plan is None else None, plan_kwargs=plan, enable_progress_bar=False)
     return model.get_latent_representation
