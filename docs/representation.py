@@ -11,7 +11,8 @@ states and not about predictions. Two scores, over depths the area under score a
 ``retrieval``
     Share of labels whose mean training state is farther (by cosine) than the cell's own label's.
 
-Intervals (95%) are of the difference from the first encoder, over seeds and test cells.
+Intervals (95%) are of the difference from the first encoder, over left-out patients, test cells and
+seeds. A run that was stopped goes on where it was: what was scored lies in the folder OUT.
 
 ``pretrained`` is about encoders that learned from other data sets: their states of cells that they
 never saw, probed for the cell states of Peterson 2017, as they are and after more pretraining there.
@@ -195,47 +196,70 @@ def by_cell(arm, train, tests, seed):
     return found
 
 
-def screen_scores(name, cells, splits, arms):
-    """Scores of every arm, shape (2, n_depths, n_seeds, n_cells), and the stratum of every cell."""
-    strata, scores = [], {label: [] for label in arms}
+def screen_scores(name, cells, splits, arms, folder):
+    """Scores of every arm, shape (2, n_depths, n_seeds, n_cells); fold and label of every cell.
+
+    What was scored before lies in the folder and is read from there.
+    """
+    folds, labels, scores = [], [], {arm: [] for arm in arms}
     for fold, train in enumerate(splits):
         tests = [thinned(cells[~train], depth) for depth in DEPTHS]
         seen = np.asarray(tests[-1].X.sum(1)).ravel() > 0
         tests = [test[seen].copy() for test in tests]
-        strata.extend(f"{fold} {label}" for label in tests[0].obs["label"])
-        for label, arm in arms.items():
-            # Where several folds are left out, these are the repeats: one seed for each.
-            seeds = SEEDS if len(splits) == 1 else [fold]
-            runs = [by_cell(arm, cells[train].copy(), tests, seed) for seed in seeds]
-            scores[label].append(np.stack(runs, 2))
-            print(f"{name}, fold {fold}: {label} {runs[0].mean((1, 2)).round(3)}", flush=True)
-    return {label: np.concatenate(found, -1) for label, found in scores.items()}, np.array(strata)
+        folds += [fold] * tests[0].n_obs
+        labels += list(tests[0].obs["label"])
+        # Where several folds are left out, these are the repeats: one seed for each.
+        seeds = SEEDS if len(splits) == 1 else [fold]
+        for title, arm in arms.items():
+            file = folder / f"{name} {fold} {title}.npy".replace("/", " ")
+            if not file.exists():
+                runs = [by_cell(arm, cells[train].copy(), tests, seed) for seed in seeds]
+                np.save(folder / "part.npy", np.stack(runs, 2).astype(np.float32))
+                (folder / "part.npy").rename(file)
+            scores[title].append(np.load(file))
+            found = scores[title][-1].mean((1, 2, 3)).round(3)
+            print(f"{name}, fold {fold}: {title} {found}", flush=True)
+    return (
+        {title: np.concatenate(found, -1) for title, found in scores.items()},
+        np.array(folds),
+        np.array(labels),
+    )
 
 
-def summary(scores, strata):
-    """Areas, depths, and differences from the first arm with their intervals."""
+def summary(scores, folds, labels):
+    """Areas, depths, and differences from the first arm with their intervals.
+
+    Every label of every fold weighs the same. Folds, cells (by Poisson weights) and seeds are drawn
+    anew for the intervals.
+    """
     log, n_seeds = np.log10(DEPTHS), next(iter(scores.values())).shape[2]
-    member = (strata[:, None] == np.unique(strata)).astype(float)
+    strata = np.array([f"{fold} {label}" for fold, label in zip(folds, labels, strict=True)])
+    names, first, code = np.unique(strata, return_index=True, return_inverse=True)
+    member, n_folds = np.eye(len(names))[code], len(np.unique(folds))
     rng = np.random.default_rng(0)
-    weights = np.vstack([np.ones(len(strata)), rng.poisson(1, (DRAWS, len(strata)))])
-    size = weights @ member
+    cells = np.vstack([np.ones(len(strata)), rng.poisson(1, (DRAWS, len(strata)))])
+    drawn = np.vstack(
+        [np.ones(n_folds), rng.multinomial(n_folds, np.full(n_folds, 1 / n_folds), DRAWS)]
+    )
+    size = cells @ member
+    weight = drawn[:, folds[first]] * (size > 0)
+    weight /= weight.sum(1, keepdims=True)
     picks = np.vstack([np.arange(n_seeds), rng.integers(n_seeds, size=(DRAWS, n_seeds))])
 
-    def mean(by_cell):  # (n_seeds, n_cells) -> estimate and draws, every stratum as heavy
-        means = np.stack([np.nanmean(np.where(size > 0, (weights * x) @ member / size, np.nan), 1)
-                          for x in by_cell], 1)  # fmt: skip
+    def mean(by_cell):  # (n_seeds, n_cells) -> estimate and draws
+        means = np.stack(
+            [(weight * ((cells * x) @ member / np.maximum(size, 1))).sum(1) for x in by_cell], 1
+        )
         return np.take_along_axis(means, picks, 1).mean(1)
 
     rows, base = [], {}
-    for label, found in scores.items():
+    for title, found in scores.items():
         for measure, by_depth in zip(("probe", "retrieval"), found, strict=True):
-            area = np.trapezoid(by_depth, log, axis=0) / (log[-1] - log[0])
-            draws = mean(area)
-            base.setdefault(measure, draws)
-            change = draws - base[measure]
+            draws = mean(np.trapezoid(by_depth, log, axis=0) / (log[-1] - log[0]))
+            change = draws - base.setdefault(measure, draws)
             lower, upper = np.percentile(change[1:], [2.5, 97.5])
             depths = {f"depth {d:g}": mean(x)[0] for d, x in zip(DEPTHS, by_depth, strict=True)}
-            rows.append({"encoder": label, "measure": measure, "area": draws[0],
+            rows.append({"encoder": title, "measure": measure, "area": draws[0],
                          "difference": change[0], "lower": lower, "upper": upper,
                          **depths})  # fmt: skip
     return pd.DataFrame(rows)
@@ -295,13 +319,14 @@ def started(path, epochs):
 
 def main(which, data, out, wanted):
     warnings.filterwarnings("ignore")
-    tables = []
+    tables, folder = [], Path(out).with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
     for name, cells, key, splits in screens(data):
         if name not in (wanted or {name}) or (which == "pretrained" and name != "Peterson"):
             continue
         arms = (pretrained(data, cells.var_names) if which == "pretrained"
                 else {"encoders": encoders, "ablations": ablations}[which](data))  # fmt: skip
-        found = summary(*screen_scores(name, plain(cells, key), splits, arms))
+        found = summary(*screen_scores(name, plain(cells, key), splits, arms, folder))
         tables.append(found.assign(data=name))
         pd.concat(tables).to_csv(out, index=False)
         print(found.round(3).to_string(index=False), flush=True)
