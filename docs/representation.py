@@ -265,6 +265,20 @@ def summary(scores, folds, labels):
     return pd.DataFrame(rows)
 
 
+def markdown(table):
+    """The areas, and in brackets the differences from the first encoder."""
+    lines = ["| encoder | probe | at 100, 50, 25, 10% | retrieval |", "|---|---|---|---|"]
+    for title, rows in table.groupby("encoder", sort=False):
+        cells = []
+        for row in (rows[rows["measure"] == m].iloc[0] for m in ("probe", "retrieval")):
+            interval = f" ({row['lower']:+.3f} to {row['upper']:+.3f})"
+            cells.append(f"{row['area']:.3f}{interval if row['lower'] or row['upper'] else ''}")
+        probe = rows[rows["measure"] == "probe"].iloc[0]
+        depths = ", ".join(f"{probe[f'depth {d:g}']:.3f}" for d in DEPTHS)
+        lines.append(f"| {title} | {cells[0]} | {depths} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def pretrained(data, genes):
     """Encoders of other data sets, as they are and trained on; what the genes they share hold."""
     keys = {"perturbation_key": None, "library_size_key": "library_size"}
@@ -329,7 +343,7 @@ def main(which, data, out, wanted):
         found = summary(*screen_scores(name, plain(cells, key), splits, arms, folder))
         tables.append(found.assign(data=name))
         pd.concat(tables).to_csv(out, index=False)
-        print(found.round(3).to_string(index=False), flush=True)
+        print(f"{name}\n\n{markdown(found)}\n", flush=True)
 
 
 if __name__ == "__main__":

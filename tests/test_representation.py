@@ -51,6 +51,8 @@ def test_states_that_tell_labels_apart_score_and_those_that_do_not_do_not(cells,
     np.testing.assert_array_equal(scores["nothing"], first[0]["nothing"])
     table = representation.summary(scores, folds, labels).set_index(["encoder", "measure"])
     assert table.loc[("telling", "probe"), "depth 1"] > 0.95
+    printed = representation.markdown(table.reset_index()).splitlines()
+    assert printed[2].startswith("| telling | ") and " to -" in printed[3]
     for measure in ("probe", "retrieval"):
         row = table.loc[("nothing", measure)]
         assert row["area"] == pytest.approx(0.5, abs=0.1)
