@@ -193,7 +193,7 @@ def test_hidden_genes_have_no_influence(kind, components):
 def test_an_encoder_starts_from_the_components_it_adds_to():
     encoder, values = make_encoder("mlp", 20, 4, 16, components=True), torch.rand(30, 20)
     encoder.set_standard(values.mean(0), values.std(0))
-    encoder.components.fit(values)
+    encoder.components.fit(encoder.standardise(values, None))
     alone = make_encoder("pca", 20, 4, 16)
     alone.set_standard(values.mean(0), values.std(0))
     alone.axes.copy_(encoder.components.axes)
@@ -347,7 +347,7 @@ def test_blocks_are_made_of_whole_groups():
     groups = torch.zeros(12, 100, dtype=torch.bool)
     for i in range(12):
         groups[i, 8 * i : 8 * i + 8] = True  # four genes are in none
-    hidden = torch.stack([gene_blocks(100, 3, 0.48, groups=groups).any(0) for _ in range(300)])
+    hidden = torch.stack([gene_blocks(100, 3, 0.5, groups=groups).any(0) for _ in range(300)])
     assert not hidden[:, 96:].any()
     share = hidden[:, :96].unflatten(1, (12, 8)).float().mean(2)
     assert ((share == 0) | (share == 1)).all()
@@ -357,6 +357,10 @@ def test_blocks_are_made_of_whole_groups():
 def test_heavier_genes_are_hidden_more_often():
     weights = torch.ones(50)
     weights[:10], weights[40:] = 5.0, 0.0
+    few = torch.arange(50) < 10
+    for _ in range(20):
+        hidden = gene_blocks(50, 2, 0.5, weights=few.float()).any(0)
+        assert not (hidden & ~few).any() and int((hidden & few).sum()) == 5
     counts = sum(gene_blocks(50, 2, 0.4, weights=weights).any(0).float() for _ in range(400))
     assert counts[40:].sum() == 0
     assert counts[:10].min() > 1.5 * counts[10:40].max()

@@ -251,5 +251,5 @@ def test_only_genes_that_were_measured_are_hidden():
         blocks = gene_blocks(40, 2, 0.5, among=among)
         assert int(blocks.any(0).sum()) == 10
         assert not (blocks & ~among).any()
-    with pytest.raises(ValueError, match="hide 50% of 1 genes"):
+    with pytest.raises(ValueError, match="hide 50% of the 1 genes"):
         gene_blocks(40, 2, 0.5, among=torch.arange(40) < 1)

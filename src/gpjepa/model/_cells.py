@@ -100,15 +100,6 @@ class Cells:
         for code in np.unique(codes):
             yield self.visible & self.measured[code], np.flatnonzero(codes == code)
 
-    def seen(self, where: np.ndarray) -> torch.Tensor | None:
-        """Mask of the genes that were measured, shape (n_cells, n_genes); None for all."""
-        if self.measured is None:
-            return None
-        mask = torch.empty(len(where), len(self.visible), dtype=torch.bool)
-        for genes, mine in self.by_dataset(where):
-            mask[mine] = torch.from_numpy(genes)
-        return mask
-
     def tensors(self, where: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
         """Some of the cells, dense: counts, library, log1p counts per 10,000, batch."""
         counts = torch.from_numpy(self.counts[where].toarray().astype(np.float32, copy=False))

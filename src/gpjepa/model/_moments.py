@@ -8,7 +8,8 @@ import numpy as np
 
 from ._cells import Cells
 
-_CHUNK = 512  # cells held dense at a time
+CHUNK = 512
+"""Cells held dense at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def moments(cells: Cells, where: np.ndarray) -> Moments:
     sums = {name: np.zeros(n_genes) for name in
             ("n", "value", "square", "share", "count", "excess", "crossed", "library", "libraries")}  # fmt: skip
     for measured, mine in cells.by_dataset(where):
-        for start in range(0, len(mine), _CHUNK):
-            batch = cells.tensors(where[mine[start : start + _CHUNK]])
+        for start in range(0, len(mine), CHUNK):
+            batch = cells.tensors(where[mine[start : start + CHUNK]])
             values, k = batch["values"].double().numpy(), batch["counts"].double().numpy()
             library = batch["library"].double().numpy()[:, None]
             found = {

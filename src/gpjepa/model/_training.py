@@ -22,13 +22,14 @@ from gpjepa.effects import (
     library_shifts,
     targeted,
 )
-from gpjepa.nn import PCAEncoder
+from gpjepa.nn import Encoder, PCAEncoder
 from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
 from ._module import MATCHINGS
+from ._moments import CHUNK
 from ._plans import ActionPlan, finish_on_interrupt
 from ._prediction import Predicting
 from ._pretrain import PretrainPlan, masked_genes
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _N_REFERENCE = 256  # control cells of a context behind the network's mean effect
 _N_MAP = 2_000  # cells behind the latent image of the anchor
-_N_COMPONENTS = 10_000  # cells behind principal components
+_N_COMPONENTS = 20_000_000  # numbers, cells times genes, behind principal components
 _CELLS_PER_ROW = 32
 _BATCHES_PER_EPOCH = 25
 
@@ -226,13 +227,21 @@ class Trainable(Predicting):
         encoder = self.module.encoder
         for part in encoder.modules():
             if isinstance(part, PCAEncoder) and not part.axes.any():
-                some = where[_random.stream("components").permutation(len(where))[:_N_COMPONENTS]]
-                device, seen = part.axes.device, cells.seen(some)
-                part.fit(
-                    cells.tensors(some)["values"].to(device),
-                    None if seen is None else seen.to(device),
-                )
+                n = min(len(where), _N_COMPONENTS // len(self.genes))
+                some = where[_random.stream("components").permutation(len(where))[:n]]
+                part.fit(self._standardised(cells, some, part))
         self.module.target_encoder.load_state_dict(encoder.state_dict())
+
+    def _standardised(self, cells: Cells, where: np.ndarray, encoder: Encoder) -> torch.Tensor:
+        """What an encoder sees of cells, shape (n_cells, n_genes); unmeasured genes are average."""
+        x = torch.zeros(len(where), len(self.genes), device=encoder.center.device)
+        for genes, mine in cells.by_dataset(where):
+            visible = torch.from_numpy(genes).to(x.device)
+            for start in range(0, len(mine), CHUNK):
+                part = mine[start : start + CHUNK]
+                values = cells.tensors(where[part])["values"].to(x.device)
+                x[part] = encoder.standardise(values, visible)
+        return x
 
     def _sets(self, cells: Cells, where: np.ndarray, set_size: int, batch_size: int) -> SetBatches:
         """Sets of cells that share context and perturbation."""

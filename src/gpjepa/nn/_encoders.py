@@ -88,17 +88,14 @@ class PCAEncoder(Encoder):
         self.register_buffer("axes", torch.zeros(n_genes, n_latent))
 
     @torch.no_grad()
-    def fit(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> None:
+    def fit(self, x: torch.Tensor) -> None:
         """Set the axes; states vary by 1 on average.
 
         Parameters
         ----------
-        values
-            log1p counts per 10,000 of training cells, shape (n_cells, n_genes).
-        visible
-            Mask of the genes that were measured, of the same shape; others count as average.
+        x
+            Standardised expression of training cells, shape (n_cells, n_genes).
         """
-        x = self.standardise(values, visible)
         n = min(self.axes.shape[1], *(d - 1 for d in x.shape))
         # A few more than are kept, or the last ones would not have settled.
         _, singular, axes = torch.pca_lowrank(x, min(n + 16, *x.shape), niter=6)

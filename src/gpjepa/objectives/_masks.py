@@ -21,7 +21,8 @@ def gene_blocks(
     n_blocks
         Blocks.
     hidden
-        Share of the genes that all blocks hide together.
+        Share of the genes that can be hidden which all blocks hide together. Were it one of all
+        genes, few weights above 0 would always hide the same ones, and leave nothing to see.
     overlap
         Share of its own size that a block takes over from the next one.
     size_spread
@@ -44,14 +45,14 @@ def gene_blocks(
     ValueError
         If no gene is left visible, or there are fewer genes to hide than blocks.
     """
-    order, n_there = _order(n_genes, groups, weights, generator), n_genes
+    order = _order(n_genes, groups, weights, generator)
     if among is not None:
-        order, n_there = order[among[order]], int(among.sum())
-    n_hidden = min(int(hidden * n_there), len(order))
-    if n_hidden >= n_there or n_hidden < n_blocks:
+        order = order[among[order]]
+    n_hidden = int(hidden * len(order))
+    if n_hidden >= len(order) or n_hidden < n_blocks:
         raise ValueError(
-            f"{n_blocks} blocks that hide {hidden:.0%} of {n_there} genes, of which {len(order)} can "
-            "be hidden: every block needs a gene, and one must stay visible."
+            f"{n_blocks} blocks that hide {hidden:.0%} of the {len(order)} genes that can be hidden: "
+            "every block needs a gene, and one must stay visible."
         )
     size = (size_spread * torch.randn(n_blocks, generator=generator)).exp()
     # Every block has one gene; the rest is shared out by size.
