@@ -199,6 +199,9 @@ def test_joined_data_sets_are_for_pretraining(two):
         model.train(1, **QUIET)
     with pytest.raises(ValueError, match="cells of one data set"):
         model.pretrain(1, plan_kwargs={"set_size": 4}, **QUIET)
+    lone = join({"first": two["first"], "second": two["second"][:1].copy()})
+    with pytest.raises(ValueError, match="the only one of its data set"):
+        GPJEPA(unlabelled(lone, dataset_key="dataset")).pretrain(1, **QUIET)
     del joined.varm["measured"]
     with pytest.raises(ValueError, match=r"varm\['measured'\] does not say"):
         GPJEPA.setup_anndata(joined, dataset_key="dataset")

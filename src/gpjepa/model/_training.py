@@ -206,6 +206,11 @@ class Trainable(Predicting):
         options = masked_genes(plan_kwargs or {}, cells, self.genes, where)
         self._standardise(cells, where)
         groups = [where[mine] for _, mine in cells.by_dataset(where)]
+        if min(map(len, groups)) < 2:
+            raise ValueError(
+                "A single cell, or the only one of its data set, has nothing to differ from: at "
+                "least 2 are needed, better 50. Add cells or remove it."
+            )
         sampler: RandomBatches | SetBatches = RandomBatches(groups, batch_size)
         if options.get("set_size"):
             sampler = self._sets(cells, where, options["set_size"], batch_size)
