@@ -98,7 +98,9 @@ def test_a_model_that_started_elsewhere_needs_it_no_more(cells, saved, tmp_path)
     )
 
 
-def test_training_on_perturbations_starts_from_a_pretrained_encoder(cells, saved, recwarn):
+def test_training_on_perturbations_starts_from_a_pretrained_encoder(
+    cells, saved, recwarn, monkeypatch
+):
     source, path = saved["mlp"]
     labelled = cells.copy()
     GPJEPA.setup_anndata(labelled)
@@ -112,6 +114,9 @@ def test_training_on_perturbations_starts_from_a_pretrained_encoder(cells, saved
         torch.testing.assert_close(mine, theirs, msg=name)
     name = next(p for p in labelled.obs["perturbation"].unique() if p != "control")
     assert model.predict_perturbation(None, str(name)).n_obs > 0
+    # What is trained already is not put back to its start.
+    monkeypatch.setattr(model, "_standardise", lambda *args: pytest.fail("started again"))
+    model.train(1, **QUIET)
 
 
 def test_what_does_not_fit_is_told(cells, saved, tmp_path):
@@ -155,7 +160,7 @@ def test_data_sets_that_cannot_be_joined_are_told(two):
         join({})
     with pytest.raises(FileNotFoundError, match="'a': there is no file"):
         join({"a": "nowhere.h5ad"})
-    with pytest.raises(KeyError, match="'first' has no layer 'raw'"):
+    with pytest.raises(KeyError, match="'first': layer='raw' is not in"):
         join(two, layer="raw")
     other = two["second"].copy()
     other.var_names = [f"ENSG{i}" for i in range(other.n_vars)]

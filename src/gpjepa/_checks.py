@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from anndata import AnnData
 
 _CHUNK = 1 << 22  # values looked at in one go
 
@@ -46,6 +47,20 @@ def check_counts(matrix: Any, where: str) -> None:
                 f"{where} holds values that are not integers, such as {odd:g}: it looks "
                 "normalised. Give the layer with raw counts, e.g. layer='counts'."
             )
+
+
+def raw_counts(adata: AnnData, layer: str | None) -> sp.csr_matrix:
+    """Checked counts and gene names: of a layer, by default ``layers["counts"]`` if there, else X."""
+    if layer is None and "counts" in adata.layers:
+        layer = "counts"
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(
+            f"layer={layer!r} is not in adata.layers, which has {sorted(map(str, adata.layers))}."
+        )
+    counts = adata.X if layer is None else adata.layers[layer]
+    check_counts(counts, "X" if layer is None else f"layers[{layer!r}]")
+    check_gene_names(adata.var_names)
+    return sp.csr_matrix(counts)
 
 
 def check_library(library: np.ndarray, counts: sp.csr_matrix | np.ndarray, where: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from gpjepa._checks import check_counts, check_gene_names
+from gpjepa._checks import raw_counts
 
 
 def join(
@@ -75,17 +75,10 @@ def _read(name: str, data: ad.AnnData | str | Path, layer: str | None) -> ad.Ann
         if not path.is_file():
             raise FileNotFoundError(f"{name!r}: there is no file {path}.")
         data = ad.read_h5ad(path)
-    if layer is None and "counts" in data.layers:
-        counts, where = data.layers["counts"], "layers['counts']"
-    elif layer is None:
-        counts, where = data.X, "X"
-    elif layer in data.layers:
-        counts, where = data.layers[layer], f"layers[{layer!r}]"
-    else:
-        raise KeyError(f"{name!r} has no layer {layer!r}, but {sorted(map(str, data.layers))}.")
-    check_counts(counts, f"{name!r}: {where}")
-    check_gene_names(data.var_names)
-    counts = sp.csr_matrix(counts)
+    try:
+        counts = raw_counts(data, layer)
+    except (KeyError, ValueError) as error:
+        raise type(error)(f"{name!r}: {error.args[0]}") from error
     obs = data.obs.copy()
     if "library_size" not in obs:
         obs["library_size"] = np.asarray(counts.sum(1)).ravel()

@@ -6,7 +6,7 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
-from gpjepa._checks import check_counts, check_gene_names
+from gpjepa._checks import raw_counts
 from gpjepa.effects import log1p_rates
 
 logger = logging.getLogger(__name__)
@@ -56,18 +56,13 @@ def prepare(
     """
     import scanpy as sc
 
-    if layer is None and "counts" in adata.layers:
-        layer = "counts"
-    source = adata.X if layer is None else adata.layers[layer]
-    check_counts(source, "X" if layer is None else f"layers[{layer!r}]")
-    check_gene_names(adata.var_names)
+    counts = raw_counts(adata, layer)
     inside = np.ones(adata.n_obs, bool) if train is None else np.asarray(train, bool)
     if inside.shape != (adata.n_obs,) or not inside.any():
         raise ValueError(
             f"`train` has shape {inside.shape} and selects {int(inside.sum())} of {adata.n_obs} "
             "cells; expected a mask with one value per cell."
         )
-    counts = sp.csr_matrix(source)
     library = np.asarray(counts.sum(1), float).ravel()
     if "library_size" in adata.obs:
         library = adata.obs["library_size"].to_numpy(float)

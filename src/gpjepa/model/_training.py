@@ -154,7 +154,7 @@ class Trainable(Predicting):
                 cells, np.flatnonzero(~out), pretrain_epochs, batch_size, pretrain_kwargs,
                 **trainer_kwargs,
             )  # fmt: skip
-        elif self.pretrained_:
+        elif not self.history_:  # the encoder was trained elsewhere, the decoder is not yet
             self._standardise(cells, np.flatnonzero(~out))
         state = self._prepare_action(cells, out)
         history = self.history_ or {}
