@@ -30,6 +30,7 @@ import pandas as pd
 import scipy.sparse as sp
 import scvi
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -53,7 +54,8 @@ def encoders(data):
         "JEPA, network alone": (ALONE, {}),
         "masked reconstruction": ({}, {"objective": "reconstruction"}),
         "contrastive": ({}, {"objective": "contrastive"}),
-        "PCA": ({"encoder": "pca"}, {}),
+        "components alone": ({"encoder": "components"}, {}),
+        "PCA": principal_components,
         "random encoder": (ALONE, None),
         "scVI": None,
     }
@@ -150,6 +152,17 @@ def thinned(cells, depth):
         elsewhere.astype(np.int64), depth
     )
     return found
+
+
+def principal_components(cells, seed):
+    """As is usual: of log1p counts per 10,000, centred."""
+
+    def values(cells):
+        library = cells.obs["library"].to_numpy()[:, None]
+        return np.log1p(cells.X.toarray() / library * 1e4)
+
+    components = PCA(N_LATENT, random_state=seed).fit(values(cells))
+    return lambda other: components.transform(values(other))
 
 
 def embedder(arm, cells, seed):
@@ -294,7 +307,7 @@ def pretrained(data, genes):
     arms = {"own cells": ({}, {})}
     for name, source in sources.items():
         shared = genes[genes.isin(source.var_names)]
-        arms[f"PCA of own cells, the {len(shared)} genes of {name}"] = only(shared)
+        arms[f"components of own cells, the {len(shared)} genes of {name}"] = only(shared)
         for encoder in ("mlp", "perceiver"):
             scvi.settings.seed = 0
             model = GPJEPA(source, n_latent=N_LATENT, encoder=encoder)
@@ -307,10 +320,10 @@ def pretrained(data, genes):
 
 
 def only(genes):
-    """Principal components of some genes."""
+    """The components of some genes, without a network."""
 
     def arm(cells, seed):
-        embed = embedder(({"encoder": "pca"}, {}), cells[:, genes].copy(), seed)
+        embed = embedder(({"encoder": "components"}, {}), cells[:, genes].copy(), seed)
         return lambda other: embed(other[:, genes].copy())
 
     return arm

@@ -1,7 +1,9 @@
 """Slow and plain versions of what is made fast: the judges of it."""
 
 import numpy as np
+import scipy.linalg
 import torch
+from sklearn.decomposition import PCA
 
 
 def plain_perceiver(encoder, values, visible):
@@ -22,3 +24,31 @@ def plain_perceiver(encoder, values, visible):
     state = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2) + encoder.queries
     state = state + encoder.mix(state)
     return encoder.out(state.flatten(1)), logits
+
+
+def plain_components(counts, library, n, *, n_basis=128, seed=1):
+    """States by the components that two random halves of the counts share, shape (n_cells, n).
+
+    Genes that a cell's data set did not measure are not a number.
+    """
+    there = ~np.isnan(counts)
+    half = np.where(there, np.random.default_rng(seed).binomial(
+        np.nan_to_num(counts).astype(int), 0.5), np.nan)  # fmt: skip
+
+    def centred(k, size):
+        x = np.sqrt(1e4 * k / size[:, None])
+        return np.nan_to_num(x - np.nanmean(x, 0))
+
+    x = centred(counts, library)
+    basis = PCA(min(n_basis, *(d - 1 for d in x.shape)), svd_solver="full").fit(x).components_.T
+    a, b = centred(half, library / 2) @ basis, centred(counts - half, library / 2) @ basis
+    noise = (a - b).T @ (a - b) / 2
+    ridge = np.trace(noise) / len(noise) * np.eye(len(noise))
+    axes = scipy.linalg.eigh((a.T @ b + b.T @ a) / 2, noise + ridge)[1][:, ::-1][:, :n]
+    return x @ basis @ axes
+
+
+def assert_same_axes(found, expected, at_least):
+    """Every column is the other's, up to its sign and size."""
+    for k in range(expected.shape[1]):
+        assert abs(np.corrcoef(found[:, k], expected[:, k])[0, 1]) > at_least, k

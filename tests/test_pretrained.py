@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse as sp
 import scvi
 import torch
-from sklearn.decomposition import PCA
+from plain import assert_same_axes, plain_components
 
 import gpjepa
 from gpjepa import GPJEPA
@@ -68,7 +68,7 @@ def test_genes_are_matched_by_name(cells, saved, encoder):
     )
 
 
-@pytest.mark.parametrize("encoder", sorted(set(ENCODERS) - {"pca"}))
+@pytest.mark.parametrize("encoder", sorted(set(ENCODERS) - {"components"}))
 def test_new_genes_are_hidden_until_they_are_learned(cells, saved, encoder):
     _, path = saved[encoder]
     some = with_new_genes(cells[:, 10:].copy())
@@ -228,20 +228,16 @@ def test_moments_are_over_the_cells_that_measured_a_gene(two):
 
 
 def test_what_a_data_set_did_not_measure_is_no_component(two):
-    """Principal components of standardised genes, those that were not measured at their mean."""
+    """It is at its mean, and no difference between data sets."""
     joined = join(two)
     unlabelled(joined, dataset_key="dataset", library_size_key="library_size")
-    model = GPJEPA(joined, n_latent=4, encoder="pca")
+    model = GPJEPA(joined, n_latent=4, encoder="components")
     model.pretrain(**QUIET)
-    read = model._training_cells()
-    values = read.tensors(np.arange(len(read)))["values"].numpy()
     seen = joined.varm["measured"][joined.obs["dataset"]].to_numpy().T
-    found = moments(read, np.arange(len(read)))
-    standard = np.clip((values - found.mean) / np.maximum(found.spread, 0.1), -8, 8) * seen
-    expected = PCA(4, svd_solver="full").fit(standard).transform(standard)
-    ours = model.get_latent_representation()
-    for k in range(3):
-        assert abs(np.corrcoef(ours[:, k], expected[:, k])[0, 1]) > 0.99
+    read = model._training_cells()
+    counts = np.where(seen, read.counts.toarray(), np.nan)
+    expected = plain_components(counts, read.library, 3)
+    assert_same_axes(model.get_latent_representation(), expected, 0.9)  # other halves were drawn
 
 
 def test_mini_batches_are_of_one_data_set():

@@ -55,7 +55,7 @@ class Registered(BaseModelClass):
         registry: dict | None = None,
         *,
         n_latent: int = 64,
-        encoder: Literal["mlp", "perceiver", "transformer", "pca"] = "mlp",
+        encoder: Literal["mlp", "perceiver", "transformer", "components"] = "mlp",
         components: bool = True,
         n_hidden: int = 256,
         target_features: TargetFeatures | Sequence[TargetFeatures] = (),

@@ -91,6 +91,14 @@ class Cells:
             dataset=None if self.dataset is None else self.dataset[where],
         )
 
+    def halves(self, rng: np.random.Generator) -> tuple[Cells, Cells]:
+        """The same cells, each count in one of two halves, drawn at random."""
+        first = self.counts.copy()
+        first.data = rng.binomial(first.data.astype(np.int64), 0.5).astype(first.dtype)
+        library = self.library / 2
+        return (replace(self, counts=first, library=library),
+                replace(self, counts=self.counts - first, library=library))  # fmt: skip
+
     def by_dataset(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Genes that were measured, and the cells (positions in ``where``) that have just these."""
         if self.dataset is None or self.measured is None:

@@ -27,11 +27,11 @@ class GPJEPA(Trainable):
         Dimensions of the state.
     encoder
         ``"mlp"``; ``"perceiver"``: learned queries that attend to all genes; ``"transformer"``:
-        self-attention among the expressed genes; or ``"pca"``: principal components, without stage
-        A, the control of a learned encoder.
+        self-attention among the expressed genes; or ``"components"``: the components of
+        :class:`gpjepa.nn.ComponentEncoder`, without stage A, the control of a learned encoder.
     components
-        Whether states start from principal components, to which the encoder adds. Without them it
-        has to find those directions itself, and finds fewer of them.
+        Whether states start from those components, to which the encoder adds. Without them it has
+        to find those directions itself, and finds fewer of them.
     n_hidden
         Width of hidden layers.
     target_features

@@ -51,7 +51,7 @@ class GPJEPAModule(BaseModuleClass):
     encoder
         A key of ``gpjepa.nn.ENCODERS``.
     components
-        Whether it adds to principal components.
+        Whether it adds to closed-form components.
     rest
         Whether library sizes are of whole cells, so that the genes hold a part only.
     """

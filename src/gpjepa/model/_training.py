@@ -22,14 +22,13 @@ from gpjepa.effects import (
     library_shifts,
     targeted,
 )
-from gpjepa.nn import Encoder, PCAEncoder
+from gpjepa.nn import ComponentEncoder
 from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
 from ._module import MATCHINGS
-from ._moments import CHUNK
 from ._plans import ActionPlan, finish_on_interrupt
 from ._prediction import Predicting
 from ._pretrain import PretrainPlan, masked_genes
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _N_REFERENCE = 256  # control cells of a context behind the network's mean effect
 _N_MAP = 2_000  # cells behind the latent image of the anchor
-_N_COMPONENTS = 20_000_000  # numbers, cells times genes, behind principal components
+_N_COMPONENTS = 20_000_000  # numbers, cells times genes, behind the components of states
 _CELLS_PER_ROW = 32
 _BATCHES_PER_EPOCH = 25
 
@@ -218,7 +217,7 @@ class Trainable(Predicting):
         interrupted = False
         plan = PretrainPlan(self.module, **options)
         self._fit_components(cells, where)
-        if isinstance(self.module.encoder, PCAEncoder):
+        if isinstance(self.module.encoder, ComponentEncoder):
             epochs = 0
         if epochs:
             self.module.known.fill_(True)
@@ -228,25 +227,15 @@ class Trainable(Predicting):
         return interrupted
 
     def _fit_components(self, cells: Cells, where: np.ndarray) -> None:
-        """Principal components of some of the cells, for whatever encoder has them, once."""
+        """Components of some of the cells, for whatever encoder has them, once."""
         encoder = self.module.encoder
         for part in encoder.modules():
-            if isinstance(part, PCAEncoder) and not part.axes.any():
+            if isinstance(part, ComponentEncoder) and not part.axes.any():
+                rng = _random.stream("components")
                 n = min(len(where), _N_COMPONENTS // len(self.genes))
-                some = where[_random.stream("components").permutation(len(where))[:n]]
-                part.fit(self._standardised(cells, some, part))
+                some = cells.take(where[rng.permutation(len(where))[:n]])
+                part.fit(*(_measured(c).to(part.axes.device) for c in (some, *some.halves(rng))))
         self.module.target_encoder.load_state_dict(encoder.state_dict())
-
-    def _standardised(self, cells: Cells, where: np.ndarray, encoder: Encoder) -> torch.Tensor:
-        """What an encoder sees of cells, shape (n_cells, n_genes); unmeasured genes are average."""
-        x = torch.zeros(len(where), len(self.genes), device=encoder.center.device)
-        for genes, mine in cells.by_dataset(where):
-            visible = torch.from_numpy(genes).to(x.device)
-            for start in range(0, len(mine), CHUNK):
-                part = mine[start : start + CHUNK]
-                values = cells.tensors(where[part])["values"].to(x.device)
-                x[part] = encoder.standardise(values, visible)
-        return x
 
     def _sets(self, cells: Cells, where: np.ndarray, set_size: int, batch_size: int) -> SetBatches:
         """Sets of cells that share context and perturbation."""
@@ -447,6 +436,14 @@ class _ActionStage:
             )  # fmt: skip
             gates[str(regime)] = asdict(gate)
         return gates
+
+
+def _measured(cells: Cells) -> torch.Tensor:
+    """log1p counts per 10,000, not a number where a gene was not measured."""
+    x = torch.full(cells.counts.shape, torch.nan)
+    for genes, mine in cells.by_dataset(np.arange(len(cells))):
+        x[mine[:, None], np.flatnonzero(genes)] = cells.tensors(mine)["values"][:, genes]
+    return x
 
 
 def _ridge(values: np.ndarray, state: np.ndarray) -> torch.Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ._by_gene import load_genes
 from ._ema import ema_copy, ema_update
-from ._encoders import Encoder, MLPEncoder, PCAEncoder, ResidualEncoder
+from ._encoders import ComponentEncoder, Encoder, MLPEncoder, ResidualEncoder
 from ._heads import (
     BlockPredictor,
     CountDecoder,
@@ -20,7 +20,7 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
     "mlp": MLPEncoder,
     "perceiver": PerceiverEncoder,
     "transformer": TransformerEncoder,
-    "pca": PCAEncoder,
+    "components": ComponentEncoder,
 }
 
 
@@ -29,23 +29,25 @@ def make_encoder(
 ) -> Encoder:
     """Build an encoder by name; the width of hidden layers is the MLP's.
 
-    With ``components``, one that adds to principal components.
+    With ``components``, one that adds to the closed-form components.
     """
     if kind not in ENCODERS:
         raise ValueError(f"encoder={kind!r} is not known; choose one of {tuple(ENCODERS)}.")
     sizes = (n_genes, n_latent, n_hidden) if kind == "mlp" else (n_genes, n_latent)
     encoder = ENCODERS[kind](*sizes)
-    return ResidualEncoder(n_genes, n_latent, encoder) if components and kind != "pca" else encoder
+    if not components or kind == "components":
+        return encoder
+    return ResidualEncoder(n_genes, n_latent, encoder)
 
 
 __all__ = [
     "ENCODERS",
     "BlockPredictor",
+    "ComponentEncoder",
     "CountDecoder",
     "Encoder",
     "GaussianHead",
     "MLPEncoder",
-    "PCAEncoder",
     "PerceiverEncoder",
     "PerturbationEncoder",
     "ResidualEncoder",

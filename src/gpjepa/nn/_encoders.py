@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+_N_BASIS = 128  # principal components, or two for each that is wanted, among which to look
+
 
 class Encoder(nn.Module):
     """What all have: mean and spread of each gene over the training cells."""
@@ -71,8 +73,20 @@ class MLPEncoder(Encoder):
         return self.net(self.standardise(values, visible))
 
 
-class PCAEncoder(Encoder):
-    """Principal components of standardised genes, fitted once: the control of a learned encoder.
+class ComponentEncoder(Encoder):
+    r"""The directions of expression that half of a cell's counts tells best of the other half.
+
+    A JEPA in closed form. Let :math:`x` be the centred square roots of counts per 10,000, in which
+    the noise of counting is nearly the same for all genes, and :math:`a, b` those of two halves of
+    the counts, drawn at random (count splitting, Neufeld et al. 2024), all on the first :math:`r`
+    principal components of :math:`x`. What both halves share is
+    :math:`S = (a^\top b + b^\top a)/2`, what they do not is the noise
+    :math:`N = (a - b)^\top (a - b)/2`, and the components are
+
+    .. math::
+        S v = \lambda\,(N + \tfrac1r \operatorname{tr}(N)\, I)\,v
+
+    with the largest :math:`\lambda` (the maximum noise fraction of Green et al. 1988, with a ridge).
 
     Parameters
     ----------
@@ -80,35 +94,55 @@ class PCAEncoder(Encoder):
         Sizes of input and output.
     """
 
-    by_gene: ClassVar[dict[str, int]] = {**Encoder.by_gene, "axes": 0}
+    by_gene: ClassVar[dict[str, int]] = {**Encoder.by_gene, "mean": 0, "axes": 0}
+    mean: torch.Tensor
     axes: torch.Tensor
 
     def __init__(self, n_genes: int, n_latent: int) -> None:
         super().__init__(n_genes)
+        self.register_buffer("mean", torch.zeros(n_genes))
         self.register_buffer("axes", torch.zeros(n_genes, n_latent))
 
     @torch.no_grad()
-    def fit(self, x: torch.Tensor) -> None:
+    def fit(self, whole: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
         """Set the axes; states vary by 1 on average.
 
         Parameters
         ----------
-        x
-            Standardised expression of training cells, shape (n_cells, n_genes).
+        whole, first, second
+            Training cells, and two halves of their counts: log1p counts per 10,000, shape (n_cells,
+            n_genes), not a number where a gene was not measured.
         """
-        n = min(self.axes.shape[1], *(d - 1 for d in x.shape))
+        roots = [_root(x) for x in (whole, first, second)]
+        self.mean.copy_(roots[0].nanmean(0).nan_to_num())
+        x, a, b = ((r - r.nanmean(0)).nan_to_num() for r in roots)
+        n_basis = min(max(_N_BASIS, 2 * self.axes.shape[1]), *(d - 1 for d in x.shape))
         # A few more than are kept, or the last ones would not have settled.
-        _, singular, axes = torch.pca_lowrank(x, min(n + 16, *x.shape), niter=6)
+        basis = torch.pca_lowrank(x, min(n_basis + 16, *x.shape), niter=6)[2][:, :n_basis]
+        x, a, b = (y @ basis for y in (x, a, b))
+        noise = (a - b).T @ (a - b) / 2
+        size, directions = torch.linalg.eigh(noise)
+        size = size.clamp_min(0) + size.mean().clamp_min(torch.finfo(size.dtype).tiny)
+        white = directions / size.sqrt()
+        shared = white.T @ (a.T @ b + b.T @ a) @ white
+        axes = white @ torch.linalg.eigh(shared)[1].flip(1)[:, : self.axes.shape[1]]
+        axes /= (x @ axes).square().mean().sqrt()
         self.axes.zero_()
-        self.axes[:, :n] = axes[:, :n] / (singular[:n].square().mean() / len(x)).sqrt()
+        self.axes[:, : axes.shape[1]] = basis @ axes
 
     def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Latent states, shape (n_cells, n_latent)."""
-        return self.standardise(values, visible) @ self.axes
+        centred = _root(values) - self.mean
+        return (centred if visible is None else centred * visible) @ self.axes
+
+
+def _root(values: torch.Tensor) -> torch.Tensor:
+    """Square roots of counts per 10,000; values below 0 are noise that was added to them."""
+    return values.clamp_min(0).expm1().sqrt()
 
 
 class ResidualEncoder(Encoder):
-    """Principal components, and what another encoder adds to them.
+    """The closed-form components, and what another encoder adds to them.
 
     The other's last layer starts at 0, and so does what it adds.
 
@@ -122,7 +156,7 @@ class ResidualEncoder(Encoder):
 
     def __init__(self, n_genes: int, n_latent: int, residual: Encoder) -> None:
         super().__init__(n_genes)
-        self.components, self.residual = PCAEncoder(n_genes, n_latent), residual
+        self.components, self.residual = ComponentEncoder(n_genes, n_latent), residual
         last = [m for m in residual.modules() if isinstance(m, nn.Linear)][-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
