@@ -93,8 +93,9 @@ def ablations(data):
             **FREE, "regulariser": "sigreg", "regulariser_weight": 5.0
         },
         "views: thinned": {"thinning": 0.9},
-        "views: noise": {"noise": 0.5},
+        "views: noise": {"noise": 0.25},
         "level: conditions (labels)": {"set_size": 8},
+        "learning rate x 3": {"lr": 1e-3},
     }  # fmt: skip
     return {
         "defaults": ({}, {}),

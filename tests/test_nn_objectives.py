@@ -152,7 +152,9 @@ def fit(encoder, values):
     """Components as after pretraining, and something added to them."""
     for part in encoder.modules():
         if isinstance(part, ComponentEncoder):
-            part.fit(values, values * torch.rand_like(values), values)
+            part.fit(
+                x := part.standardise(values, None), lambda axes, x=x: (x @ axes, 0.9 * x @ axes)
+            )
     if isinstance(encoder, ResidualEncoder):
         last = [m for m in encoder.residual.modules() if isinstance(m, torch.nn.Linear)][-1]
         torch.nn.init.normal_(last.weight)
@@ -195,7 +197,7 @@ def test_an_encoder_starts_from_the_components_it_adds_to():
     alone = make_encoder("components", 20, 4, 16)
     for part in (encoder.components, alone):
         torch.manual_seed(0)
-        part.fit(values, values * 0.9, values)
+        fit(part, values)
     assert float(alone(values).std(0).min()) > 0.1
     torch.testing.assert_close(encoder(values), alone(values))
 

@@ -40,7 +40,7 @@ ARMS = {
     "sets of cells": {"set_size": 8},
     "no teacher": {"teacher": False},
     "SIGReg": {"teacher": False, "regulariser": "sigreg"},
-    "thinned and noisy": {"thinning": 0.5, "noise": 0.5},
+    "thinned and noisy": {"thinning": 0.5, "noise": 0.25},
     "overlapping blocks": {"overlap": 0.3, "size_spread": 0.5, "n_blocks": 3, "hidden": 0.3},
     "adversarial": {"masks": "adversarial"},
 }
@@ -48,7 +48,7 @@ ARMS = {
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_kind_of_pretraining_learns_and_is_logged(cells, arm):
-    model = pretrained(cells, 12, **ARMS[arm])
+    model = pretrained(cells, 60, **ARMS[arm])
     history = model.history
     loss = history["pretrain_loss"].to_numpy(float).ravel()
     assert np.isfinite(loss).all()

@@ -295,9 +295,9 @@ class Registered(BaseModelClass):
         Dispersion too: the steps that training has would not bring it there.
         """
         found = moments(cells, where)
-        spread = torch.from_numpy(np.maximum(found.spread, 0.1))
+        scale = max(float(np.sqrt(np.square(found.spread).mean())), 1e-3)
         for encoder in (self.module.encoder, self.module.target_encoder):
-            encoder.set_standard(torch.from_numpy(found.mean), spread)
+            encoder.set_standard(torch.from_numpy(found.root), scale)
         self.gene_share_ = np.maximum(found.share, 1e-8)
         decoder = self.module.decoder
         with torch.no_grad():

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpjepa.effects import PER
+
 from ._cells import Cells
 
 CHUNK = 512
@@ -18,8 +20,8 @@ class Moments:
 
     Attributes
     ----------
-    mean, spread
-        Mean and standard deviation of log1p counts per 10,000.
+    root, spread
+        Mean and standard deviation of square roots of counts per 10,000.
     share
         Mean share of the counts.
     dispersion
@@ -27,7 +29,7 @@ class Moments:
         Var(k) = ℓr + ℓ²r²/θ gives θ = r²Σℓ² / Σ((k - ℓr)² - k).
     """
 
-    mean: np.ndarray
+    root: np.ndarray
     spread: np.ndarray
     share: np.ndarray
     dispersion: np.ndarray
@@ -37,14 +39,15 @@ def moments(cells: Cells, where: np.ndarray) -> Moments:
     """Moments of some of the cells; a gene that none of them measured has mean 0 and spread 0."""
     n_genes = cells.counts.shape[1]
     sums = {name: np.zeros(n_genes) for name in
-            ("n", "value", "square", "share", "count", "excess", "crossed", "library", "libraries")}  # fmt: skip
+            ("n", "root", "square", "share", "count", "excess", "crossed", "library", "libraries")}  # fmt: skip
     for measured, mine in cells.by_dataset(where):
         for start in range(0, len(mine), CHUNK):
             batch = cells.tensors(where[mine[start : start + CHUNK]])
-            values, k = batch["values"].double().numpy(), batch["counts"].double().numpy()
+            k = batch["counts"].double().numpy()
             library = batch["library"].double().numpy()[:, None]
+            root = np.sqrt(PER * k / library)
             found = {
-                "n": len(values), "value": values.sum(0), "square": (values**2).sum(0),
+                "n": len(k), "root": root.sum(0), "square": (root**2).sum(0),
                 "share": (k / library).sum(0), "count": k.sum(0), "excess": (k**2 - k).sum(0),
                 "crossed": (k * library).sum(0), "library": library.sum(),
                 "libraries": (library**2).sum(),
@@ -52,11 +55,11 @@ def moments(cells: Cells, where: np.ndarray) -> Moments:
             for name, x in found.items():
                 sums[name] += x * measured
     n = np.maximum(sums["n"], 1)
-    mean, rate = sums["value"] / n, sums["count"] / np.maximum(sums["library"], 1)
+    root, rate = sums["root"] / n, sums["count"] / np.maximum(sums["library"], 1)
     excess = sums["excess"] - 2 * rate * sums["crossed"] + rate**2 * sums["libraries"]
     return Moments(
-        mean,
-        np.sqrt(np.maximum(sums["square"] / n - mean**2, 0)),
+        root,
+        np.sqrt(np.maximum(sums["square"] / n - root**2, 0)),
         sums["share"] / n,
         rate**2 * sums["libraries"] / np.maximum(excess, 1e-12),
     )

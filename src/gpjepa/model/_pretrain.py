@@ -140,8 +140,8 @@ class PretrainPlan(Plan):
         Largest share of the counts that the context does not see, drawn for each cell (binomial
         thinning); targets see all.
     noise
-        Standard deviation of Gaussian noise on the context's expressed genes, in units of each
-        gene's own, which falls to 0 over training (N-JEPA).
+        Standard deviation of Gaussian noise on log1p counts per 10,000 of the context's expressed
+        genes, which falls to 0 over training (N-JEPA).
     lr, weight_decay
         Of AdamW.
     """
@@ -152,7 +152,7 @@ class PretrainPlan(Plan):
         size_spread: float = 0.0, groups: torch.Tensor | None = None,
         weights: torch.Tensor | None = None, teacher: bool = True, momentum: float = 0.996,
         regulariser: Literal["vicreg", "sigreg"] = "vicreg", regulariser_weight: float | None = None,
-        thinning: float = 0.0, noise: float = 0.0, lr: float = 1e-3, weight_decay: float = 1e-4,
+        thinning: float = 0.0, noise: float = 0.0, lr: float = 3e-4, weight_decay: float = 1e-4,
     ) -> None:  # fmt: skip
         if objective not in OBJECTIVES:
             raise ValueError(f"objective={objective!r} is not known; choose one of {OBJECTIVES}.")
@@ -215,7 +215,7 @@ class PretrainPlan(Plan):
             values = torch.log1p(counts * (PER / (batch["library"].unsqueeze(1) * keep)))
         if self.noise:
             left = 1 - self.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
-            noise = torch.randn_like(values) * self.module.encoder.scale * (values != 0)
+            noise = torch.randn_like(values) * (values != 0)
             values = values + max(left, 0.0) * self.noise * noise
         return values
 

@@ -28,6 +28,7 @@ from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
+from ._components import fit_components
 from ._module import MATCHINGS
 from ._plans import ActionPlan, finish_on_interrupt
 from ._prediction import Predicting
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 _N_REFERENCE = 256  # control cells of a context behind the network's mean effect
 _N_MAP = 2_000  # cells behind the latent image of the anchor
-_N_COMPONENTS = 20_000_000  # numbers, cells times genes, behind the components of states
 _CELLS_PER_ROW = 32
 _BATCHES_PER_EPOCH = 25
 
@@ -227,14 +227,11 @@ class Trainable(Predicting):
         return interrupted
 
     def _fit_components(self, cells: Cells, where: np.ndarray) -> None:
-        """Components of some of the cells, for whatever encoder has them, once."""
+        """For whatever encoder has components, once."""
         encoder = self.module.encoder
         for part in encoder.modules():
             if isinstance(part, ComponentEncoder) and not part.axes.any():
-                rng = _random.stream("components")
-                n = min(len(where), _N_COMPONENTS // len(self.genes))
-                some = cells.take(where[rng.permutation(len(where))[:n]])
-                part.fit(*(_measured(c).to(part.axes.device) for c in (some, *some.halves(rng))))
+                fit_components(cells, where, part)
         self.module.target_encoder.load_state_dict(encoder.state_dict())
 
     def _sets(self, cells: Cells, where: np.ndarray, set_size: int, batch_size: int) -> SetBatches:
@@ -436,14 +433,6 @@ class _ActionStage:
             )  # fmt: skip
             gates[str(regime)] = asdict(gate)
         return gates
-
-
-def _measured(cells: Cells) -> torch.Tensor:
-    """log1p counts per 10,000, not a number where a gene was not measured."""
-    x = torch.full(cells.counts.shape, torch.nan)
-    for genes, mine in cells.by_dataset(np.arange(len(cells))):
-        x[mine[:, None], np.flatnonzero(genes)] = cells.tensors(mine)["values"][:, genes]
-    return x
 
 
 def _ridge(values: np.ndarray, state: np.ndarray) -> torch.Tensor:
