@@ -26,14 +26,17 @@ def plain_perceiver(encoder, values, visible):
     return encoder.out(state.flatten(1)), logits
 
 
-def plain_components(counts, library, n, *, n_basis=128, seed=1):
-    """States by the components that two random halves of the counts share, shape (n_cells, n).
+def half_of(counts):
+    """Half of the counts, drawn at random; what is not a number stays so."""
+    half = np.random.default_rng(1).binomial(np.nan_to_num(counts).astype(int), 0.5)
+    return np.where(np.isnan(counts), np.nan, half)
+
+
+def plain_components(counts, library, half, n, n_basis=128):
+    """States by the components that two halves of the counts share, shape (n_cells, n).
 
     Genes that a cell's data set did not measure are not a number.
     """
-    there = ~np.isnan(counts)
-    half = np.where(there, np.random.default_rng(seed).binomial(
-        np.nan_to_num(counts).astype(int), 0.5), np.nan)  # fmt: skip
 
     def centred(k, size):
         x = np.sqrt(1e4 * k / size[:, None])

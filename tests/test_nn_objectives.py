@@ -4,7 +4,7 @@ import numpy as np
 import ot
 import pytest
 import torch
-from plain import plain_perceiver
+from plain import assert_same_axes, half_of, plain_components, plain_perceiver
 from scipy.stats import nbinom
 from torch import nn
 
@@ -190,6 +190,26 @@ def test_hidden_genes_have_no_influence(kind, components):
     changed[:, 12:] += 5
     torch.testing.assert_close(encoder(values, visible), encoder(changed, visible))
     assert not torch.allclose(encoder(values), encoder(changed))
+
+
+def test_components_are_those_of_a_plain_generalised_eigenproblem():
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.gamma(2, 2, 40) * np.exp(0.3 * rng.normal(size=(300, 5)) @ rng.normal(
+        size=(5, 40)))).astype(float)  # fmt: skip
+    library, half = counts.sum(1), half_of(counts)
+    encoder = make_encoder("components", 40, 5, 0)
+
+    def values(k, size):
+        return torch.from_numpy(np.log1p(1e4 * k / size[:, None])).float()
+
+    def halves(axes):
+        found = (encoder.standardise(values(k, library / 2), None) @ axes
+                 for k in (half, counts - half))  # fmt: skip
+        return tuple(x - x.mean(0) for x in found)
+
+    whole = values(counts, library)
+    encoder.fit(encoder.standardise(whole, None), halves)
+    assert_same_axes(encoder(whole), plain_components(counts, library, half, 5), 0.9999)
 
 
 def test_an_encoder_starts_from_the_components_it_adds_to():

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import scvi
 import torch
-from plain import assert_same_axes, plain_components
+from plain import assert_same_axes, half_of, plain_components
 
 import gpjepa
 from gpjepa import GPJEPA
@@ -200,6 +200,7 @@ def test_components_are_what_halves_of_the_counts_share(cells):
     read = model._training_cells()
     _, out = model._hold_out(read)
     ours = model.get_latent_representation()[~out]
-    expected = plain_components(read.counts[~out].toarray().astype(float), read.library[~out], 3)
+    counts = read.counts[~out].toarray().astype(float)
+    expected = plain_components(counts, read.library[~out], half_of(counts), 3)
     assert_same_axes(ours, expected, 0.95)  # other halves were drawn
     assert (ours**2).mean() == pytest.approx(1, abs=0.05)

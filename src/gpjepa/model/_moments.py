@@ -39,27 +39,28 @@ def moments(cells: Cells, where: np.ndarray) -> Moments:
     """Moments of some of the cells; a gene that none of them measured has mean 0 and spread 0."""
     n_genes = cells.counts.shape[1]
     sums = {name: np.zeros(n_genes) for name in
-            ("n", "root", "square", "share", "count", "excess", "crossed", "library", "libraries")}  # fmt: skip
+            ("n", "root", "share", "count", "excess", "crossed", "library", "libraries")}  # fmt: skip
     for measured, mine in cells.by_dataset(where):
         for start in range(0, len(mine), CHUNK):
             batch = cells.tensors(where[mine[start : start + CHUNK]])
             k = batch["counts"].double().numpy()
             library = batch["library"].double().numpy()[:, None]
-            root = np.sqrt(PER * k / library)
+            share = k / library
             found = {
-                "n": len(k), "root": root.sum(0), "square": (root**2).sum(0),
-                "share": (k / library).sum(0), "count": k.sum(0), "excess": (k**2 - k).sum(0),
+                "n": len(k), "root": np.sqrt(PER * share).sum(0), "share": share.sum(0),
+                "count": k.sum(0), "excess": (k**2 - k).sum(0),
                 "crossed": (k * library).sum(0), "library": library.sum(),
                 "libraries": (library**2).sum(),
             }  # fmt: skip
             for name, x in found.items():
                 sums[name] += x * measured
     n = np.maximum(sums["n"], 1)
-    root, rate = sums["root"] / n, sums["count"] / np.maximum(sums["library"], 1)
+    root, share = sums["root"] / n, sums["share"] / n
+    rate = sums["count"] / np.maximum(sums["library"], 1)
     excess = sums["excess"] - 2 * rate * sums["crossed"] + rate**2 * sums["libraries"]
     return Moments(
         root,
-        np.sqrt(np.maximum(sums["square"] / n - root**2, 0)),
-        sums["share"] / n,
+        np.sqrt(np.maximum(PER * share - root**2, 0)),
+        share,
         rate**2 * sums["libraries"] / np.maximum(excess, 1e-12),
     )

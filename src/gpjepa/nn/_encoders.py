@@ -135,7 +135,7 @@ class ComponentEncoder(Encoder):
         size, directions = torch.linalg.eigh((a - b).T @ (a - b) / 2)
         size = size.clamp_min(0) + size.mean().clamp_min(torch.finfo(size.dtype).tiny)
         white = directions / size.sqrt()
-        shared = white.T @ (a.T @ b + b.T @ a) @ white
+        shared = white.T @ (a.T @ b + b.T @ a) @ white / 2
         axes = basis @ white @ torch.linalg.eigh(shared)[1].flip(1)[:, : self.axes.shape[1]]
         self.axes.zero_()
         self.axes[:, : axes.shape[1]] = axes / (x @ axes).square().mean().sqrt()
