@@ -149,12 +149,15 @@ def test_transformer_equals_attention_cell_by_cell():
 
 
 def fit(encoder, values):
-    """Components as after pretraining, and something added to them."""
-    for part in encoder.modules():
-        if isinstance(part, ComponentEncoder):
-            part.fit(
-                x := part.standardise(values, None), lambda axes, x=x: (x @ axes, 0.9 * x @ axes)
-            )
+    """Components as after pretraining."""
+    if isinstance(encoder, ComponentEncoder):
+        x = encoder.standardise(values, None)
+        encoder.fit(x, lambda axes: (x @ axes, 0.9 * x @ axes))
+
+
+def fit_and_train(encoder, values):
+    """The same, and something added to them."""
+    fit(encoder, values)
     if isinstance(encoder, ResidualEncoder):
         last = [m for m in encoder.residual.modules() if isinstance(m, torch.nn.Linear)][-1]
         torch.nn.init.normal_(last.weight)
@@ -166,7 +169,7 @@ def test_the_order_of_the_genes_is_no_input(kind, components):
     """With the parameters of each gene in the same order, states are the same."""
     encoder = make_encoder(kind, 25, 4, 16, components).double()
     values, order = sparse_cells(5, 25, 0.4).double(), torch.randperm(25)
-    fit(encoder, sparse_cells(50, 25, 0.4).double())
+    fit_and_train(encoder, sparse_cells(50, 25, 0.4).double())
     other = copy.deepcopy(encoder)
     with torch.no_grad():
         for name, tensor in [*other.named_parameters(), *other.named_buffers()]:
@@ -184,7 +187,7 @@ def test_the_order_of_the_genes_is_no_input(kind, components):
 def test_hidden_genes_have_no_influence(kind, components):
     encoder = make_encoder(kind, 20, 4, 16, components)
     visible = torch.arange(20) < 12
-    fit(encoder, torch.rand(30, 20))
+    fit_and_train(encoder, torch.rand(30, 20))
     values = torch.rand(3, 20)
     changed = values.clone()
     changed[:, 12:] += 5
@@ -215,9 +218,9 @@ def test_components_are_those_of_a_plain_generalised_eigenproblem():
 def test_an_encoder_starts_from_the_components_it_adds_to():
     encoder, values = make_encoder("mlp", 20, 4, 16, components=True), torch.rand(30, 20)
     alone = make_encoder("components", 20, 4, 16)
-    for part in (encoder.components, alone):
+    for one in (encoder, alone):
         torch.manual_seed(0)
-        fit(part, values)
+        fit(one, values)
     assert float(alone(values).std(0).min()) > 0.1
     torch.testing.assert_close(encoder(values), alone(values))
 

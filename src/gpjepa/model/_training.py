@@ -217,7 +217,7 @@ class Trainable(Predicting):
         interrupted = False
         plan = PretrainPlan(self.module, **options)
         self._fit_components(cells, where)
-        if isinstance(self.module.encoder, ComponentEncoder):
+        if next(self.module.encoder.parameters(), None) is None:
             epochs = 0
         if epochs:
             self.module.known.fill_(True)
@@ -227,11 +227,10 @@ class Trainable(Predicting):
         return interrupted
 
     def _fit_components(self, cells: Cells, where: np.ndarray) -> None:
-        """For whatever encoder has components, once."""
+        """For an encoder that has components, once."""
         encoder = self.module.encoder
-        for part in encoder.modules():
-            if isinstance(part, ComponentEncoder) and not part.axes.any():
-                fit_components(cells, where, part)
+        if isinstance(encoder, ComponentEncoder) and not encoder.axes.any():
+            fit_components(cells, where, encoder)
         self.module.target_encoder.load_state_dict(encoder.state_dict())
 
     def _sets(self, cells: Cells, where: np.ndarray, set_size: int, batch_size: int) -> SetBatches:

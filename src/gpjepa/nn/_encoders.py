@@ -145,7 +145,7 @@ class ComponentEncoder(Encoder):
         return self.standardise(values, visible) @ self.axes
 
 
-class ResidualEncoder(Encoder):
+class ResidualEncoder(ComponentEncoder):
     """The closed-form components, and what another encoder adds to them.
 
     The other's last layer starts at 0, and so does what it adds.
@@ -159,12 +159,12 @@ class ResidualEncoder(Encoder):
     """
 
     def __init__(self, n_genes: int, n_latent: int, residual: Encoder) -> None:
-        super().__init__(n_genes)
-        self.components, self.residual = ComponentEncoder(n_genes, n_latent), residual
+        super().__init__(n_genes, n_latent)
+        self.residual = residual
         last = [m for m in residual.modules() if isinstance(m, nn.Linear)][-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
     def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Latent states, shape (n_cells, n_latent)."""
-        return self.components(values, visible) + self.residual(values, visible)
+        return super().forward(values, visible) + self.residual(values, visible)
