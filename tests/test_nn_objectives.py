@@ -76,6 +76,12 @@ def test_perceiver_equals_attention_over_explicit_tokens(density, masked):
     assert_same(encoder, values, visible[masked])
 
 
+def test_perceiver_works_on_many_cells_in_parts(monkeypatch):
+    monkeypatch.setattr("gpjepa.nn._perceiver._PLACES", 100)
+    encoder = PerceiverEncoder(60, 8, n_queries=3, n_heads=2, width=16)
+    assert_same(encoder, sparse_cells(37, 60, 0.3), torch.rand(60) > 0.3)
+
+
 @pytest.mark.parametrize("scale", [4.0, 10.0])
 def test_perceiver_keeps_its_digits_at_the_logits_of_a_trained_model(scale):
     """Where a few genes hold nearly all of the attention, whether they are expressed or not."""

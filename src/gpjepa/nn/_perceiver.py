@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from ._encoders import Encoder
 from ._tokens import Expressed, Tokenizer
 
-_PLACES = 4_096  # expressed genes worked on at a time, so that they stay in the processor's cache
-_TINY = 1e-30
+_PLACES = 32_768  # expressed genes worked on at a time, so that they stay in the processor's cache
 _LOST = 16.0  # what is subtracted may be this many times what is left
+_STEEP = 60.0  # and no value may change a logit by more, or weights leave the range of floats
 
 
 class PerceiverEncoder(Encoder):
@@ -23,10 +23,10 @@ class PerceiverEncoder(Encoder):
     Two identities make it fast, and neither is an approximation. A token
     :math:`E_g + W_\varphi\varphi(x)` is a part of the gene alone and a part in the small space of φ,
     so that no token is formed: logits are
-    :math:`q\cdot K_g + (W_\varphi^\top W_k^\top q)\cdot\varphi(x)`, and a mean value is the map of a
-    mean token, that of the mean :math:`E_g` and the mean φ. And all genes with value 0 share
-    φ(0), so that their sum is that over all genes less that over the expressed ones: a cell costs
-    what its expressed genes cost (Jaegle et al. 2021 for the Perceiver).
+    :math:`q\cdot K_g + (W_\varphi^\top W_k^\top q)\cdot\varphi(x)`, and a mean value is the mean of
+    the genes' own values and the map of the mean φ. And all genes with value 0 share φ(0), so that
+    their sum is that over all genes less that over the expressed ones: a cell costs what its
+    expressed genes cost (Jaegle et al. 2021 for the Perceiver).
 
     A difference loses digits where the expressed genes held most of the sum; there, and where
     cells see different genes, all genes are summed one by one.
@@ -64,56 +64,56 @@ class PerceiverEncoder(Encoder):
     def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Latent states, shape (n_cells, n_latent)."""
         heads, width = self.n_heads, self.queries.shape[1]
-        query = self.to_query(self.queries).unflatten(1, (heads, -1))  # (Q, H, d)
-        to_key = self.to_key.weight.unflatten(0, (heads, -1))  # (H, d, width)
+        to_key, to_value = (
+            x.weight.unflatten(0, (heads, -1)) for x in (self.to_key, self.to_value)
+        )  # (H, d, width)
+        query = self.to_query(self.queries).unflatten(1, (heads, -1)).transpose(0, 1)
         # Keys are only met by queries, so the queries go through the map of the keys instead.
-        query = torch.einsum("qhd,hdw->hqw", query, to_key).flatten(0, 1)
-        query = query * math.sqrt(heads / width)
-        by_gene = self.tokens.gene @ query.T  # (G, HQ)
-        by_value = query @ self.tokens.expression.weight  # (HQ, F)
+        query = query @ to_key * math.sqrt(heads / width)  # (H, Q, width)
+        by_gene, value = (
+            F.linear(self.tokens.gene, x.flatten(0, 1)).unflatten(1, (heads, -1)).transpose(0, 1)
+            for x in (query, to_value)
+        )  # (H, G, Q), (H, G, d)
+        by_phi = query @ self.tokens.expression.weight  # (H, Q, F)
 
         if visible is not None and visible.dim() == 1:
             visible = visible.bool()
         means = None
         if visible is None or visible.dim() == 1:
-            means = self._over_expressed(values, visible, by_gene, by_value)
+            means = self._over_expressed(values, visible, by_gene, value, by_phi)
         if means is None:
-            means = self._over_all(values, visible, by_gene, by_value)
-        gene, phi = means  # (n, HQ, width), (n, HQ, F)
-        token = (gene + self.tokens.expression(phi)).unflatten(1, (heads, -1))
-        to_value = self.to_value.weight.unflatten(0, (heads, -1))
-        state = torch.einsum("nhqw,hdw->nqhd", token, to_value).flatten(2) + self.queries
+            means = self._over_all(values, visible, by_gene, value, by_phi)
+        own, phi = means  # (H, n, Q, d), (H, n, Q, F)
+        of_phi = (to_value @ self.tokens.expression.weight).transpose(1, 2).unsqueeze(1)
+        state = (own + phi @ of_phi).permute(1, 2, 0, 3).flatten(2) + self.queries
         state = state + self.mix(state)
         return self.out(state.flatten(1))
 
     def _over_expressed(
-        self, values: torch.Tensor, visible: torch.Tensor | None, by_gene: torch.Tensor,
-        by_value: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
-        """Means of the genes' part and of φ under attention; None where digits would be lost."""
+        self, values: torch.Tensor, visible: torch.Tensor | None, *tables: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Means of the genes' values and of φ under attention; None where digits would be lost."""
         with torch.no_grad():
             listed = Expressed.of(values, visible)
-            phi = F.pad(self.tokens.fourier(listed.values), (0, 1), value=1.0)
             phi_zero = self.tokens.fourier(values.new_zeros(()))
+            phi = self.tokens.fourier(listed.values) - phi_zero
         # Differences need the digits of the full precision, also where the rest does without.
         with torch.autocast(values.device.type, enabled=False):
-            tables = (x.to(phi.dtype) for x in (by_gene, self.tokens.gene, by_value))
-            *means, kept = _Attention.apply(*tables, phi, phi_zero, listed, visible)
-        return tuple(means) if kept else None
+            tables = tuple(x.to(phi.dtype) for x in tables)
+            own, change, kept = _Attention.apply(*tables, phi, listed, visible)
+        return (own, phi_zero + change) if kept else None
 
     def _over_all(
         self, values: torch.Tensor, visible: torch.Tensor | None, by_gene: torch.Tensor,
-        by_value: torch.Tensor,
+        value: torch.Tensor, by_phi: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The same, gene by gene."""
         phi = self.tokens.fourier(values)  # (n, G, F)
-        logits = by_gene.T + by_value @ phi.transpose(1, 2)  # (n, HQ, G)
+        logits = by_gene.unsqueeze(1) + phi @ by_phi.transpose(1, 2).unsqueeze(1)  # (H, n, G, Q)
         if visible is not None:
-            hidden = ~visible.bool()
-            hidden = hidden if hidden.dim() == 1 else hidden.unsqueeze(1)
-            logits = logits.masked_fill(hidden, -torch.inf)
-        attention = logits.softmax(-1)
-        return attention @ self.tokens.gene, attention @ phi
+            logits = logits.masked_fill(~visible.bool().unsqueeze(-1), -torch.inf)
+        attention = logits.softmax(2).transpose(2, 3)
+        return attention @ value.unsqueeze(1), attention @ phi
 
 
 class _Attention(torch.autograd.Function):
@@ -121,112 +121,118 @@ class _Attention(torch.autograd.Function):
 
     With w the weight of an expressed gene, u the weight that it would have at value 0, and the sums
     over all visible genes at value 0 (tables, once per batch), the denominator is
-    ``sum_all(u) + sum(w - u)``, and the numerators likewise.
+    ``sum_all(u) + sum(w - u)``, and the numerators likewise. One head after the other, as what one
+    needs is small enough for the cache.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, by_gene: torch.Tensor, gene: torch.Tensor, by_value: torch.Tensor,
-        phi: torch.Tensor, phi_zero: torch.Tensor, listed: Expressed, visible: torch.Tensor | None,
+        ctx: Any, by_gene: torch.Tensor, value: torch.Tensor, by_phi: torch.Tensor,
+        phi: torch.Tensor, listed: Expressed, visible: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:  # fmt: skip
         """Attention means.
 
         Parameters
         ----------
         by_gene
-            Logits of the genes' own part, shape (n_genes, n_maps): a map is a query of a head.
-        gene
-            The genes' own part of the tokens, shape (n_genes, width).
-        by_value
-            Logits per feature of φ, shape (n_maps, n_features).
+            Logits of genes with value 0, shape (n_heads, n_genes, n_queries); what all genes have
+            in common may be left out.
+        value
+            Values of the genes, shape (n_heads, n_genes, width of a head).
+        by_phi
+            Logits per feature of φ, shape (n_heads, n_queries, n_features).
         phi
-            φ of the listed genes and a column of ones, shape (n_cells, n_places, n_features + 1).
-        phi_zero
-            φ(0), shape (n_features,).
+            φ of the listed genes less φ(0), shape (n_cells, n_places, n_features).
         listed, visible
             The expressed genes; the genes that count.
 
         Returns
         -------
         tuple
-            Mean of the genes' own part, shape (n_cells, n_maps, width); mean φ, shape (n_cells,
-            n_maps, n_features); whether no digits were lost.
+            Mean of the genes' values, shape (n_heads, n_cells, n_queries, width of a head); mean φ
+            less φ(0), shape (n_heads, n_cells, n_queries, n_features); whether no digits were lost.
         """
-        (n, _, n_features), n_maps = phi.shape, len(by_value)
-        at_zero = by_value @ phi_zero
-        logits = phi[..., :-1] @ by_value.T  # (n, places, maps)
-        # One shift for all cells, above every logit: the weights are then rows of tables.
-        shift = by_gene.amax(0) + torch.maximum(logits.flatten(0, 1).amax(0), at_zero)
+        # Above the logits of all visible genes with value 0, so that one of them weighs 1.
+        top = by_gene if visible is None else by_gene.masked_fill(~visible.unsqueeze(1), -torch.inf)
+        zero = (by_gene - top.amax(1, True)).clamp_max_(0).exp_()
+        if visible is not None:
+            zero *= visible.unsqueeze(1)
         # The last row is that of no gene: it weighs nothing.
-        own = F.pad(by_gene - shift, (0, 0, 0, 1), value=-1e30)
-        zero = (own + at_zero).exp_()
-        gene = F.pad(gene, (0, 0, 0, 1))
-        table = zero[:-1] if visible is None else zero[:-1] * visible.unsqueeze(1)
-        total, total_gene = table.sum(0), table.T @ gene[:-1]
+        zero, value = (F.pad(x, (0, 0, 0, 1)) for x in (zero, value))
+        total, total_value = zero.sum(1), zero.transpose(1, 2) @ value
 
-        mean_gene = total_gene.expand(n, -1, -1).clone()
-        seen, change = phi.new_empty(n, n_maps, n_features), phi.new_empty(n, n_maps)
-        saved, parts = [], listed.parts(_PLACES)
-        for part in parts:
-            index = listed.index[part]
-            w = logits[part].add_(_rows(own, index)).exp_()
-            u, tokens = (_rows(x, index) for x in (zero, gene))
-            more = w - u
-            mean_gene[part].baddbmm_(more.transpose(1, 2), tokens)
-            torch.bmm(w.transpose(1, 2), phi[part], out=seen[part])
-            torch.sum(more, 1, out=change[part])
-            saved.append((w, u))
-        weight = (total + change).unsqueeze(-1)  # (n, maps, 1)
-        mean_gene /= weight
-        rest = weight - seen[..., -1:]
-        mean_phi = (seen[..., :-1] + rest * phi_zero) / weight
-        # The shift is for all cells: far below the others, weights have no digits left either.
-        kept = bool((total.unsqueeze(-1) <= _LOST * weight).all() & (weight > _TINY).all())
-        ctx.parts, ctx.listed = list(zip(parts, saved, strict=True)), listed
-        ctx.save_for_backward(gene, phi, phi_zero, table, mean_gene, mean_phi, weight)
-        return mean_gene, mean_phi, kept
+        n, saved, logits = len(phi), [], []
+        mean_value = total_value.unsqueeze(1).repeat(1, n, 1, 1)
+        mean_phi = phi.new_empty(*mean_value.shape[:3], phi.shape[-1])
+        weight = total.unsqueeze(1).repeat(1, n, 1)
+        parts = [(part, phi[part], listed.index[part]) for part in listed.parts(_PLACES)]
+        # Written over and over, as memory that was not used before is slow.
+        own, more = (phi.new_empty(*parts[0][2].shape, x.shape[-1]) for x in (value, zero))
+        for head in range(len(value)):
+            for part, features, index in parts:
+                at, size = (head, part), len(index)
+                u = _rows(zero[head], index)
+                w = features @ by_phi[head].T
+                logits.append(w.amax())
+                w.exp_().mul_(u)
+                torch.bmm(w.transpose(1, 2), features, out=mean_phi[at])
+                weight[at] += torch.sub(w, u, out=more[:size]).sum(1)
+                _rows(value[head], index, out=own[:size])
+                mean_value[at].baddbmm_(more[:size].transpose(1, 2), own[:size])
+                saved.append((w, u))
+        kept = (total.unsqueeze(1) <= _LOST * weight).all() & (torch.stack(logits).amax() <= _STEEP)
+        weight = weight.unsqueeze(-1)
+        mean_value /= weight
+        mean_phi /= weight
+        ctx.parts, ctx.saved, ctx.listed = parts, saved, listed
+        ctx.save_for_backward(value, phi, zero, mean_value, mean_phi, weight)
+        return mean_value, mean_phi, bool(kept)
 
     @staticmethod
-    def backward(ctx: Any, d_gene: torch.Tensor, d_phi: torch.Tensor, _: Any) -> tuple:
-        """Gradients of by_gene, gene and by_value, in full precision as the sums are."""
-        with torch.autocast(d_gene.device.type, enabled=False):
-            return *_Attention._gradients(ctx, d_gene, d_phi), *[None] * 4
+    def backward(ctx: Any, d_value: torch.Tensor, d_phi: torch.Tensor, _: Any) -> tuple:
+        """Gradients of by_gene, value and by_phi, in full precision as the sums are."""
+        with torch.autocast(d_value.device.type, enabled=False):
+            return *_Attention._gradients(ctx, d_value, d_phi), *[None] * 3
 
     @staticmethod
     def _gradients(
-        ctx: Any, d_mean: torch.Tensor, d_phi: torch.Tensor
+        ctx: Any, d_value: torch.Tensor, d_phi: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        gene, phi, phi_zero, table, mean_gene, mean_phi, weight = ctx.saved_tensors
-        (n, places, _), n_maps, width = phi.shape, table.shape[1], gene.shape[1]
-        inner = ((d_mean * mean_gene).sum(-1, True) + (d_phi * mean_phi).sum(-1, True)) / weight
-        to_gene, to_phi = d_mean / weight, d_phi / weight
-        zero_phi = (to_phi @ phi_zero).unsqueeze(-1) - inner  # (n, maps, 1)
-        to_phi = torch.cat([to_phi, -inner], -1)
+        value, phi, zero, mean_value, mean_phi, weight = ctx.saved_tensors
+        inner = ((d_value * mean_value).sum(-1, True) + (d_phi * mean_phi).sum(-1, True)) / weight
+        to_value, to_phi = d_value / weight, d_phi / weight
+        inner = inner.transpose(2, 3)  # (H, n, 1, Q)
 
         # All genes at value 0, then each expressed one at its value instead.
-        summed = to_gene.sum(0)
-        d_zero = torch.addmm(zero_phi.sum(0).T, gene[:-1], summed.T).mul_(table)
+        summed = to_value.sum(1)  # (H, Q, d)
+        d_by_gene = (value @ summed.transpose(1, 2) - inner.sum(1)).mul_(zero)[:, :-1]
+        d_own = (zero @ summed)[:, :-1]
+        d_by_phi = phi.new_zeros(*zero.shape[::2], phi.shape[-1])
+        saved = iter(ctx.saved)
+        of_weights, of_values = (phi.new_empty(*phi.shape[:2], x.shape[-1]) for x in (zero, value))
+        at_zero, own = (torch.empty_like(x[ctx.parts[0][0]]) for x in (of_weights, of_values))
+        for head in range(len(value)):
+            for part, features, index in ctx.parts:
+                (w, u), to, size = next(saved), to_value[head, part], len(index)
+                zeros, at_value = at_zero[:size], of_weights[part]
+                _rows(value[head], index, out=own[:size])
+                torch.bmm(own[:size], to.transpose(1, 2), out=zeros).sub_(inner[head, part])
+                torch.baddbmm(zeros, features, to_phi[head, part].transpose(1, 2), out=at_value)
+                at_value *= w
+                d_by_phi[head] += torch.bmm(at_value.transpose(1, 2), features).sum(0)
+                at_value.addcmul_(zeros, u, value=-1)
+                torch.bmm(torch.sub(w, u, out=zeros), to, out=of_values[part])
+            d_by_gene[head] += _sum_by_gene(of_weights, ctx.listed)
+            d_own[head] += _sum_by_gene(of_values, ctx.listed)
+        return d_by_gene, d_own, d_by_phi
 
-        zero_phi = zero_phi.transpose(1, 2)
-        d_own, d_listed = phi.new_empty(n, places, n_maps), phi.new_empty(n, places, width)
-        d_features = phi.new_zeros(n_maps, phi.shape[2])
-        for part, (w, u) in ctx.parts:
-            at_zero = _rows(gene, ctx.listed.index[part]) @ to_gene[part].transpose(1, 2)
-            at_value = torch.baddbmm(at_zero, phi[part], to_phi[part].transpose(1, 2)).mul_(w)
-            d_features.addmm_(at_value.flatten(0, 1).T, phi[part].flatten(0, 1))
-            at_zero.add_(zero_phi[part]).mul_(u)
-            torch.sub(at_value, at_zero, out=d_own[part])
-            torch.bmm(w - u, to_gene[part], out=d_listed[part])
-        d_by_gene = _sum_by_gene(d_own, ctx.listed)
-        d_at_zero = d_zero.sum(0) + d_by_gene.sum(0) - d_features[:, -1]
-        d_by_value = d_features[:, :-1] + d_at_zero.unsqueeze(1) * phi_zero
-        d_gene = _sum_by_gene(d_listed, ctx.listed).addmm_(table, summed)
-        return d_by_gene + d_zero, d_gene, d_by_value
 
-
-def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _rows(
+    table: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rows of a table, shape (*index.shape, n_columns)."""
-    return table.index_select(0, index.flatten()).view(*index.shape, -1)
+    flat = None if out is None else out.flatten(0, 1)
+    return torch.index_select(table, 0, index.flatten(), out=flat).view(*index.shape, -1)
 
 
 def _sum_by_gene(gradient: torch.Tensor, listed: Expressed) -> torch.Tensor:

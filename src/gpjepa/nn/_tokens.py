@@ -78,10 +78,11 @@ class Expressed:
         place = expressed.cumsum(1)
         width = max(int(place[:, -1].max()), 1) if n else 1
         gene, cell = expressed.t().nonzero(as_tuple=True)
-        order = cell * width + place[cell, gene] - 1
+        at = cell * n_genes + gene
+        order = cell * width + place.take(at) - 1
         index = torch.full((n * width,), n_genes, device=values.device)
         listed = values.new_zeros(n * width)
-        index[order], listed[order] = gene, values[cell, gene]
+        index[order], listed[order] = gene, values.take(at)
         per_gene = expressed.sum(0)
         starts = per_gene.cumsum(0) - per_gene
         return cls(index.view(n, width), listed.view(n, width), order, starts)
