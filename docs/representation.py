@@ -293,6 +293,21 @@ def markdown(table):
     return "\n".join(lines)
 
 
+def side_by_side(tables, measure):
+    """One measure on all data sets: the first encoder's area, and the others' differences."""
+    table = pd.concat(tables)
+    names = list(dict.fromkeys(table["data"]))
+    lines = [f"| {measure} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for title, rows in table[table["measure"] == measure].groupby("encoder", sort=False):
+        cells = {
+            row["data"]: f"{row['difference']:+.3f} ({row['lower']:+.3f} to {row['upper']:+.3f})"
+            if row["lower"] or row["upper"] else f"{row['area']:.3f}"
+            for _, row in rows.iterrows()
+        }  # fmt: skip
+        lines.append(f"| {title} | {' | '.join(cells[name] for name in names)} |")
+    return "\n".join(lines)
+
+
 def pretrained(data, genes):
     """Encoders of other data sets, as they are and trained on; what the genes they share hold."""
     keys = {"perturbation_key": None, "library_size_key": "library_size"}
@@ -358,6 +373,8 @@ def main(which, data, out, wanted):
         tables.append(found.assign(data=name))
         pd.concat(tables).to_csv(out, index=False)
         print(f"{name}\n\n{markdown(found)}\n", flush=True)
+    for measure in ("probe", "retrieval") if len(tables) > 1 else ():
+        print(f"{side_by_side(tables, measure)}\n")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,9 @@ def test_states_that_tell_labels_apart_score_and_those_that_do_not_do_not(cells,
     assert table.loc[("telling", "probe"), "depth 1"] > 0.95
     printed = representation.markdown(table.reset_index()).splitlines()
     assert printed[2].startswith("| telling | ") and " to -" in printed[3]
+    tables = [table.reset_index().assign(data=name) for name in ("one", "two")]
+    aside = representation.side_by_side(tables, "probe").splitlines()
+    assert aside[0] == "| probe | one | two |" and aside[3].count(" to -") == 2
     for measure in ("probe", "retrieval"):
         row = table.loc[("nothing", measure)]
         assert row["area"] == pytest.approx(0.5, abs=0.1)
