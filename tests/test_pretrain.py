@@ -189,7 +189,7 @@ def test_an_encoder_that_cannot_be_held_up_is_stopped(cells, monkeypatch):
     monkeypatch.setattr(ENCODERS["mlp"], "forward", lambda self, *args: 1e-4 * forward(self, *args))
     with (
         pytest.warns(UserWarning, match="has collapsed"),
-        pytest.raises(CollapseError, match="with the regulariser raised to 64"),
+        pytest.raises(CollapseError, match="with the regulariser raised to 16"),
     ):
         pretrained(cells, 20, components=False, lr=1e-5)
 

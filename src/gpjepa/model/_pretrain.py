@@ -31,6 +31,7 @@ REGULARISERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "vicreg": vicreg,
     "sigreg": sigreg,
 }
+WEIGHTS = {"vicreg": 0.1, "sigreg": 5.0}
 MASKS = ("random", "gene_sets", "regulons", "adversarial")
 GeneSets = str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]]
 
@@ -55,7 +56,7 @@ class CollapseGuard:
     ----------
     weight
         Weight of the regulariser; raised fourfold for every three epochs that the collapse goes on,
-        up to 64 times itself, or 16 where it is off.
+        up to 64 times itself, and at least up to 16.
     """
 
     def __init__(self, weight: float) -> None:
@@ -135,7 +136,7 @@ class PretrainPlan(Plan):
     regulariser
         ``"vicreg"``, or ``"sigreg"`` (LeJEPA; made for ``teacher=False``).
     regulariser_weight
-        Its weight; 0 is off, the default but for the JEPA (1).
+        Its weight; 0 is off, the default but for the JEPA (0.1 for VICReg, 5 for SIGReg).
     thinning
         Largest share of the counts that the context does not see, drawn for each cell (binomial
         thinning); targets see all.
@@ -171,7 +172,7 @@ class PretrainPlan(Plan):
         self.teacher, self.momentum = teacher, momentum
         self.regularise = REGULARISERS[regulariser]
         if regulariser_weight is None:
-            regulariser_weight = 1.0 if objective == "jepa" else 0.0
+            regulariser_weight = WEIGHTS[regulariser] if objective == "jepa" else 0.0
         self.guard = CollapseGuard(regulariser_weight)
         self.thinning, self.noise = thinning, noise
         n_latent, n_hidden = module.anchor_map.shape[1], 256
