@@ -12,7 +12,8 @@ states and not about predictions. Two scores, over depths the area under score a
     Share of labels whose mean training state is farther (by cosine) than the cell's own label's.
 
 Intervals (95%) are of the difference from the first encoder, over left-out patients, test cells and
-seeds. A run that was stopped goes on where it was: what was scored lies in the folder OUT.
+seeds. A run that was stopped goes on where it was: what was scored lies in the folder OUT, by the
+names of the encoders; after a change to one, take another.
 
 ``pretrained`` is about encoders that learned from other data sets: their states of cells that they
 never saw, probed for the cell states of Peterson 2017, as they are and after more pretraining there.

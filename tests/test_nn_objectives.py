@@ -117,7 +117,7 @@ def test_perceiver_takes_the_way_over_expressed_genes_where_it_can(monkeypatch):
 
 
 def test_a_cell_does_not_depend_on_an_outlier_in_its_batch():
-    """One shift for all cells: far below it the weights of the others lose their digits."""
+    """Nor do the digits of its weights, where the outlier's leave the range of floats."""
     encoder = PerceiverEncoder(40, 8, n_queries=2, n_heads=1, width=16)
     values = sparse_cells(6, 40, 0.2)
     with torch.no_grad():

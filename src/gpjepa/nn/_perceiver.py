@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ._encoders import Encoder
@@ -14,7 +15,7 @@ from ._tokens import Expressed, Tokenizer
 
 _PLACES = 32_768  # expressed genes worked on at a time, so that they stay in the processor's cache
 _LOST = 16.0  # what is subtracted may be this many times what is left
-_STEEP = 60.0  # and no value may change a logit by more, or weights leave the range of floats
+_STEEP = 60.0  # and no value may raise a logit by more, or weights leave the range of floats
 
 
 class PerceiverEncoder(Encoder):
@@ -28,8 +29,8 @@ class PerceiverEncoder(Encoder):
     their sum is that over all genes less that over the expressed ones: a cell costs what its
     expressed genes cost (Jaegle et al. 2021 for the Perceiver).
 
-    A difference loses digits where the expressed genes held most of the sum; there, and where
-    cells see different genes, all genes are summed one by one.
+    A difference loses digits where the expressed genes held most of the sum, or where values raise
+    logits by a lot; there, and where cells see different genes, all genes are summed one by one.
 
     Parameters
     ----------
@@ -76,8 +77,7 @@ class PerceiverEncoder(Encoder):
         )  # (H, G, Q), (H, G, d)
         by_phi = query @ self.tokens.expression.weight  # (H, Q, F)
 
-        if visible is not None and visible.dim() == 1:
-            visible = visible.bool()
+        visible = None if visible is None else visible.bool()
         means = None
         if visible is None or visible.dim() == 1:
             means = self._over_expressed(values, visible, by_gene, value, by_phi)
@@ -109,11 +109,16 @@ class PerceiverEncoder(Encoder):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The same, gene by gene."""
         phi = self.tokens.fourier(values)  # (n, G, F)
-        logits = by_gene.unsqueeze(1) + phi @ by_phi.transpose(1, 2).unsqueeze(1)  # (H, n, G, Q)
+        logits = (by_phi.flatten(0, 1) @ phi.transpose(1, 2)).unflatten(1, by_phi.shape[:2])
+        logits = logits + by_gene.transpose(1, 2)  # (n, H, Q, G)
         if visible is not None:
-            logits = logits.masked_fill(~visible.bool().unsqueeze(-1), -torch.inf)
-        attention = logits.softmax(2).transpose(2, 3)
-        return attention @ value.unsqueeze(1), attention @ phi
+            hidden = ~visible if visible.dim() == 1 else ~visible[:, None, None]
+            logits = logits.masked_fill(hidden, -torch.inf)
+        attention = logits.softmax(-1)
+        by_head = attention.transpose(0, 1)
+        own = (by_head.flatten(1, 2) @ value).unflatten(1, by_head.shape[1:3])
+        mean_phi = (attention.flatten(1, 2) @ phi).unflatten(1, by_phi.shape[:2])
+        return own, mean_phi.transpose(0, 1)
 
 
 class _Attention(torch.autograd.Function):
@@ -154,7 +159,7 @@ class _Attention(torch.autograd.Function):
         """
         # Above the logits of all visible genes with value 0, so that one of them weighs 1.
         top = by_gene if visible is None else by_gene.masked_fill(~visible.unsqueeze(1), -torch.inf)
-        zero = (by_gene - top.amax(1, True)).clamp_max_(0).exp_()
+        zero = (by_gene - top.amax(1, True)).clamp_max_(0).exp_()  # exp(-inf) is slow
         if visible is not None:
             zero *= visible.unsqueeze(1)
         # The last row is that of no gene: it weighs nothing.
@@ -179,16 +184,19 @@ class _Attention(torch.autograd.Function):
                 weight[at] += torch.sub(w, u, out=more[:size]).sum(1)
                 _rows(value[head], index, out=own[:size])
                 mean_value[at].baddbmm_(more[:size].transpose(1, 2), own[:size])
-                saved.append((w, u))
-        kept = (total.unsqueeze(1) <= _LOST * weight).all() & (torch.stack(logits).amax() <= _STEEP)
+                if any(ctx.needs_input_grad):
+                    saved += [w, u]
+        kept = (total.unsqueeze(1) <= _LOST * weight).all() & weight.isfinite().all()
+        kept &= torch.stack(logits).amax() <= _STEEP
         weight = weight.unsqueeze(-1)
         mean_value /= weight
         mean_phi /= weight
-        ctx.parts, ctx.saved, ctx.listed = parts, saved, listed
-        ctx.save_for_backward(value, phi, zero, mean_value, mean_phi, weight)
+        ctx.parts, ctx.listed = parts, listed
+        ctx.save_for_backward(value, phi, zero, mean_value, mean_phi, weight, *saved)
         return mean_value, mean_phi, bool(kept)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_value: torch.Tensor, d_phi: torch.Tensor, _: Any) -> tuple:
         """Gradients of by_gene, value and by_phi, in full precision as the sums are."""
         with torch.autocast(d_value.device.type, enabled=False):
@@ -198,7 +206,7 @@ class _Attention(torch.autograd.Function):
     def _gradients(
         ctx: Any, d_value: torch.Tensor, d_phi: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        value, phi, zero, mean_value, mean_phi, weight = ctx.saved_tensors
+        value, phi, zero, mean_value, mean_phi, weight, *rest = ctx.saved_tensors
         inner = ((d_value * mean_value).sum(-1, True) + (d_phi * mean_phi).sum(-1, True)) / weight
         to_value, to_phi = d_value / weight, d_phi / weight
         inner = inner.transpose(2, 3)  # (H, n, 1, Q)
@@ -208,12 +216,12 @@ class _Attention(torch.autograd.Function):
         d_by_gene = (value @ summed.transpose(1, 2) - inner.sum(1)).mul_(zero)[:, :-1]
         d_own = (zero @ summed)[:, :-1]
         d_by_phi = phi.new_zeros(*zero.shape[::2], phi.shape[-1])
-        saved = iter(ctx.saved)
+        saved = iter(rest)
         of_weights, of_values = (phi.new_empty(*phi.shape[:2], x.shape[-1]) for x in (zero, value))
         at_zero, own = (torch.empty_like(x[ctx.parts[0][0]]) for x in (of_weights, of_values))
         for head in range(len(value)):
             for part, features, index in ctx.parts:
-                (w, u), to, size = next(saved), to_value[head, part], len(index)
+                w, u, to, size = next(saved), next(saved), to_value[head, part], len(index)
                 zeros, at_value = at_zero[:size], of_weights[part]
                 _rows(value[head], index, out=own[:size])
                 torch.bmm(own[:size], to.transpose(1, 2), out=zeros).sub_(inner[head, part])
