@@ -1,6 +1,6 @@
 """What states of cells hold, and how much of it is left when fewer counts are seen.
 
-Usage: ``python docs/representation.py encoders|ablations|pretrained DATA OUT.csv [DATA_SET ...]``,
+Usage: ``python docs/representation.py encoders|ablations|inner|pretrained DATA OUT.csv [DATA_SET ...]``,
 with DATA the folder of the real cells and of the knowledge. Every encoder learns from the same training cells,
 without labels but where its name says so. Test cells are other cells, or other patients, whose
 counts were thinned to a share of what was measured; no perturbation is held out, as this is about
@@ -14,6 +14,8 @@ states and not about predictions. Two scores, over depths the area under score a
 Intervals (95%) are of the difference from the first encoder, over left-out patients, test cells and
 seeds. A run that was stopped goes on where it was: what was scored lies in the folder OUT, by the
 names of the encoders; after a change to one, take another.
+
+``inner`` are the ablations on a split inside the (first) training cells, to choose by.
 
 ``pretrained`` is about encoders that learned from other data sets: their states of cells that they
 never saw, probed for the cell states of Peterson 2017, as they are and after more pretraining there.
@@ -367,8 +369,12 @@ def main(which, data, out, wanted):
         if name not in (wanted or {name}) or (which == "pretrained" and name != "Peterson"):
             continue
         arms = (pretrained(data, cells.var_names) if which == "pretrained"
-                else {"encoders": encoders, "ablations": ablations}[which](data))  # fmt: skip
-        found = summary(*screen_scores(name, plain(cells, key), splits, arms, folder))
+                else {"encoders": encoders, "ablations": ablations, "inner": ablations}[which](data))  # fmt: skip
+        read = plain(cells, key)
+        if which == "inner":
+            read = read[splits[0]].copy()
+            splits = halves(read.obs["label"].to_numpy(), 1)
+        found = summary(*screen_scores(name, read, splits, arms, folder))
         tables.append(found.assign(data=name))
         pd.concat(tables).to_csv(out, index=False)
         print(f"{name}\n\n{markdown(found)}\n", flush=True)

@@ -27,11 +27,10 @@ from ._plans import Plan
 logger = logging.getLogger(__name__)
 
 OBJECTIVES = ("jepa", "reconstruction", "contrastive")
-REGULARISERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "vicreg": vicreg,
-    "sigreg": sigreg,
+REGULARISERS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {
+    "vicreg": (vicreg, 0.1),  # and the weight it has for the JEPA
+    "sigreg": (sigreg, 5.0),
 }
-WEIGHTS = {"vicreg": 0.1, "sigreg": 5.0}
 MASKS = ("random", "gene_sets", "regulons", "adversarial")
 GeneSets = str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]]
 
@@ -170,9 +169,9 @@ class PretrainPlan(Plan):
         self.blocks: dict[str, Any] = {"n_blocks": n_blocks, "hidden": hidden, "overlap": overlap,
                        "size_spread": size_spread, "groups": groups, "weights": weights}  # fmt: skip
         self.teacher, self.momentum = teacher, momentum
-        self.regularise = REGULARISERS[regulariser]
+        self.regularise, weight = REGULARISERS[regulariser]
         if regulariser_weight is None:
-            regulariser_weight = WEIGHTS[regulariser] if objective == "jepa" else 0.0
+            regulariser_weight = weight if objective == "jepa" else 0.0
         self.guard = CollapseGuard(regulariser_weight)
         self.thinning, self.noise = thinning, noise
         n_latent, n_hidden = module.anchor_map.shape[1], 256
