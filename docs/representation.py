@@ -46,12 +46,12 @@ GENE_SETS = ("hallmark.gmt", "reactome.gmt", "go_biological_process.gmt")
 ALONE, FREE = {"components": False}, {"teacher": False}
 
 
-def encoders(data):
+def encoders(data, cells):
     """Options of the model and of stage A, by name; None for scVI."""
     return {
         "JEPA": ({}, {}),
-        **masks(data),
-        "JEPA, thinned views": ({}, {"thinning": 0.9}),
+        **masks(data, cells),
+        "JEPA, whole views": ({}, {"thinning": 0.0}),
         "JEPA, SIGReg": ({}, {**FREE, "regulariser": "sigreg"}),
         "JEPA, Perceiver": ({"encoder": "perceiver"}, {}),
         "JEPA, network alone": (ALONE, {}),
@@ -64,21 +64,27 @@ def encoders(data):
     }
 
 
-def masks(data):
-    """The JEPA with every other kind of mask."""
-    knowledge = data / "knowledge"
+def masks(data, cells):
+    """The JEPA with every other kind of mask; simulated cells have their own regulons only."""
+    knowledge, found = data / "knowledge", {}
+    if "simulation" in cells.uns:
+        network = cells.uns["simulation"]["network"]
+        acting, on = np.nonzero(network["response"])
+        regulons = pd.DataFrame(
+            {"source": network["regulators"][acting], "target": cells.var_names[on]}
+        )
+    else:
+        sets = [knowledge / name for name in GENE_SETS]
+        found["masks: gene sets"] = ({}, {"masks": "gene_sets", "gene_sets": sets})
+        regulons = knowledge / "collectri.csv"
     return {
-        "masks: gene sets": (
-            {}, {"masks": "gene_sets", "gene_sets": [knowledge / name for name in GENE_SETS]}
-        ),
-        "masks: regulons": (
-            {}, {"masks": "regulons", "regulons": knowledge / "collectri.csv"}
-        ),
+        **found,
+        "masks: regulons": ({}, {"masks": "regulons", "regulons": regulons}),
         "masks: adversarial (labels)": ({}, {"masks": "adversarial"}),
-    }  # fmt: skip
+    }
 
 
-def ablations(data):
+def ablations(data, cells):
     """The defaults of stage A, each changed on its own."""
     changed = {
         "hidden: 25%": {"hidden": 0.25},
@@ -93,7 +99,7 @@ def ablations(data):
         "regulariser: VICReg x 10": {"regulariser_weight": 1.0},
         "regulariser: SIGReg": {"regulariser": "sigreg"},
         "regulariser: SIGReg, no teacher": {**FREE, "regulariser": "sigreg"},
-        "views: thinned": {"thinning": 0.9},
+        "views: whole": {"thinning": 0.0},
         "views: noise": {"noise": 0.25},
         "level: conditions (labels)": {"set_size": 8},
         "learning rate x 3": {"lr": 1e-3},
@@ -101,7 +107,7 @@ def ablations(data):
     return {
         "defaults": ({}, {}),
         "encoder: network alone": (ALONE, {}),
-        **masks(data),
+        **masks(data, cells),
         **{name: ({}, plan) for name, plan in changed.items()},
     }
 
@@ -305,12 +311,13 @@ def side_by_side(tables, measure):
             if row["lower"] or row["upper"] else f"{row['area']:.3f}"
             for _, row in rows.iterrows()
         }  # fmt: skip
-        lines.append(f"| {title} | {' | '.join(cells[name] for name in names)} |")
+        lines.append(f"| {title} | {' | '.join(cells.get(name, '') for name in names)} |")
     return "\n".join(lines)
 
 
-def pretrained(data, genes):
+def pretrained(data, cells):
     """Encoders of other data sets, as they are and trained on; what the genes they share hold."""
+    genes = cells.var_names
     keys = {"perturbation_key": None, "library_size_key": "library_size"}
     sources = {}
     for name in ("Datlinger", "Zhao", "Papalexi", "Norman"):
@@ -368,8 +375,7 @@ def main(which, data, out, wanted):
     for name, cells, key, splits in screens(data):
         if name not in (wanted or {name}) or (which == "pretrained" and name != "Peterson"):
             continue
-        arms = (pretrained(data, cells.var_names) if which == "pretrained"
-                else {"encoders": encoders, "ablations": ablations, "inner": ablations}[which](data))  # fmt: skip
+        arms = {"encoders": encoders, "pretrained": pretrained}.get(which, ablations)(data, cells)
         read = plain(cells, key)
         if which == "inner":
             read = read[splits[0]].copy()

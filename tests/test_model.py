@@ -17,6 +17,7 @@ from sklearn.exceptions import NotFittedError
 import gpjepa
 from gpjepa import GPJEPA
 from gpjepa.effects import effect_table
+from gpjepa.model._plans import Plan
 from gpjepa.model._training import _ActionStage
 from gpjepa.perturbations import Perturbation, TargetFeatures, UnknownTargetError
 from gpjepa.splits import hold_out
@@ -283,6 +284,25 @@ def test_history_and_hold_out(model):
     assert set(model.gate_) <= {"seen2", "seen1", "seen0", "unseen", "in combinations"}
     rows = list(model.anchor.effects_.rows)
     assert hold_out(rows).kind == "perturbations"
+
+
+def test_history_has_the_means_over_the_cells_of_an_epoch(simulated, monkeypatch):
+    steps, log = [], Plan._log
+
+    def spy(self, losses, prefix, n_cells):
+        steps.append((losses["predict"].item(), n_cells))
+        return log(self, losses, prefix, n_cells)
+
+    monkeypatch.setattr(Plan, "_log", spy)
+    small, large = simulated[:100].copy(), simulated[100:].copy()
+    adata = gpjepa.datasets.join({"small": small, "large": large})
+    GPJEPA.setup_anndata(adata, perturbation_key=None, dataset_key="dataset")
+    fitted = GPJEPA(adata, n_latent=8, n_hidden=16)
+    fitted.pretrain(2, batch_size=300, enable_progress_bar=False)
+    epochs = np.array(steps).reshape(2, -1, 2)
+    assert set(epochs[0, :, 1]) == {100, 300}
+    means = [np.average(epoch[:, 0], weights=epoch[:, 1]) for epoch in epochs]
+    assert fitted.history["pretrain_predict"].to_numpy(float).ravel() == pytest.approx(means)
 
 
 def _stage(fitted):

@@ -138,7 +138,7 @@ class PretrainPlan(Plan):
         Its weight; 0 is off, the default but for the JEPA (0.1 for VICReg, 5 for SIGReg).
     thinning
         Largest share of the counts that the context does not see, drawn for each cell (binomial
-        thinning); targets see all.
+        thinning); targets see all. 0 is off.
     noise
         Standard deviation of Gaussian noise on log1p counts per 10,000 of the context's expressed
         genes, which falls to 0 over training (N-JEPA).
@@ -152,7 +152,7 @@ class PretrainPlan(Plan):
         size_spread: float = 0.0, groups: torch.Tensor | None = None,
         weights: torch.Tensor | None = None, teacher: bool = True, momentum: float = 0.996,
         regulariser: Literal["vicreg", "sigreg"] = "vicreg", regulariser_weight: float | None = None,
-        thinning: float = 0.0, noise: float = 0.0, lr: float = 3e-4, weight_decay: float = 1e-4,
+        thinning: float = 0.9, noise: float = 0.0, lr: float = 3e-4, weight_decay: float = 1e-4,
     ) -> None:  # fmt: skip
         if objective not in OBJECTIVES:
             raise ValueError(f"objective={objective!r} is not known; choose one of {OBJECTIVES}.")
@@ -210,8 +210,11 @@ class PretrainPlan(Plan):
         """What the context sees: log1p counts per 10,000, thinned and with noise."""
         values = batch["values"]
         if self.thinning:
-            keep = 1 - self.thinning * torch.rand(len(values), 1, device=values.device)
-            counts = torch.binomial(batch["counts"], keep.expand_as(values))
+            # Apple's GPUs draw no binomial variables.
+            where = "cpu" if values.device.type == "mps" else values.device
+            keep = 1 - self.thinning * torch.rand(len(values), 1, device=where)
+            counts = torch.binomial(batch["counts"].to(where), keep.expand_as(values))
+            counts, keep = counts.to(values.device), keep.to(values.device)
             values = torch.log1p(counts * (PER / (batch["library"].unsqueeze(1) * keep)))
         if self.noise:
             left = 1 - self.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
@@ -258,6 +261,7 @@ class PretrainPlan(Plan):
         ema_update(self.module.target_encoder, self.module.encoder, 1 - (1 - start) * cosine)
 
     def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
         seen = self.trainer.callback_metrics
         self.guard.look(*(float(seen[f"pretrain_{name}"])
                           for name in ("effective_rank", "latent_std", "spread_ratio")))  # fmt: skip
