@@ -1216,6 +1216,25 @@ def test_an_environment_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch
     assert not (tmp_path / "GEARS").exists()
 
 
+def test_an_environment_is_there_when_it_is_whole(tmp_path, monkeypatch):
+    """Not before: a benchmark that runs meanwhile would find packages missing."""
+    out, seen = tmp_path / "envs" / "GEARS", []
+
+    def run(step, **_):
+        if "venv" in step:
+            (Path(step[-1]) / "bin").mkdir(parents=True)
+            (Path(step[-1]) / "bin" / "python").touch()
+        seen.append((Path(step[0]).exists(), out.exists()))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    python = benchmark.make_environment("GEARS", out, torch="2.0")
+    assert python == out / "bin" / "python"
+    assert python.exists()
+    assert len(seen) >= 3
+    assert set(seen) == {(True, False)}
+    assert [p.name for p in out.parent.iterdir()] == ["GEARS"]
+
+
 def test_peers_get_what_they_can_use():
     cpa, gears = peer_script("cpa"), peer_script("gears")
     labels = ["control"] * 8 + ["A"] * 4 + ["B"] * 4 + ["C+D"] * 4

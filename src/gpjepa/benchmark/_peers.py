@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from gpjepa._files import written_whole
 from gpjepa.splits import Split
 
 FOLDER = Path(__file__).parent / "peers"
@@ -198,31 +198,31 @@ def make_environment(
         raise ValueError(f"{name!r} has no environment; those with one are {', '.join(PEERS)}.")
     if out.exists():
         raise ValueError(f"{out} already exists. Choose another folder, or remove it.")
-    own = out / "bin" / "python"
     base = FOLDER / f"{PEERS[name].script}.txt"
     bare = base.with_suffix(".no-deps.txt")
-    steps: list[list[str | Path]] = [[python, "-m", "venv", out]]
-    pip: list[str | Path] = [own, "-m", "pip", "install", "--quiet"]
-    if torch is not None:
-        steps.append([*pip, f"torch=={torch}"])
-    steps.append([*pip, "-r", base])
-    if bare.exists():
-        steps.append([*pip, "--no-deps", "--ignore-requires-python", "-r", bare])
-    try:
-        for step in steps:
-            subprocess.run(step, check=True, timeout=limit, capture_output=True, text=True,
-                           env=_clean_environment())  # fmt: skip
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        shutil.rmtree(out, ignore_errors=True)
-        said = error.stderr or ""
-        text = said if isinstance(said, str) else said.decode()
-        why = (
-            f"took more than {limit} s"
-            if isinstance(error, subprocess.TimeoutExpired)
-            else "failed"
-        )
-        last = "\n".join(text.splitlines()[-TAIL:])
-        raise RuntimeError(
-            f"Installing {name} {why} (it runs on Python {PEERS[name].python}).\n{last}"
-        ) from error
-    return own
+    # Under another name until all is there, so that no benchmark finds a half of it.
+    with written_whole(out) as draft:
+        steps: list[list[str | Path]] = [[python, "-m", "venv", draft]]
+        pip: list[str | Path] = [draft / "bin" / "python", "-m", "pip", "install", "--quiet"]
+        if torch is not None:
+            steps.append([*pip, f"torch=={torch}"])
+        steps.append([*pip, "-r", base])
+        if bare.exists():
+            steps.append([*pip, "--no-deps", "--ignore-requires-python", "-r", bare])
+        try:
+            for step in steps:
+                subprocess.run(step, check=True, timeout=limit, capture_output=True, text=True,
+                               env=_clean_environment())  # fmt: skip
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            said = error.stderr or ""
+            text = said if isinstance(said, str) else said.decode()
+            why = (
+                f"took more than {limit} s"
+                if isinstance(error, subprocess.TimeoutExpired)
+                else "failed"
+            )
+            last = "\n".join(text.splitlines()[-TAIL:])
+            raise RuntimeError(
+                f"Installing {name} {why} (it runs on Python {PEERS[name].python}).\n{last}"
+            ) from error
+    return out / "bin" / "python"
