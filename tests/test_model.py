@@ -296,7 +296,8 @@ def test_history_has_the_means_over_the_cells_of_an_epoch(simulated, monkeypatch
     monkeypatch.setattr(Plan, "_log", spy)
     small, large = simulated[:100].copy(), simulated[100:].copy()
     adata = gpjepa.datasets.join({"small": small, "large": large})
-    GPJEPA.setup_anndata(adata, perturbation_key=None, dataset_key="dataset")
+    GPJEPA.setup_anndata(adata, perturbation_key=None, dataset_key="dataset",
+                         library_size_key="library_size")  # fmt: skip
     fitted = GPJEPA(adata, n_latent=8, n_hidden=16)
     fitted.pretrain(2, batch_size=300, enable_progress_bar=False)
     epochs = np.array(steps).reshape(2, -1, 2)

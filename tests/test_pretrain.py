@@ -1,6 +1,7 @@
 """Stage A: what is hidden, what is predicted of it, and what happens when states collapse."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,9 @@ from plain import assert_same_axes, half_of, plain_components
 import gpjepa
 from gpjepa import GPJEPA
 from gpjepa.model import CollapseError
-from gpjepa.model._pretrain import CollapseGuard, masked_genes
+from gpjepa.model._pretrain import CollapseGuard, PretrainPlan, masked_genes
 from gpjepa.nn import ENCODERS
+from gpjepa.objectives import gene_blocks
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,15 @@ def test_every_kind_of_pretraining_learns_and_is_logged(cells, arm):
     hidden = ARMS[arm].get("hidden", 0.5)
     assert history["pretrain_hidden_share"].to_numpy(float) == pytest.approx(hidden, abs=0.02)
     assert {"pretrain_effective_rank", "pretrain_latent_std", "pretrain_spread_ratio",
-            "pretrain_block_size", "pretrain_regulariser_weight"} <= set(history)  # fmt: skip
+            "pretrain_latent_std_min", "pretrain_n_blocks", "pretrain_overlap",
+            "pretrain_block_size", "pretrain_block_size_std",
+            "pretrain_regulariser_weight"} <= set(history)  # fmt: skip
+    at_most = history["pretrain_latent_std"].to_numpy(float)
+    assert (history["pretrain_latent_std_min"].to_numpy(float) < at_most).all()
+    blocks = ARMS[arm].get("n_blocks", 1)
+    assert (history["pretrain_n_blocks"].to_numpy(float) == blocks).all()
+    for name in ("overlap", "block_size_std"):
+        assert bool(history[f"pretrain_{name}"].to_numpy(float).any()) == (blocks > 1)
     states = model.get_latent_representation()
     assert np.linalg.matrix_rank(states - states.mean(0)) > 4
     # Teacher and encoder are one in the end.
@@ -83,7 +93,7 @@ def test_gene_sets_and_regulons_are_hidden_as_wholes(cells, tmp_path):
         )
     ]  # fmt: skip
     for groups in found:
-        members = [set(genes[g.numpy()]) for g in groups]
+        members = [set(genes[g.numpy()]) for g in groups.to_dense()]
         assert sorted(map(sorted, members)) == sorted(map(sorted, sets(cells).values()))
     pretrained(cells, masks="gene_sets", gene_sets=sets(cells))
 
@@ -118,11 +128,137 @@ def test_adversarial_masks_hide_what_tells_perturbations(cells):
         ({"set_size": 200}, "at least 2 are needed"),
         ({"thinning": 1.0}, "thinning=1.0"),
         ({"hidden": 1.0}, "one must stay visible"),
+        ({"n_blocks": 0}, "n_blocks=0"),
+        ({"n_blocks": 40}, "every block needs a gene"),
+        ({"n_blocks": 2, "overlap": -0.2}, "overlap=-0.2"),
+        ({"n_blocks": 2, "size_spread": -1.0}, "size_spread=-1.0"),
+        ({"overlap": 0.3}, "n_blocks of 2 or more"),
+        ({"momentum": 1.0}, "momentum=1.0"),
+        ({"noise": -1.0}, "noise=-1.0"),
+        ({"regulariser_weight": -1.0}, "regulariser_weight=-1.0"),
+        ({"batch_size": 1}, "batch_size=1"),
     ],
 )
-def test_wrong_options_are_told(cells, options, message):
+def test_wrong_options_are_told_before_any_work(cells, options, message, monkeypatch):
+    monkeypatch.setattr(GPJEPA, "_standardise", lambda *args: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match=message):
         pretrained(cells, **options)
+
+
+def test_the_target_is_the_teachers_view_of_the_block_alone(cells):
+    module = pretrained(cells).module
+    plan = PretrainPlan(module, n_blocks=2)
+    values = torch.rand(12, cells.n_vars)
+    blocks = gene_blocks(cells.n_vars, 2, 0.5)
+    with torch.no_grad():
+        for weight in module.target_encoder.parameters():
+            weight += 0.1 * torch.randn_like(weight)  # another one than the encoder
+        _, target, _ = plan._jepa(module.encoder(values), values, blocks)
+        elsewhere = torch.where(blocks.any(0), values, torch.rand_like(values))
+        _, again, _ = plan._jepa(module.encoder(values), elsewhere, blocks)
+        expected = [module.target_encoder(values, block) for block in blocks]
+    for found, theirs in zip(target, expected, strict=True):
+        theirs = (theirs - theirs.mean(1, True)) / (
+            theirs.var(1, correction=0, keepdim=True) + 1e-5
+        ).sqrt()
+        torch.testing.assert_close(found, theirs)
+    torch.testing.assert_close(target, again)
+
+
+def test_a_condition_is_predicted_from_its_other_cells(cells, monkeypatch):
+    seen = []
+
+    def spy(self, state, target, blocks):
+        seen.append((state, target))
+        return jepa(self, state, target, blocks)
+
+    jepa = PretrainPlan._jepa
+    monkeypatch.setattr(PretrainPlan, "_jepa", spy)
+    told = cells.copy()
+    labels = told.obs["perturbation"].astype("category").cat.codes.to_numpy()
+    counts = told.layers["counts"].toarray()
+    counts[:, :2] = np.stack([labels, np.arange(len(labels))], 1) + 1
+    told.layers["counts"] = counts
+    told.obs["depth"] = counts.sum(1)
+    scvi.settings.seed = 0
+    GPJEPA.setup_anndata(told, library_size_key="depth")
+    model = GPJEPA(told, n_latent=8, n_hidden=32)
+    model.pretrain(1, plan_kwargs={"set_size": 8, "thinning": 0.0}, enable_progress_bar=False)
+    read = model._training_cells()
+    values = read.tensors(np.arange(len(read)))["values"]
+    for state, target in seen:
+        rows = [int((values == row).all(1).nonzero()) for row in target]
+        mine = labels[rows].reshape(-1, 4)
+        assert (mine == mine[:, :1]).all()  # sets of one label
+        assert len(state) == len(target)
+        means = PretrainPlan._pool(PretrainPlan(model.module, set_size=8), state)
+        torch.testing.assert_close(means[0], state[:4].mean(0))
+
+
+def test_the_context_is_thinned_to_a_share_of_its_own_and_keeps_its_scale():
+    plan = SimpleNamespace(thinning=0.9, noise=0.0)
+    torch.manual_seed(0)
+    counts = torch.ones(400, 2_000)
+    counts[:, 1_000:] = 5_000
+    library = counts.sum(1)
+    values = torch.log1p(counts * (1e4 / library).unsqueeze(1))
+    batch = {"counts": counts, "library": library, "values": values}
+    view = PretrainPlan._view(plan, batch)
+    share = (view[:, :1_000] > 0).float().mean(1)  # of single counts, those that are left
+    assert share.min() == pytest.approx(0.1, abs=0.03)
+    assert share.max() == pytest.approx(1.0, abs=0.03)
+    assert share.mean() == pytest.approx(0.55, abs=0.05)
+    torch.testing.assert_close(
+        view[:, 1_000:].mean(1), values[:, 1_000:].mean(1), rtol=5e-3, atol=0
+    )
+    plan.thinning = 0.0
+    assert PretrainPlan._view(plan, batch) is values
+
+
+def test_noise_is_on_expressed_genes_and_falls_to_nothing():
+    values = torch.where(torch.rand(200, 500) < 0.3, 1.0, 0.0)
+    plan = SimpleNamespace(thinning=0.0, noise=0.5, global_step=0)
+    plan.trainer = SimpleNamespace(estimated_stepping_batches=10)
+    for step, spread in ((0, 0.5), (5, 0.25), (10, 0.0)):
+        plan.global_step = step
+        change = PretrainPlan._view(plan, {"values": values}) - values
+        assert not change[values == 0].any()
+        assert change[values > 0].std() == pytest.approx(spread, rel=0.05)
+
+
+def test_the_teachers_momentum_rises_to_one(cells, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "gpjepa.model._pretrain.ema_update", lambda teacher, student, m: found.append(m)
+    )
+    pretrained(cells, 20, momentum=0.996)
+    start = min(0.996, 1 - 10 / len(found))
+    steps = np.arange(1, len(found) + 1) / len(found)
+    expected = 1 - (1 - start) * (np.cos(np.pi * steps) + 1) / 2
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_states_of_few_dimensions_are_no_collapse(cells, recwarn):
+    scvi.settings.seed = 0
+    adata = cells.copy()
+    GPJEPA.setup_anndata(adata, perturbation_key=None)
+    model = GPJEPA(adata, n_latent=2, n_hidden=32)
+    model.pretrain(20, enable_progress_bar=False)
+    assert not [w for w in recwarn if "collapsed" in str(w.message)]
+    assert model.get_latent_representation().shape == (cells.n_obs, 2)
+    with pytest.warns(UserWarning, match=r"rank 0.9 \(at least 1\)"):
+        CollapseGuard(0.5).look(rank=0.9, spread=1.0, ratio=0.5, most=2)
+
+
+def test_training_that_diverges_says_so(cells):
+    scvi.settings.seed = 0
+    adata = cells.copy()
+    GPJEPA.setup_anndata(adata, perturbation_key=None)
+    model = GPJEPA(adata, n_latent=8, n_hidden=32)
+    with torch.no_grad():
+        model.module.encoder.residual.net[0].weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="Lower the learning rate"):
+        model.pretrain(1, enable_progress_bar=False)
 
 
 def test_unlabelled_cells_have_no_sets_and_no_probe(cells):
@@ -131,6 +267,14 @@ def test_unlabelled_cells_have_no_sets_and_no_probe(cells):
     for options in ({"set_size": 8}, {"masks": "adversarial"}):
         with pytest.raises(ValueError, match="the cells have none"):
             GPJEPA(adata).pretrain(1, plan_kwargs=options, enable_progress_bar=False)
+
+
+def test_a_probe_needs_different_perturbations(cells):
+    model = pretrained(cells)
+    read = model._training_cells()
+    controls = np.flatnonzero(read.is_control)
+    with pytest.raises(ValueError, match="all are 'control'"):
+        masked_genes({"masks": "adversarial"}, read, model.genes, controls)
 
 
 def test_the_guard_warns_then_raises_the_regulariser_then_stops():

@@ -4,6 +4,7 @@ import shutil
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import scvi
@@ -15,6 +16,7 @@ from gpjepa import GPJEPA
 from gpjepa.datasets import join
 from gpjepa.model._cells import RandomBatches
 from gpjepa.model._moments import moments
+from gpjepa.model._pretrain import masked_genes
 from gpjepa.nn import ENCODERS
 from gpjepa.objectives import gene_blocks
 
@@ -68,11 +70,12 @@ def test_genes_are_matched_by_name(cells, saved, encoder):
     )
 
 
-@pytest.mark.parametrize("encoder", sorted(set(ENCODERS) - {"components"}))
+@pytest.mark.parametrize("encoder", sorted(ENCODERS))
 def test_new_genes_are_hidden_until_they_are_learned(cells, saved, encoder):
     _, path = saved[encoder]
     some = with_new_genes(cells[:, 10:].copy())
-    model = GPJEPA(unlabelled(some, library_size_key="library_size"), pretrained=path)
+    with pytest.warns(UserWarning, match="knows 40 of the 47 genes here"):
+        model = GPJEPA(unlabelled(some, library_size_key="library_size"), pretrained=path)
     assert model.pretrained_["shared"] == 40 and model.pretrained_["unused"] == 10
     assert model.pretrained_["new"] == [f"NEW{i}" for i in range(7)]
     changed = some.copy()
@@ -198,7 +201,10 @@ def test_genes_that_a_data_set_did_not_measure_are_missing_and_not_zero(two, enc
 def test_joined_data_sets_are_for_pretraining(two):
     joined = join(two)
     joined.obs["perturbation"] = joined.obs["perturbation"].astype(str)
-    GPJEPA.setup_anndata(joined, dataset_key="dataset")
+    with pytest.raises(ValueError, match="needs library_size_key"):
+        GPJEPA.setup_anndata(joined, dataset_key="dataset")
+    keys = {"dataset_key": "dataset", "library_size_key": "library_size"}
+    GPJEPA.setup_anndata(joined, **keys)
     model = GPJEPA(joined)
     with pytest.raises(ValueError, match="can be pretrained on, not trained on"):
         model.train(1, **QUIET)
@@ -206,10 +212,53 @@ def test_joined_data_sets_are_for_pretraining(two):
         model.pretrain(1, plan_kwargs={"set_size": 4}, **QUIET)
     lone = join({"first": two["first"], "second": two["second"][:1].copy()})
     with pytest.raises(ValueError, match="the only one of its data set"):
-        GPJEPA(unlabelled(lone, dataset_key="dataset")).pretrain(1, **QUIET)
+        GPJEPA(unlabelled(lone, **keys)).pretrain(1, **QUIET)
     del joined.varm["measured"]
     with pytest.raises(ValueError, match=r"varm\['measured'\] does not say"):
-        GPJEPA.setup_anndata(joined, dataset_key="dataset")
+        GPJEPA.setup_anndata(joined, **keys)
+
+
+def test_names_of_data_sets_may_be_numbers(two):
+    joined = join({2019: two["first"], 2021: two["second"]})
+    assert set(joined.obs["dataset"]) == {"2019", "2021"}
+    joined.varm["measured"].columns = [2019, 2021]
+    unlabelled(joined, dataset_key="dataset", library_size_key="library_size")
+    read = GPJEPA(joined)._training_cells()
+    assert read.measured.sum(1).tolist() == [40, two["second"].n_vars]
+
+
+def test_a_gene_that_one_data_set_did_not_measure_tells_no_perturbation():
+    """Data sets hold different perturbations; what is missing in one would tell them apart."""
+    rng, genes = np.random.default_rng(0), pd.DataFrame(index=[f"G{i}" for i in range(40)])
+    noise = {
+        name: ad.AnnData(
+            sp.csr_matrix(rng.poisson(3.0, (150, n)).astype(np.float32)),
+            pd.DataFrame(
+                {"perturbation": np.resize(["control", label], 150)}, map(str, range(150))
+            ),
+            genes[:n],
+        )
+        for name, label, n in (("first", "A", 39), ("second", "B", 40))
+    }
+    joined = join(noise)
+    GPJEPA.setup_anndata(joined, dataset_key="dataset", library_size_key="library_size")
+    model = GPJEPA(joined)
+    read = model._training_cells()
+    weights = masked_genes({"masks": "adversarial"}, read, model.genes, np.arange(len(read)))
+    assert joined.var_names[-1] == "G39"
+    assert weights["weights"][-1] < 3 * weights["weights"].mean()
+
+
+def test_cells_without_a_gene_that_the_encoder_knows_have_no_state(cells, saved):
+    _, path = saved["perceiver"]
+    some = with_new_genes(cells[:, :1].copy())
+    with pytest.warns(UserWarning, match="knows 1 of the 8 genes here"):
+        model = GPJEPA(unlabelled(some, library_size_key="library_size"), pretrained=path)
+    with (
+        pytest.raises(ValueError, match="knows none of the 7 genes"),
+        pytest.warns(UserWarning, match="hidden from the encoder"),
+    ):
+        model.get_latent_representation(some[:, 1:].copy())
 
 
 def test_moments_are_over_the_cells_that_measured_a_gene(two):

@@ -47,7 +47,7 @@ def join(
     """
     if not datasets:
         raise ValueError("No data set was given.")
-    read = {name: _read(name, data, layer) for name, data in datasets.items()}
+    read = {str(name): _read(name, data, layer) for name, data in datasets.items()}
     for name, data in read.items():
         others = set().union(*(d.var_names for n, d in read.items() if n != name))
         if others and not others & set(data.var_names):

@@ -65,6 +65,8 @@ class Registered(BaseModelClass):
     ) -> None:
         if isinstance(targets, str):
             raise TypeError(f"targets={targets!r} is one name; give a list of names.")
+        if encoder == "components" and not components:
+            raise ValueError("encoder='components' is nothing without components=True.")
         super().__init__(adata, registry)
         if not isinstance(target_features, TargetFeatures):
             target_features = tuple(target_features)
@@ -169,9 +171,16 @@ class Registered(BaseModelClass):
         ------
         ValueError
             If values are not counts, gene names repeat, the control label does not occur, labels
-            look as if written in another way, or a context has no control cells.
+            look as if written in another way, a context has no control cells, or ``dataset_key`` is
+            given without ``library_size_key``.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        if dataset_key is not None and library_size_key is None:
+            raise ValueError(
+                f"dataset_key={dataset_key!r} needs library_size_key: sums over different genes are "
+                "no library sizes that can be compared. gpjepa.datasets.join writes "
+                "obs['library_size']."
+            )
         if isinstance(control, str):
             control = [control]
         if layer is None and "counts" in adata.layers:
@@ -281,11 +290,15 @@ class Registered(BaseModelClass):
             "path": path, "shared": shared, "new": [str(g) for g in self.genes[where < 0]],
             "unused": len(source.genes) - shared,
         }  # fmt: skip
-        logger.info(
-            "The encoder of %s knows %d of the %d genes here; the others are hidden from it until "
-            "pretrain(), and %d genes that it knows are not here.",
-            path, shared, len(self.genes), len(source.genes) - shared,
-        )  # fmt: skip
+        logger.info("%d genes that the encoder of %s knows are not here.",
+                    len(source.genes) - shared, path)  # fmt: skip
+        if shared < len(self.genes):
+            warnings.warn(
+                f"The encoder of {path} knows {shared} of the {len(self.genes)} genes here; the "
+                "others are hidden from it until pretrain().",
+                UserWarning,
+                stacklevel=4,
+            )
         self._standardise(cells := self._training_cells(), np.arange(len(cells)))
         self.is_pretrained_ = self.is_trained_ = True
 

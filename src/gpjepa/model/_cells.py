@@ -124,7 +124,7 @@ def _read_datasets(manager: AnnDataManager) -> tuple[np.ndarray | None, np.ndarr
     if DATASET_KEY not in manager.data_registry:
         return None, None
     names = manager.get_state_registry(DATASET_KEY)["values"]
-    table = manager.adata.varm[MEASURED]
+    table = manager.adata.varm[MEASURED].rename(columns=str)
     measured = [
         table[n].to_numpy(bool) if n in table else np.zeros(len(table), bool) for n in names
     ]

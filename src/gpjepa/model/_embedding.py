@@ -25,6 +25,11 @@ class Embedding(Registered):
         states = torch.empty(len(where), self.module.anchor_map.shape[1])
         for measured, mine in cells.by_dataset(where):
             seen = torch.from_numpy(measured).to(device) & self.module.known
+            if not seen.any():
+                raise ValueError(
+                    f"The encoder knows none of the {int(measured.sum())} genes of these cells: call "
+                    "pretrain() on cells that have them."
+                )
             visible = None if seen.all() else seen
             for start in range(0, len(mine), _ENCODE):
                 part = mine[start : start + _ENCODE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 OBJECTIVES = ("jepa", "reconstruction", "contrastive")
 REGULARISERS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {
-    "vicreg": (vicreg, 0.1),  # and the weight it has for the JEPA
+    "vicreg": (vicreg, 0.01),  # and the weight it has for the JEPA
     "sigreg": (sigreg, 5.0),
 }
 MASKS = ("random", "gene_sets", "regulons", "adversarial")
@@ -54,15 +55,15 @@ class CollapseGuard:
     Parameters
     ----------
     weight
-        Weight of the regulariser; raised fourfold for every three epochs that the collapse goes on,
-        up to 64 times itself, and at least up to 16.
+        Weight of the regulariser; raised fourfold, and to 0.25 at least, for every three epochs
+        that the collapse goes on, up to 64 times itself, and at least up to 16.
     """
 
     def __init__(self, weight: float) -> None:
         self.weight, self.bound = weight, _BOUND * max(weight, _FIRST)
         self.epochs, self.told = 0, False
 
-    def look(self, rank: float, spread: float, ratio: float) -> None:
+    def look(self, rank: float, spread: float, ratio: float, most: float = math.inf) -> None:
         """Judge an epoch.
 
         Parameters
@@ -73,13 +74,16 @@ class CollapseGuard:
             Mean standard deviation of their dimensions.
         ratio
             Spread of the predictions over that of the targets.
+        most
+            The largest rank that the states could have; half of it is asked for where it is small.
 
         Raises
         ------
         CollapseError
             If the states are still collapsed at the largest weight.
         """
-        if rank >= _MIN_RANK and spread >= _MIN_SPREAD:
+        least = min(_MIN_RANK, most / 2)
+        if rank >= least and spread >= _MIN_SPREAD:
             self.epochs = 0
             if ratio < _MIN_RATIO and not self.told:
                 self.told = True
@@ -92,7 +96,7 @@ class CollapseGuard:
             return
         self.epochs += 1
         seen = (
-            f"The encoder has collapsed: effective rank {rank:.1f} (at least {_MIN_RANK:g}), spread "
+            f"The encoder has collapsed: effective rank {rank:.1f} (at least {least:g}), spread "
             f"{spread:.2g} (at least {_MIN_SPREAD:g}), predictions' spread over the targets' "
             f"{ratio:.2g}"
         )
@@ -135,7 +139,7 @@ class PretrainPlan(Plan):
     regulariser
         ``"vicreg"``, or ``"sigreg"`` (LeJEPA; made for ``teacher=False``).
     regulariser_weight
-        Its weight; 0 is off, the default but for the JEPA (0.1 for VICReg, 5 for SIGReg).
+        Its weight; 0 is off, the default but for the JEPA (0.01 for VICReg, 5 for SIGReg).
     thinning
         Largest share of the counts that the context does not see, drawn for each cell (binomial
         thinning); targets see all. 0 is off.
@@ -164,6 +168,11 @@ class PretrainPlan(Plan):
             raise ValueError("Sets of cells are for objective='jepa'.")
         if not 0 <= thinning < 1:
             raise ValueError(f"thinning={thinning}: expected a share from 0 to below 1.")
+        if noise < 0 or not 0 <= momentum < 1 or (regulariser_weight or 0) < 0:
+            raise ValueError(
+                f"noise={noise}, momentum={momentum}, regulariser_weight={regulariser_weight}: "
+                "expected noise and a weight from 0, and a momentum from 0 to below 1."
+            )
         super().__init__(module, "pretrain", lr, weight_decay)
         self.objective, self.set_size = objective, set_size
         self.blocks: dict[str, Any] = {"n_blocks": n_blocks, "hidden": hidden, "overlap": overlap,
@@ -175,6 +184,7 @@ class PretrainPlan(Plan):
         self.guard = CollapseGuard(regulariser_weight)
         self.thinning, self.noise = thinning, noise
         n_latent, n_hidden = module.anchor_map.shape[1], 256
+        self.most = 0  # the largest rank that the states of a mini-batch could have
         n_out = module.n_genes if objective == "reconstruction" else n_latent
         self.head = nn.Identity() if objective == "jepa" else mlp(n_latent, n_hidden, n_out)
         self.parameters_ = [*self.parameters_, *self.head.parameters()]
@@ -190,19 +200,30 @@ class PretrainPlan(Plan):
             view, target = (x.unflatten(0, (-1, 2, self.set_size // 2))[:, i].flatten(0, 1)
                             for i, x in enumerate((view, target)))  # fmt: skip
         state = self.module.encoder(view, visible)
+        if not state.isfinite().all():
+            raise RuntimeError(
+                f"Stage A diverged: states are not finite at step {self.global_step}. Lower the "
+                "learning rate (lr in plan_kwargs, or in pretrain_kwargs of train)."
+            )
+        self.most = max(self.most, min(len(state) - 1, state.shape[1]))
         predicted, wanted, predict = getattr(self, f"_{self.objective}")(state, target, blocks)
         regulariser = self.regularise(state) if self.guard.weight else predict.detach() * 0
         if self.guard.weight and not self.teacher and self.objective == "jepa":
             regulariser = regulariser + self.regularise(wanted.flatten(0, -2))
+        spread, together = state.detach().std(0), blocks.sum(0)
         losses = {
             "loss": predict + self.guard.weight * regulariser,
             "predict": predict,
             "regulariser": regulariser,
-            "latent_std": state.detach().std(0).mean(),
+            "latent_std": spread.mean(),
+            "latent_std_min": spread.min(),
             "effective_rank": effective_rank(state.detach()),
             "spread_ratio": _spread(predicted) / _spread(wanted).clamp_min(1e-12),
-            "hidden_share": blocks.any(0).sum() / there.sum(),
+            "n_blocks": torch.tensor(float(len(blocks))),
+            "hidden_share": (together > 0).sum() / there.sum(),
+            "overlap": (together > 1).sum() / (together > 0).sum(),
             "block_size": blocks.sum(1).float().mean(),
+            "block_size_std": blocks.sum(1).float().std(correction=0),
         }
         return self._log(losses, "pretrain", len(view))
 
@@ -263,8 +284,11 @@ class PretrainPlan(Plan):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         seen = self.trainer.callback_metrics
-        self.guard.look(*(float(seen[f"pretrain_{name}"])
-                          for name in ("effective_rank", "latent_std", "spread_ratio")))  # fmt: skip
+        rank, spread, ratio = (
+            float(seen[f"pretrain_{name}"])
+            for name in ("effective_rank", "latent_std", "spread_ratio")
+        )
+        self.guard.look(rank, spread, ratio, self.most)
         self.log("pretrain_regulariser_weight", self.guard.weight)
 
     def finish(self) -> None:
@@ -344,7 +368,7 @@ def _groups(sets: Mapping[str, Iterable[str]], genes: np.ndarray) -> torch.Tenso
     groups = torch.zeros(len(found), len(genes), dtype=torch.bool)
     for row, members in zip(groups, found, strict=True):
         row[members] = True
-    return groups
+    return groups.to_sparse()
 
 
 def _telling(cells: Cells, where: np.ndarray) -> torch.Tensor:
@@ -355,8 +379,16 @@ def _telling(cells: Cells, where: np.ndarray) -> torch.Tensor:
         raise ValueError("masks='adversarial' needs perturbations to predict; the cells have none.")
     order = _random.stream("probe").permutation(len(where))[:_PROBED]
     some = np.sort(where[order])
-    values = cells.tensors(some)["values"].numpy()
-    spread = np.maximum(values.std(0), 0.1)
     labels = [str(cells.perturbations[i]) for i in some]
-    probe = RidgeClassifier(alpha=values.shape[1]).fit((values - values.mean(0)) / spread, labels)
+    if len(set(labels)) < 2:
+        raise ValueError(
+            f"masks='adversarial' needs cells of different perturbations; all are {labels[0]!r}."
+        )
+    values = cells.tensors(some)["values"].numpy()
+    told = np.zeros_like(values)
+    for measured, mine in cells.by_dataset(some):  # what was not measured tells nothing
+        own = np.ix_(mine, measured)
+        told[own] = values[own] - values[own].mean(0)
+        told[own] /= np.maximum(values[own].std(0), 0.1)
+    probe = RidgeClassifier(alpha=values.shape[1]).fit(told, labels)
     return torch.from_numpy(np.abs(np.atleast_2d(probe.coef_)).mean(0).astype(np.float32))

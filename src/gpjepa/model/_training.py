@@ -23,6 +23,7 @@ from gpjepa.effects import (
     targeted,
 )
 from gpjepa.nn import ComponentEncoder
+from gpjepa.objectives import gene_blocks
 from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
@@ -202,8 +203,11 @@ class Trainable(Predicting):
         self, cells: Cells, where: np.ndarray, max_epochs: int | None, batch_size: int,
         plan_kwargs: dict | None, **trainer_kwargs: Any,
     ) -> bool:  # fmt: skip
-        options = masked_genes(plan_kwargs or {}, cells, self.genes, where)
-        self._standardise(cells, where)
+        if batch_size < 2:
+            raise ValueError(f"batch_size={batch_size}: cells are compared, so 2 are needed.")
+        plan = PretrainPlan(
+            self.module, **masked_genes(plan_kwargs or {}, cells, self.genes, where)
+        )
         groups = [where[mine] for _, mine in cells.by_dataset(where)]
         if min(map(len, groups)) < 2:
             raise ValueError(
@@ -211,25 +215,30 @@ class Trainable(Predicting):
                 "least 2 are needed, better 50. Add cells or remove it."
             )
         sampler: RandomBatches | SetBatches = RandomBatches(groups, batch_size)
-        if options.get("set_size"):
-            sampler = self._sets(cells, where, options["set_size"], batch_size)
+        if plan.set_size:
+            sampler = self._sets(cells, where, plan.set_size, batch_size)
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # as they will be drawn, or an error before the work
+            for measured, _ in cells.by_dataset(where):
+                gene_blocks(len(self.genes), among=torch.from_numpy(measured), **plan.blocks)
         epochs = max(2, round(1_000 / len(sampler))) if max_epochs is None else max_epochs
         interrupted = False
-        plan = PretrainPlan(self.module, **options)
-        self._fit_components(cells, where)
-        if next(self.module.encoder.parameters(), None) is None:
-            epochs = 0
-        if epochs:
+        self._standardise(cells, where)
+        closed_form = next(self.module.encoder.parameters(), None) is None
+        self._fit_components(cells, where, again=closed_form)
+        if epochs or closed_form:
             self.module.known.fill_(True)
+        if epochs and not closed_form:
             interrupted = self._run(plan, Batches(cells, sampler), epochs, **trainer_kwargs)
             plan.finish()
         self.is_pretrained_ = self.is_trained_ = True
         return interrupted
 
-    def _fit_components(self, cells: Cells, where: np.ndarray) -> None:
-        """For an encoder that has components, once."""
+    def _fit_components(self, cells: Cells, where: np.ndarray, again: bool) -> None:
+        """For an encoder that has components; a network that adds to them keeps those it knows."""
         encoder = self.module.encoder
-        if isinstance(encoder, ComponentEncoder) and not encoder.axes.any():
+        if isinstance(encoder, ComponentEncoder) and (again or not encoder.axes.any()):
             fit_components(cells, where, encoder)
         self.module.target_encoder.load_state_dict(encoder.state_dict())
 

@@ -27,9 +27,23 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
 def make_encoder(
     kind: str, n_genes: int, n_latent: int, n_hidden: int, components: bool = False
 ) -> Encoder:
-    """Build an encoder by name; the width of hidden layers is the MLP's.
+    """Build an encoder by name.
 
-    With ``components``, one that adds to the closed-form components.
+    Parameters
+    ----------
+    kind
+        One of ``ENCODERS``.
+    n_genes, n_latent
+        Sizes of input and output.
+    n_hidden
+        Width of the MLP's hidden layers.
+    components
+        Whether it adds to the closed-form components instead of starting from nothing.
+
+    Raises
+    ------
+    ValueError
+        If there is no such encoder.
     """
     if kind not in ENCODERS:
         raise ValueError(f"encoder={kind!r} is not known; choose one of {tuple(ENCODERS)}.")

@@ -48,6 +48,15 @@ class Encoder(nn.Module):
                 part.scale.fill_(scale)
 
     def standardise(self, values: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        """Square roots of counts per 10,000, centred and in one unit, 0 for hidden genes.
+
+        Parameters
+        ----------
+        values
+            log1p of counts per 10,000, shape (n_cells, n_genes).
+        visible
+            Mask of the genes that count, shape (n_genes,) or that of ``values``; None for all.
+        """
         standard = (_root(values) - self.center) / self.scale
         return standard if visible is None else standard * visible
 

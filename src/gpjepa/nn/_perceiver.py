@@ -31,6 +31,7 @@ class PerceiverEncoder(Encoder):
 
     A difference loses digits where the expressed genes held most of the sum, or where values raise
     logits by a lot; there, and where cells see different genes, all genes are summed one by one.
+    Gradients reach the parameters, not the values.
 
     Parameters
     ----------
@@ -64,7 +65,7 @@ class PerceiverEncoder(Encoder):
 
     def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Latent states, shape (n_cells, n_latent)."""
-        heads, width = self.n_heads, self.queries.shape[1]
+        heads, width, values = self.n_heads, self.queries.shape[1], values.detach()
         to_key, to_value = (
             x.weight.unflatten(0, (heads, -1)) for x in (self.to_key, self.to_value)
         )  # (H, d, width)

@@ -76,7 +76,7 @@ class Expressed:
         if visible is not None:
             expressed = expressed & visible
         place = expressed.cumsum(1)
-        width = max(int(place[:, -1].max()), 1) if n else 1
+        width = max(int(place[:, -1].max()), 1)
         gene, cell = expressed.t().nonzero(as_tuple=True)
         at = cell * n_genes + gene
         order = cell * width + place.take(at) - 1

@@ -11,7 +11,8 @@ from ._tokens import Expressed, Tokenizer
 class TransformerEncoder(Encoder):
     """Self-attention among the expressed genes of a cell; those with value 0 are not seen.
 
-    Its cost grows with the square of the expressed genes.
+    Its cost grows with the square of the expressed genes. Gradients reach the parameters, not the
+    values.
 
     Parameters
     ----------

@@ -34,13 +34,11 @@ def mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return xx + yy - 2 * kernel[:n, n:].mean()
 
 
-def sliced_wasserstein(
-    x: torch.Tensor, y: torch.Tensor, n_slices: int = 64, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, n_slices: int = 64) -> torch.Tensor:
     """Squared sliced 2-Wasserstein distance between sets of equal size (Bonneel et al. 2015)."""
     if len(x) != len(y):
         raise ValueError(f"Sets of {len(x)} and {len(y)} points; sorting needs equal sizes.")
-    directions = torch.randn(x.shape[1], n_slices, generator=generator, device=x.device)
+    directions = torch.randn(x.shape[1], n_slices, device=x.device)
     directions = directions / directions.norm(dim=0)
     return ((x @ directions).sort(0)[0] - (y @ directions).sort(0)[0]).square().mean()
 

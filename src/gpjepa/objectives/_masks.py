@@ -7,7 +7,6 @@ def gene_blocks(
     n_genes: int, n_blocks: int = 4, hidden: float = 0.5, *, overlap: float = 0.0,
     size_spread: float = 0.0, groups: torch.Tensor | None = None,
     weights: torch.Tensor | None = None, among: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Blocks of genes to hide from the context, drawn anew at every call.
 
@@ -28,8 +27,8 @@ def gene_blocks(
     size_spread
         Standard deviation of the logarithm of the blocks' sizes; 0 for equal ones.
     groups
-        Gene sets or regulons, boolean, shape (n_groups, n_genes): a block is made of whole groups,
-        as far as its size allows, and a gene in no group is never hidden.
+        Gene sets or regulons, boolean, shape (n_groups, n_genes), better sparse: a block is made of
+        whole groups, as far as its size allows, and a gene in no group is never hidden.
     weights
         How readily each gene is hidden, shape (n_genes,).
     among
@@ -43,9 +42,11 @@ def gene_blocks(
     Raises
     ------
     ValueError
-        If no gene is left visible, or there are fewer genes to hide than blocks.
+        If no gene is left visible, there are fewer genes to hide than blocks, or a number makes no
+        sense, such as an overlap of a single block.
     """
-    order = _order(n_genes, groups, weights, generator)
+    _check(n_blocks, hidden, overlap, size_spread)
+    order = _order(n_genes, groups, weights)
     if among is not None:
         order = order[among[order]]
     n_hidden = int(hidden * len(order))
@@ -54,7 +55,7 @@ def gene_blocks(
             f"{n_blocks} blocks that hide {hidden:.0%} of the {len(order)} genes that can be hidden: "
             "every block needs a gene, and one must stay visible."
         )
-    size = (size_spread * torch.randn(n_blocks, generator=generator)).exp()
+    size = (size_spread * torch.randn(n_blocks)).exp()
     # Every block has one gene; the rest is shared out by size.
     cuts = (size.cumsum(0) / size.sum() * (n_hidden - n_blocks)).round().long()
     ends = [int(c) + k + 1 for k, c in enumerate(cuts)]
@@ -66,19 +67,33 @@ def gene_blocks(
     return blocks
 
 
-def _order(
-    n_genes: int, groups: torch.Tensor | None, weights: torch.Tensor | None,
-    generator: torch.Generator | None,
-) -> torch.Tensor:  # fmt: skip
+def _check(n_blocks: int, hidden: float, overlap: float, size_spread: float) -> None:
+    if n_blocks < 1 or not 0 < hidden < 1 or not 0 <= overlap <= 1 or size_spread < 0:
+        raise ValueError(
+            f"n_blocks={n_blocks}, hidden={hidden}, overlap={overlap}, size_spread={size_spread}: "
+            "expected at least one block, a share of hidden genes between 0 and 1 (one must stay "
+            "visible), an overlap from 0 to 1, and a spread from 0."
+        )
+    if n_blocks == 1 and (overlap or size_spread):
+        raise ValueError(
+            f"overlap={overlap}, size_spread={size_spread}: a single block has no other to differ "
+            "from. Give n_blocks of 2 or more."
+        )
+
+
+def _order(n_genes: int, groups: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
     """Genes that may be hidden, in the order in which they are."""
     if groups is not None:
-        place = torch.randperm(len(groups), generator=generator)
-        first = torch.where(groups, place.unsqueeze(1), len(groups)).amin(0)
-        order = (first + torch.rand(n_genes, generator=generator)).argsort()
+        place = torch.randperm(len(groups))
+        # As a list of members: a table is slow to go through for every mini-batch.
+        members = groups if groups.is_sparse else groups.to_sparse()
+        group, gene = members.coalesce().indices()
+        first = torch.full((n_genes,), len(groups)).scatter_reduce_(0, gene, place[group], "amin")
+        order = (first + torch.rand(n_genes)).argsort()
         return order[: int((first < len(groups)).sum())]
     if weights is not None:
         # The largest of log-weights with Gumbel noise are a draw without replacement.
-        noise = -torch.log(-torch.log(torch.rand(n_genes, generator=generator)))
+        noise = -torch.log(-torch.log(torch.rand(n_genes)))
         order = (weights.clamp_min(1e-12).log() + noise).argsort(descending=True)
         return order[: int((weights > 0).sum())]
-    return torch.randperm(n_genes, generator=generator)
+    return torch.randperm(n_genes)

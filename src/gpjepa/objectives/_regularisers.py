@@ -23,9 +23,7 @@ def vicreg(z: torch.Tensor, spread: float = 1.0) -> torch.Tensor:
     return (spread - deviation).relu().mean() + 0.04 * off_diagonal.square().sum() / z.shape[1]
 
 
-def sigreg(
-    z: torch.Tensor, n_slices: int = 64, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def sigreg(z: torch.Tensor, n_slices: int = 64) -> torch.Tensor:
     r"""Distance of embeddings from an isotropic standard Gaussian (SIGReg of LeJEPA, 2025).
 
     Mean over random directions of the Epps-Pulley statistic
@@ -39,7 +37,7 @@ def sigreg(
     n_slices
         Directions.
     """
-    directions = torch.randn(z.shape[1], n_slices, generator=generator).to(z)
+    directions = torch.randn(z.shape[1], n_slices).to(z)
     u = z @ (directions / directions.norm(dim=0))
     t = torch.linspace(0, 5, 26, dtype=z.dtype, device=z.device)
     angle = u.unsqueeze(-1) * t
@@ -69,7 +67,8 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.1
 
 def effective_rank(z: torch.Tensor) -> torch.Tensor:
     """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
-    singular = torch.linalg.svdvals(z - z.mean(0))
+    # No half precision, which there are no singular values in.
+    singular = torch.linalg.svdvals((z - z.mean(0)).float())
     p = singular / singular.sum().clamp_min(1e-12)
     return torch.exp(-(p * p.clamp_min(1e-12).log()).sum())
 
