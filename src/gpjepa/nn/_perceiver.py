@@ -85,8 +85,9 @@ class PerceiverEncoder(Encoder):
         if means is None:
             means = self._over_all(values, visible, by_gene, value, by_phi)
         own, phi = means  # (H, n, Q, d), (H, n, Q, F)
-        of_phi = (to_value @ self.tokens.expression.weight).transpose(1, 2).unsqueeze(1)
-        state = (own + phi @ of_phi).permute(1, 2, 0, 3).flatten(2) + self.queries
+        of_phi = (to_value @ self.tokens.expression.weight).transpose(1, 2)
+        mean = torch.baddbmm(own.flatten(1, 2), phi.flatten(1, 2), of_phi)
+        state = mean.view_as(own).permute(1, 2, 0, 3).flatten(2) + self.queries
         state = state + self.mix(state)
         return self.out(state.flatten(1))
 

@@ -80,9 +80,8 @@ class Expressed:
         gene, cell = expressed.t().nonzero(as_tuple=True)
         at = cell * n_genes + gene
         order = cell * width + place.take(at) - 1
-        index = torch.full((n * width,), n_genes, device=values.device)
-        listed = values.new_zeros(n * width)
-        index[order], listed[order] = gene, values.take(at)
+        index = torch.full((n * width,), n_genes, device=values.device).scatter_(0, order, gene)
+        listed = values.new_zeros(n * width).scatter_(0, order, values.take(at))
         per_gene = expressed.sum(0)
         starts = per_gene.cumsum(0) - per_gene
         return cls(index.view(n, width), listed.view(n, width), order, starts)
