@@ -24,7 +24,10 @@ never saw, probed for the cell states of Peterson 2017, as they are and after mo
 import sys
 import tempfile
 import warnings
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import anndata as ad
 import mudata
@@ -32,6 +35,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import scvi
+import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -40,6 +44,7 @@ from sklearn.preprocessing import StandardScaler
 
 import gpjepa
 from gpjepa import GPJEPA
+from gpjepa.model import _moments
 
 N_LATENT, DEPTHS, SEEDS, DRAWS = 32, (1.0, 0.5, 0.25, 0.1), (0, 1, 2), 1_000
 GENE_SETS = ("hallmark.gmt", "reactome.gmt", "go_biological_process.gmt")
@@ -107,6 +112,8 @@ def ablations(data, cells):
     return {
         "defaults": ({}, {}),
         "encoder: network alone": (ALONE, {}),
+        "input: log1p": reading(lambda values: values),
+        "input: counts per 10,000": reading(torch.expm1),
         **masks(data, cells),
         **{name: ({}, plan) for name, plan in changed.items()},
     }
@@ -195,6 +202,28 @@ def embedder(arm, cells, seed):
     model = GPJEPA(cells, n_latent=N_LATENT, **options)
     model.pretrain(0 if plan is None else None, plan_kwargs=plan, enable_progress_bar=False)
     return model.get_latent_representation
+
+
+def reading(transform):
+    """The defaults, but that encoders see this of log1p counts per 10,000, and not square roots."""
+
+    def moments(cells, where):
+        x = transform(cells.tensors(where)["values"]).double().numpy()
+        return replace(_moments.moments(cells, where), root=x.mean(0), spread=x.std(0))
+
+    @contextmanager
+    def other():
+        # There is no option for it: what is chosen here is part of what an encoder is.
+        with patch("gpjepa.nn._encoders._root", transform):
+            with patch("gpjepa.model._base.moments", moments):
+                yield
+
+    def arm(cells, seed):
+        with other():
+            embed = embedder(({}, {}), cells, seed)
+        return other()(embed)
+
+    return arm
 
 
 def by_cell(arm, train, tests, seed):
