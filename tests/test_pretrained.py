@@ -1,6 +1,7 @@
 """Encoders that start elsewhere: several data sets, genes that some lack, alignment by name."""
 
 import shutil
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -15,6 +16,7 @@ import gpjepa
 from gpjepa import GPJEPA
 from gpjepa.datasets import join
 from gpjepa.model._cells import RandomBatches
+from gpjepa.model._components import _information
 from gpjepa.model._moments import moments
 from gpjepa.model._pretrain import masked_genes
 from gpjepa.nn import ENCODERS
@@ -85,6 +87,51 @@ def test_new_genes_are_hidden_until_they_are_learned(cells, saved, encoder):
     model.pretrain(1, batch_size=64, **QUIET)
     after = model.get_latent_representation()
     assert not np.allclose(model.get_latent_representation(changed), after, atol=1e-3)
+
+
+@pytest.mark.parametrize(("known", "again"), [(45, False), (3, True)])
+def test_components_are_fitted_again_where_new_genes_say_more(cells, tmp_path, known, again):
+    cells = cells.copy()
+    cells.obs["library_size"] = np.asarray(cells.X.sum(1)).ravel()
+    few = cells[:, :known].copy()
+    source = GPJEPA(unlabelled(few, library_size_key="library_size"), n_latent=6, n_hidden=16)
+    source.pretrain(3, batch_size=64, plan_kwargs={"lr": 1e-2}, **QUIET)
+    source.save(str(tmp_path / "model"))
+    theirs = source.module.encoder
+    adata = unlabelled(cells, library_size_key="library_size")
+    with pytest.warns(UserWarning, match=f"knows {known} of the 50 genes"):
+        model = GPJEPA(adata, pretrained=tmp_path / "model")
+    model.pretrain(0, **QUIET)  # nothing is learned, and so nothing is fitted
+    assert not model.module.encoder.axes[known:].any()
+    model.pretrain(1, plan_kwargs={"lr": 1e-12}, **QUIET)
+    encoder = model.module.encoder
+    assert encoder.axes[known:].any() == again
+    if again:
+        own = GPJEPA(adata, n_latent=6, encoder="components")
+        own.pretrain(**QUIET)
+        found, expected = (m.get_latent_representation() for m in (model, own))
+        assert_same_axes(found, expected, 0.999)
+    else:
+        torch.testing.assert_close(encoder.axes[:known], theirs.axes)
+        torch.testing.assert_close(encoder.residual.net[-1].weight, theirs.residual.net[-1].weight)
+
+
+def test_information_does_not_depend_on_how_states_are_written(cells):
+    model = GPJEPA(unlabelled(cells.copy()), n_latent=6, encoder="components")
+    model.pretrain(**QUIET)
+    read, encoder = model._training_cells(), model.module.encoder
+    whole = _information(read, encoder)
+    assert whole > 1
+    axes, rng = encoder.axes.clone(), np.random.default_rng(0)
+    encoder.axes.copy_(axes @ torch.from_numpy(rng.normal(size=(6, 6)).astype(np.float32)))
+    assert abs(_information(read, encoder) - whole) < 0.01
+    encoder.axes.copy_(axes)
+    encoder.axes[:, 3:] = 0
+    part = _information(read, encoder)
+    assert 0 < part < whole
+    share = np.asarray(read.counts.sum(0)).ravel() / read.counts.sum()
+    noise = sp.csr_matrix(rng.poisson(read.library[:, None] * share).astype(np.float32))
+    assert _information(replace(read, counts=noise), encoder) < 0.1
 
 
 def test_a_model_that_started_elsewhere_needs_it_no_more(cells, saved, tmp_path):

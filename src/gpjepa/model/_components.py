@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 
@@ -15,6 +16,7 @@ from ._cells import Cells
 from ._moments import CHUNK
 
 _N_NUMBERS = 20_000_000  # cells times genes that are looked at
+_N_JUDGES = 5_000  # cells by which components are judged, at most
 
 
 def fit_components(cells: Cells, where: np.ndarray, encoder: ComponentEncoder) -> None:
@@ -26,6 +28,34 @@ def fit_components(cells: Cells, where: np.ndarray, encoder: ComponentEncoder) -
     for part, seen in _chunks(some, encoder):
         x[part] = seen
     encoder.fit(x, partial(_halves, some, encoder, rng))
+
+
+def worth_keeping(cells: Cells, where: np.ndarray, encoder: ComponentEncoder) -> bool:
+    """Whether components say at least as much of these cells as those fitted to them would.
+
+    They are judged on half of the cells, and the others fitted to the other half.
+    """
+    if len(where) < 2 * encoder.axes.shape[1]:
+        return True  # too few to fit any to
+    order = where[_random.stream("worth").permutation(len(where))]
+    mine, test = order[: len(order) // 2], cells.take(order[len(order) // 2 :][:_N_JUDGES])
+    fitted = copy.deepcopy(encoder)
+    fit_components(cells, mine, fitted)
+    return _information(test, encoder) >= _information(test, fitted)
+
+
+def _information(cells: Cells, encoder: ComponentEncoder) -> float:
+    r"""Nats that states say of cells, by what half of the counts says otherwise than the other.
+
+    With :math:`a, b` the states of both halves, each the signal and noise of its own, it is
+    :math:`\tfrac12\log\det\operatorname{cov}(a + b) - \tfrac12\log\det\operatorname{cov}(a - b)`:
+    the capacity of a Gaussian channel.
+    """
+    halves = _halves(cells, encoder, _random.stream("information"), encoder.axes)
+    a, b = (x.double() / encoder.axes.norm() for x in halves)
+    ridge = 1e-8 * torch.eye(a.shape[1], device=a.device)  # well above what rounding leaves
+    both, apart = (torch.logdet(x.T @ x / len(x) + ridge) for x in (a + b, a - b))
+    return float(both - apart) / 2
 
 
 def _chunks(cells: Cells, encoder: ComponentEncoder) -> Iterator[tuple[np.ndarray, torch.Tensor]]:

@@ -22,14 +22,14 @@ from gpjepa.effects import (
     library_shifts,
     targeted,
 )
-from gpjepa.nn import ComponentEncoder
+from gpjepa.nn import ComponentEncoder, ResidualEncoder
 from gpjepa.objectives import gene_blocks
 from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
-from ._components import fit_components
+from ._components import fit_components, worth_keeping
 from ._module import MATCHINGS
 from ._plans import ActionPlan, finish_on_interrupt
 from ._prediction import Predicting
@@ -61,7 +61,10 @@ class Trainable(Predicting):
         """Stage A alone: learn cell states by predicting the embedding of hidden genes.
 
         Works on unlabelled cells (``perturbation_key=None``). Of labelled ones, those that
-        :meth:`train` holds out are left out here too. :meth:`train` then starts from here.
+        :meth:`train` holds out are left out here too. :meth:`train` then starts from here. What was
+        learned before (``pretrained``) is gone on from; where genes are new and components fitted
+        to half of these cells say more of the other half than those brought along, the components
+        are fitted again, and the network starts with adding nothing to them.
 
         Parameters
         ----------
@@ -226,8 +229,9 @@ class Trainable(Predicting):
         interrupted = False
         self._standardise(cells, where)
         closed_form = next(self.module.encoder.parameters(), None) is None
-        self._fit_components(cells, where, again=closed_form)
-        if epochs or closed_form:
+        learns = bool(epochs) or closed_form
+        self._fit_components(cells, where, again=closed_form, learns=learns)
+        if learns:
             self.module.known.fill_(True)
         if epochs and not closed_form:
             interrupted = self._run(plan, Batches(cells, sampler), epochs, **trainer_kwargs)
@@ -235,11 +239,21 @@ class Trainable(Predicting):
         self.is_pretrained_ = self.is_trained_ = True
         return interrupted
 
-    def _fit_components(self, cells: Cells, where: np.ndarray, again: bool) -> None:
-        """For an encoder that has components; a network that adds to them keeps those it knows."""
+    def _fit_components(
+        self, cells: Cells, where: np.ndarray, *, again: bool, learns: bool
+    ) -> None:
+        """For an encoder that has components; a network that learned to add to them keeps them.
+
+        But not if there are genes to be learned with which other components say more.
+        """
         encoder = self.module.encoder
         if isinstance(encoder, ComponentEncoder) and (again or not encoder.axes.any()):
             fit_components(cells, where, encoder)
+        elif isinstance(encoder, ResidualEncoder) and learns and not self.module.known.all():
+            if not worth_keeping(cells, where, encoder):
+                logger.info("Components are fitted again: with the new genes they say more.")
+                fit_components(cells, where, encoder)
+                encoder.add_nothing()
         self.module.target_encoder.load_state_dict(encoder.state_dict())
 
     def _sets(self, cells: Cells, where: np.ndarray, set_size: int, batch_size: int) -> SetBatches:

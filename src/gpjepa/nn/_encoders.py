@@ -170,7 +170,11 @@ class ResidualEncoder(ComponentEncoder):
     def __init__(self, n_genes: int, n_latent: int, residual: Encoder) -> None:
         super().__init__(n_genes, n_latent)
         self.residual = residual
-        last = [m for m in residual.modules() if isinstance(m, nn.Linear)][-1]
+        self.add_nothing()
+
+    def add_nothing(self) -> None:
+        """Put the last layer of the other encoder to 0, where it starts."""
+        last = [m for m in self.residual.modules() if isinstance(m, nn.Linear)][-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
