@@ -41,7 +41,8 @@ def worth_keeping(cells: Cells, where: np.ndarray, encoder: ComponentEncoder) ->
     mine, test = order[: len(order) // 2], cells.take(order[len(order) // 2 :][:_N_JUDGES])
     fitted = copy.deepcopy(encoder)
     fit_components(cells, mine, fitted)
-    return _information(test, encoder) >= _information(test, fitted)
+    kept, other = (_information(test, x) for x in (encoder, fitted))
+    return not other > kept  # also where they are NaN
 
 
 def _information(cells: Cells, encoder: ComponentEncoder) -> float:
