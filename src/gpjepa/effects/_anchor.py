@@ -18,11 +18,12 @@ from gpjepa.perturbations import (
 )
 from gpjepa.splits import MIN_UNITS
 
-from ._estimates import Estimate, ScaleFit
+from ._estimates import ScaleFit
 from ._explanation import Explanation
 from ._regression import check_no_leak
 from ._scales import Scale, check_scale
 from ._table import EffectTable
+from ._weighted import Estimate
 
 
 @dataclass(frozen=True)

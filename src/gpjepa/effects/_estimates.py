@@ -1,9 +1,9 @@
-"""What the anchor says of one scale: estimates as weighted sums of measured effects."""
+"""What the anchor says of one scale."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ._scales import Scale
 from ._stack import Experts, Stack, fit_stack, shrink, stack_residual
 from ._table import EffectTable
 from ._transfer import MIN_CONTEXTS, Transfer, transfer_experts
+from ._weighted import Estimate, Share, less_sure, total, weigh
 
 _PRIOR_INTERACTION = 0.1
 """Squared interaction over squared effect where too few combinations were measured. On Norman's
@@ -29,87 +30,6 @@ _BOTH = ("sum of the singles", "larger single", _OTHERS)
 _PARTLY = ("measured targets", "targets never measured", _OTHERS)
 _NEITHER = ("sum of the targets", _OTHERS)
 _SURPLUS = 0.1  # share of the spread of effects that a residual variance never falls below
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one expert contributes to a prediction.
-
-    Attributes
-    ----------
-    part
-        The perturbation that the expert speaks of.
-    expert
-        Name of the expert.
-    weight
-        Its weight.
-    weights, controls
-        The weighted sum of measured effects, shape (n_rows,), and of control profiles, shape
-        (n_contexts,), that it contributes, its weight included.
-    """
-
-    part: str
-    expert: str
-    weight: float
-    weights: np.ndarray
-    controls: np.ndarray
-
-    def times(self, factor: float, role: str = "") -> Share:
-        """The same share of a prediction that enters another with a factor, in some role."""
-        return replace(
-            self, weight=factor * self.weight, weights=factor * self.weights,
-            controls=factor * self.controls,
-            expert=f"{role}, {self.expert}" if role and self.part else self.expert,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One mean effect as a weighted sum, and what remains unknown of it.
-
-    Attributes
-    ----------
-    shares
-        What each expert contributes.
-    weights, controls
-        Sums over the shares.
-    left
-        Weights on the variances of the profiles of what shrinkage leaves unknown.
-    residual
-        Weights on the kinds of residual variance.
-    interaction
-        Weight on the variance of interactions.
-    singles
-        Of a combination: what it takes of the estimate of each single.
-    """
-
-    shares: tuple[Share, ...]
-    weights: np.ndarray
-    controls: np.ndarray
-    left: np.ndarray
-    residual: np.ndarray
-    interaction: float = 0.0
-    singles: tuple[float, ...] = ()
-
-    def times(self, factor: float) -> Estimate:
-        """The estimate times a factor."""
-        return Estimate(
-            tuple(s.times(factor) for s in self.shares), factor * self.weights,
-            factor * self.controls, factor**2 * self.left, factor**2 * self.residual,
-            factor**2 * self.interaction, tuple(factor * s for s in self.singles),
-        )  # fmt: skip
-
-
-def total(estimates: Sequence[Estimate]) -> Estimate:
-    """Sum of estimates; what each leaves unknown is independent of the others."""
-    return Estimate(
-        tuple(share for e in estimates for share in e.shares),
-        np.sum([e.weights for e in estimates], axis=0),
-        np.sum([e.controls for e in estimates], axis=0),
-        np.sum([e.left for e in estimates], axis=0),
-        np.sum([e.residual for e in estimates], axis=0),
-        float(np.sum([e.interaction for e in estimates])),
-    )
 
 
 _Row = tuple[Any, ...]  # a row of the table, then per expert the estimates that it adds up
@@ -262,7 +182,7 @@ class ScaleFit:
             return _PRIOR_INTERACTION
         apart = size = 0.0
         for i, *experts in both:
-            estimate = _weigh(experts, self.both.weights, _BOTH)
+            estimate = weigh(experts, self.both.weights, _BOTH)
             mean = self.mean([estimate])[0]
             noise = (self._on_profiles(self._one(i)) - self._on_profiles(estimate.weights)) ** 2
             apart += ((self.values[i] - mean) ** 2).sum()
@@ -338,13 +258,13 @@ class ScaleFit:
         if all(known):
             larger = self._larger(parts)
             whole, alone, _ = self.both.weights
-            expected = _weigh([parts, [larger], [others]], self.both.weights, _BOTH)
+            expected = weigh([parts, [larger], [others]], self.both.weights, _BOTH)
             singles = [whole + alone * (part is larger) for part in parts]
         elif any(known):
-            expected = _weigh([*_divide(parts, known), [others]], self.partly.weights, _PARTLY)
+            expected = weigh([*_divide(parts, known), [others]], self.partly.weights, _PARTLY)
             singles = [self.partly.weights[0 if k else 1] for k in known]
         else:
-            expected = _weigh([parts, [others]], self.neither.weights, _NEITHER)
+            expected = weigh([parts, [others]], self.neither.weights, _NEITHER)
             singles = [self.neither.weights[0]] * len(parts)
         return replace(expected, singles=tuple(map(float, singles)))
 
@@ -393,11 +313,11 @@ class ScaleFit:
         dose = single.doses[0]
         above = next((i for i, (d, _) in enumerate(points) if d >= dose), None)
         if above is None:  # beyond the largest dose: as the largest, less sure
-            return _less_sure(points[-1][1], _SPREAD, 0.5)
+            return less_sure(points[-1][1], _SPREAD, 0.5)
         (low, below), (high, beyond) = points[above - 1], points[above]
         share = float((np.log1p(dose) - np.log1p(low)) / (np.log1p(high) - np.log1p(low)))
         between = total([below.times(1 - share), beyond.times(share)])
-        return _less_sure(between, _SPREAD, _SURPLUS)
+        return less_sure(between, _SPREAD, _SURPLUS)
 
     def _never_measured(self, single: Perturbation, context: str) -> Estimate:
         target = single.targets[0]
@@ -411,12 +331,12 @@ class ScaleFit:
             covered = self.unseen.covers(target)
             kind = _UNSEEN if covered else _WITHOUT_FEATURES
             kriging = self.unseen.kriging(target, context) if covered else 1.0
-            return _less_sure(self._estimate(shares), kind, kriging)
+            return less_sure(self._estimate(shares), kind, kriging)
         contexts = {c for c, _ in self.row}
         carried = self._carried(
             single, context, lambda c: self._never_measured(single, c) if c in contexts else None
         )
-        return carried or _less_sure(self._estimate([]), _SPREAD, 1.0)
+        return carried or less_sure(self._estimate([]), _SPREAD, 1.0)
 
     def _measured(self, perturbation: Perturbation, context: str) -> Estimate | None:
         row = self.row.get((context, perturbation))
@@ -438,7 +358,7 @@ class ScaleFit:
             has_own = any(c == context for c, _ in self.row)
             if not sources or has_own:
                 return None
-            return _less_sure(self._estimate([]), _SPREAD, 1.0)
+            return less_sure(self._estimate([]), _SPREAD, 1.0)
         mean, state = self.transfer_stack.weights
         away = np.array([(c in sources) / len(sources) for c in self.effects.contexts])
         away[self.effects.contexts.index(context)] = -1
@@ -452,7 +372,7 @@ class ScaleFit:
         # What was unknown of the sources does not average out: it is unknown of the target.
         unknown = np.max([e.residual for e in sources.values()], axis=0)
         carried = replace(carried, residual=unknown)
-        return _less_sure(carried, _TRANSFER, 1.0)
+        return less_sure(carried, _TRANSFER, 1.0)
 
     def _larger(self, parts: Sequence[Estimate]) -> Estimate:
         """The part whose effect is largest."""
@@ -496,27 +416,3 @@ def _divide(parts: list[Estimate], known: list[bool]) -> tuple[list[Estimate], l
     """The parts that were measured, and those that were not."""
     first = [p for p, k in zip(parts, known, strict=True) if k]
     return first, [p for p, k in zip(parts, known, strict=True) if not k]
-
-
-def _weigh(
-    experts: Sequence[list[Estimate]], weights: np.ndarray, names: Sequence[str]
-) -> Estimate:
-    """Weighted sum of experts, each a sum of estimates; one estimate may be in several experts."""
-    factor: dict[int, float] = {}
-    shares: list[Share] = []
-    for parts, weight, name in zip(experts, weights, names, strict=True):
-        for part in parts:
-            factor[id(part)] = factor.get(id(part), 0.0) + float(weight)
-            if weight:
-                shares += [share.times(float(weight), name) for share in part.shares]
-    once = {id(part): part for parts in experts for part in parts}
-    return replace(
-        total([part.times(factor[key]) for key, part in once.items()]), shares=tuple(shares)
-    )
-
-
-def _less_sure(estimate: Estimate, kind: int, by: float) -> Estimate:
-    """The estimate with residual variance of a kind."""
-    residual = estimate.residual.copy()
-    residual[kind] += by
-    return replace(estimate, residual=residual)
