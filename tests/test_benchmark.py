@@ -786,6 +786,24 @@ def test_configurations_that_are_not_there_name_the_presets(tmp_path):
         assert benchmark.BenchmarkConfig.read(name).title
 
 
+def test_a_report_names_files_as_the_configuration_does(tmp_path):
+    adata = gpjepa.datasets.simulate(400, 40, n_targets=4, n_combinations=2, seed=0)
+    adata.X = adata.layers["counts"]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    data = {
+        "name": "mine",
+        "source": "cells.h5ad",
+        "splits": [{"kind": "unseen-singles", "folds": 2}],
+    }
+    content = {**TINY, "data": [data], "methods": ["mean", "replicate"], "focus": None}
+    config = benchmark.BenchmarkConfig.read(content, folder=tmp_path)
+    assert config.data[0].source == str(tmp_path / "cells.h5ad")
+    benchmark.run(config, tmp_path / "out", progress=False)
+    for report in ("report.html", "report.md"):
+        text = (tmp_path / "out" / report).read_text()
+        assert "cells.h5ad" in text and str(tmp_path) not in text
+
+
 def test_own_manifest_is_followed(result, tmp_path):
     _, out = result
     (tmp_path / "b.yaml").write_text(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import anndata as ad
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from gpjepa import datasets, splits
 from gpjepa.perturbations import TargetFeatures, read_gmt
@@ -310,6 +310,11 @@ class BenchmarkConfig(_Strict):
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     metrics: list[str] = list(METRICS)
     focus: str | None = Field(None, description="The method that the report speaks of.")
+    _given: BenchmarkConfig | None = PrivateAttr(None)  # before its files were looked up
+
+    def as_given(self) -> str:
+        """The configuration as JSON, its files as it names them and not where they are."""
+        return (self._given or self).model_dump_json(indent=1, exclude_defaults=True)
 
     @model_validator(mode="after")
     def _whole(self) -> BenchmarkConfig:
@@ -369,7 +374,11 @@ class BenchmarkConfig(_Strict):
             config = cls.model_validate(content)
         except ValidationError as error:
             raise ValueError(f"{name} is not a benchmark:\n{_told(error)}") from error
-        return config if folder is None else cls.model_validate(_anchored(content, Path(folder)))
+        if folder is None:
+            return config
+        found = cls.model_validate(_anchored(content, Path(folder)))
+        found._given = config
+        return found
 
 
 PRESETS = Path(__file__).parent / "presets"

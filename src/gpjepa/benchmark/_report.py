@@ -92,7 +92,7 @@ def contents(result: BenchmarkResult) -> dict[str, Any]:
         "splits": _splits(result),
         "metrics": _metrics(result.scores),
         "unscaled": _unscaled(table),
-        "config": result.config.model_dump_json(indent=1, exclude_defaults=True),
+        "config": result.config.as_given(),
         "version": cell_eval_version(),
     }
 
