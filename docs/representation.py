@@ -214,9 +214,9 @@ def reading(transform):
     @contextmanager
     def other():
         # There is no option for it: what is chosen here is part of what an encoder is.
-        with patch("gpjepa.nn._encoders._root", transform):
-            with patch("gpjepa.model._base.moments", moments):
-                yield
+        root, base = "gpjepa.nn._encoders._root", "gpjepa.model._base.moments"
+        with patch(root, transform), patch(base, moments):
+            yield
 
     def arm(cells, seed):
         with other():

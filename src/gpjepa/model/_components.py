@@ -53,8 +53,9 @@ def _information(cells: Cells, encoder: ComponentEncoder) -> float:
     the capacity of a Gaussian channel.
     """
     halves = _halves(cells, encoder, _random.stream("information"), encoder.axes)
-    a, b = (x.double() / encoder.axes.norm() for x in halves)
-    ridge = 1e-8 * torch.eye(a.shape[1], device=a.device)  # well above what rounding leaves
+    # Apple's GPUs know no double precision.
+    a, b = (x.cpu().double() / float(encoder.axes.norm()) for x in halves)
+    ridge = 1e-8 * torch.eye(a.shape[1])  # well above what rounding leaves
     both, apart = (torch.logdet(x.T @ x / len(x) + ridge) for x in (a + b, a - b))
     return float(both - apart) / 2
 
