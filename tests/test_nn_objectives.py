@@ -22,6 +22,7 @@ from gpjepa.nn import (
     ema_update,
     make_encoder,
 )
+from gpjepa.nn._tokens import expressed_alike
 from gpjepa.objectives import (
     effective_rank,
     energy_distance,
@@ -80,6 +81,23 @@ def test_perceiver_works_on_many_cells_in_parts(monkeypatch):
     monkeypatch.setattr("gpjepa.nn._perceiver._PLACES", 100)
     encoder = PerceiverEncoder(60, 8, n_queries=3, n_heads=2, width=16)
     assert_same(encoder, sparse_cells(37, 60, 0.3), torch.rand(60) > 0.3)
+
+
+def test_perceiver_takes_cells_of_all_depths(monkeypatch):
+    monkeypatch.setattr("gpjepa.nn._tokens._WORTH", 20)
+    encoder = PerceiverEncoder(60, 8, n_queries=3, n_heads=2, width=16)
+    assert_same(encoder, sparse_cells(37, 60, torch.rand(37, 1)), torch.rand(60) > 0.3)
+
+
+def test_lists_of_expressed_genes_are_little_longer_than_need_be():
+    """Cells of 10 to 2,000 genes: all in one list would be mostly empty places."""
+    values = sparse_cells(256, 2_000, torch.logspace(-2.3, 0, 256)[torch.randperm(256), None])
+    lists, where = expressed_alike(values, None)
+    assert sum(x.index.numel() for x in lists) < 1.3 * (values > 0).sum() < 0.3 * values.numel()
+    assert len(lists) < 10
+    genes = [index[index < 2_000] for x in lists for index in x.index]
+    for cell, at in zip(values, where, strict=True):
+        assert torch.equal(genes[at], cell.nonzero().ravel())
 
 
 @pytest.mark.parametrize("scale", [4.0, 10.0])
@@ -141,9 +159,11 @@ def test_perceiver_trains_in_mixed_precision():
     assert all(p.grad.isfinite().all() for p in encoder.parameters())
 
 
-def test_transformer_equals_attention_cell_by_cell():
+@pytest.mark.parametrize("worth", [10, 1_000])
+def test_transformer_equals_attention_cell_by_cell(monkeypatch, worth):
+    monkeypatch.setattr("gpjepa.nn._tokens._WORTH", worth)
     encoder = make_encoder("transformer", 30, 4, 0).eval()
-    values = sparse_cells(6, 30, 0.3)
+    values = sparse_cells(9, 30, torch.rand(9, 1))
     visible = torch.rand(30) > 0.2
     for cell, found in zip(values, encoder(values, visible), strict=True):
         seen = torch.nonzero((cell > 0) & visible).ravel()

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ._encoders import Encoder
-from ._tokens import Expressed, Tokenizer
+from ._tokens import Expressed, Tokenizer, expressed_alike
 
 _PLACES = 32_768  # expressed genes worked on at a time, so that they stay in the processor's cache
 _LOST = 16.0  # what is subtracted may be this many times what is left
@@ -96,14 +96,18 @@ class PerceiverEncoder(Encoder):
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Means of the genes' values and of φ under attention; None where digits would be lost."""
         with torch.no_grad():
-            listed = Expressed.of(values, visible)
+            lists, where = expressed_alike(values, visible, _PLACES)
             phi_zero = self.tokens.fourier(values.new_zeros(()))
-            phi = self.tokens.fourier(listed.values) - phi_zero
+            phi = [self.tokens.fourier(listed.values) - phi_zero for listed in lists]
         # Differences need the digits of the full precision, also where the rest does without.
         with torch.autocast(values.device.type, enabled=False):
-            tables = tuple(x.to(phi.dtype) for x in tables)
-            own, change, kept = _Attention.apply(*tables, phi, listed, visible)
-        return (own, phi_zero + change) if kept else None
+            tables = tuple(x.to(phi_zero.dtype) for x in tables)
+            own, change, kept = _Attention.apply(*tables, phi, lists, visible)
+        if not kept:
+            return None
+        if len(lists) > 1:
+            own, change = (x.index_select(1, where) for x in (own, change))
+        return own, phi_zero + change
 
     def _over_all(
         self, values: torch.Tensor, visible: torch.Tensor | None, by_gene: torch.Tensor,
@@ -135,7 +139,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, by_gene: torch.Tensor, value: torch.Tensor, by_phi: torch.Tensor,
-        phi: torch.Tensor, listed: Expressed, visible: torch.Tensor | None,
+        phi: list[torch.Tensor], lists: list[Expressed], visible: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:  # fmt: skip
         """Attention means.
 
@@ -149,8 +153,8 @@ class _Attention(torch.autograd.Function):
         by_phi
             Logits per feature of φ, shape (n_heads, n_queries, n_features).
         phi
-            φ of the listed genes less φ(0), shape (n_cells, n_places, n_features).
-        listed, visible
+            φ of the listed genes less φ(0), shapes (n_cells, n_places, n_features).
+        lists, visible
             The expressed genes; the genes that count.
 
         Returns
@@ -168,24 +172,25 @@ class _Attention(torch.autograd.Function):
         zero, value = (F.pad(x, (0, 0, 0, 1)) for x in (zero, value))
         total, total_value = zero.sum(1), zero.transpose(1, 2) @ value
 
-        n, saved, logits = len(phi), [], []
-        mean_value = total_value.unsqueeze(1).repeat(1, n, 1, 1)
-        mean_phi = phi.new_empty(*mean_value.shape[:3], phi.shape[-1])
-        weight = total.unsqueeze(1).repeat(1, n, 1)
-        parts = [(part, phi[part], listed.index[part]) for part in listed.parts(_PLACES)]
+        sizes, saved, logits = [len(x) for x in phi], [], []
+        mean_value = total_value.unsqueeze(1).repeat(1, sum(sizes), 1, 1)
+        mean_phi = by_phi.new_empty(*mean_value.shape[:3], by_phi.shape[-1])
+        weight = total.unsqueeze(1).repeat(1, sum(sizes), 1)
         # Written over and over, as memory that was not used before is slow.
-        own, more = (phi.new_empty(*parts[0][2].shape, x.shape[-1]) for x in (value, zero))
+        for_own, for_more = _rooms(lists, value, zero)
         for head in range(len(value)):
-            for part, features, index in parts:
-                at, size = (head, part), len(index)
-                u = _rows(zero[head], index)
+            sums = (x[head].split(sizes) for x in (weight, mean_phi, mean_value))
+            each = zip(phi, lists, *sums, strict=True)
+            for features, listed, its_weight, its_phi, its_value in each:
+                u = _rows(zero[head], listed.index)
                 w = features @ by_phi[head].T
                 logits.append(w.amax())
                 w.exp_().mul_(u)
-                torch.bmm(w.transpose(1, 2), features, out=mean_phi[at])
-                weight[at] += torch.sub(w, u, out=more[:size]).sum(1)
-                _rows(value[head], index, out=own[:size])
-                mean_value[at].baddbmm_(more[:size].transpose(1, 2), own[:size])
+                torch.bmm(w.transpose(1, 2), features, out=its_phi)
+                more = torch.sub(w, u, out=_shaped(for_more, listed.index))
+                its_weight += more.sum(1)
+                own = _rows(value[head], listed.index, for_own)
+                its_value.baddbmm_(more.transpose(1, 2), own)
                 if any(ctx.needs_input_grad):
                     saved += [w, u]
         kept = (total.unsqueeze(1) <= _LOST * weight).all() & weight.isfinite().all()
@@ -193,8 +198,8 @@ class _Attention(torch.autograd.Function):
         weight = weight.unsqueeze(-1)
         mean_value /= weight
         mean_phi /= weight
-        ctx.parts, ctx.listed = parts, listed
-        ctx.save_for_backward(value, phi, zero, mean_value, mean_phi, weight, *saved)
+        ctx.phi, ctx.lists = phi, lists
+        ctx.save_for_backward(value, zero, mean_value, mean_phi, weight, *saved)
         return mean_value, mean_phi, bool(kept)
 
     @staticmethod
@@ -208,7 +213,7 @@ class _Attention(torch.autograd.Function):
     def _gradients(
         ctx: Any, d_value: torch.Tensor, d_phi: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        value, phi, zero, mean_value, mean_phi, weight, *rest = ctx.saved_tensors
+        value, zero, mean_value, mean_phi, weight, *rest = ctx.saved_tensors
         inner = ((d_value * mean_value).sum(-1, True) + (d_phi * mean_phi).sum(-1, True)) / weight
         to_value, to_phi = d_value / weight, d_phi / weight
         inner = inner.transpose(2, 3)  # (H, n, 1, Q)
@@ -217,32 +222,45 @@ class _Attention(torch.autograd.Function):
         summed = to_value.sum(1)  # (H, Q, d)
         d_by_gene = (value @ summed.transpose(1, 2) - inner.sum(1)).mul_(zero)[:, :-1]
         d_own = (zero @ summed)[:, :-1]
-        d_by_phi = phi.new_zeros(*zero.shape[::2], phi.shape[-1])
+        d_by_phi = mean_phi.new_zeros(*zero.shape[::2], mean_phi.shape[-1])
         saved = iter(rest)
-        of_weights, of_values = (phi.new_empty(*phi.shape[:2], x.shape[-1]) for x in (zero, value))
-        at_zero, own = (torch.empty_like(x[ctx.parts[0][0]]) for x in (of_weights, of_values))
+        at_zero, at_value, of_value = _rooms(ctx.lists, zero, zero, value)
+        sizes = [len(x) for x in ctx.phi]
         for head in range(len(value)):
-            for part, features, index in ctx.parts:
-                w, u, to, size = next(saved), next(saved), to_value[head, part], len(index)
-                zeros, at_value = at_zero[:size], of_weights[part]
-                _rows(value[head], index, out=own[:size])
-                torch.bmm(own[:size], to.transpose(1, 2), out=zeros).sub_(inner[head, part])
-                torch.baddbmm(zeros, features, to_phi[head, part].transpose(1, 2), out=at_value)
-                at_value *= w
-                d_by_phi[head] += torch.bmm(at_value.transpose(1, 2), features).sum(0)
-                at_value.addcmul_(zeros, u, value=-1)
-                torch.bmm(torch.sub(w, u, out=zeros), to, out=of_values[part])
-            d_by_gene[head] += _sum_by_gene(of_weights, ctx.listed)
-            d_own[head] += _sum_by_gene(of_values, ctx.listed)
+            given = (x[head].split(sizes) for x in (to_value, to_phi, inner))
+            each = zip(ctx.phi, ctx.lists, *given, strict=True)
+            for features, listed, to, its_phi, its_inner in each:
+                w, u = next(saved), next(saved)
+                zeros, values = (_shaped(x, listed.index) for x in (at_zero, at_value))
+                own = _rows(value[head], listed.index, of_value)
+                torch.bmm(own, to.transpose(1, 2), out=zeros).sub_(its_inner)
+                torch.baddbmm(zeros, features, its_phi.transpose(1, 2), out=values)
+                values *= w
+                d_by_phi[head] += torch.bmm(values.transpose(1, 2), features).sum(0)
+                values.addcmul_(zeros, u, value=-1)
+                torch.bmm(torch.sub(w, u, out=zeros), to, out=own)
+                d_by_gene[head] += _sum_by_gene(values, listed)
+                d_own[head] += _sum_by_gene(own, listed)
         return d_by_gene, d_own, d_by_phi
 
 
+def _rooms(lists: list[Expressed], *tables: torch.Tensor) -> list[torch.Tensor]:
+    """Memory for a row of each table at every place of any of the lists."""
+    most = max(listed.index.numel() for listed in lists)
+    return [x.new_empty(most, x.shape[-1]) for x in tables]
+
+
+def _shaped(room: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """So much of the room as is needed, shape (*index.shape, n_columns)."""
+    return room[: index.numel()].view(*index.shape, -1)
+
+
 def _rows(
-    table: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None
+    table: torch.Tensor, index: torch.Tensor, room: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rows of a table, shape (*index.shape, n_columns)."""
-    flat = None if out is None else out.flatten(0, 1)
-    return torch.index_select(table, 0, index.flatten(), out=flat).view(*index.shape, -1)
+    out = None if room is None else room[: index.numel()]
+    return torch.index_select(table, 0, index.flatten(), out=out).view(*index.shape, -1)
 
 
 def _sum_by_gene(gradient: torch.Tensor, listed: Expressed) -> torch.Tensor:

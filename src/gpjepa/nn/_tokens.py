@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import nn
+
+_WORTH = 4_096  # places that more lists must save, as each has a cost of its own
 
 
 class Tokenizer(nn.Module):
@@ -61,21 +64,10 @@ class Expressed:
     starts: torch.Tensor
 
     @classmethod
-    def of(cls, values: torch.Tensor, visible: torch.Tensor | None) -> Expressed:
-        """List them.
-
-        Parameters
-        ----------
-        values
-            Shape (n_cells, n_genes), 0 where a gene is not expressed.
-        visible
-            Mask of the genes that count, shape (n_genes,); all by default.
-        """
+    def of(cls, values: torch.Tensor, expressed: torch.Tensor) -> Expressed:
+        """List the values of the genes that are expressed, both of shape (n_cells, n_genes)."""
         n, n_genes = values.shape
-        expressed = values != 0
-        if visible is not None:
-            expressed = expressed & visible
-        place = expressed.cumsum(1)
+        place = expressed.cumsum(1, dtype=torch.int32)  # half the memory of the default
         width = max(int(place[:, -1].max()), 1)
         gene, cell = expressed.t().nonzero(as_tuple=True)
         at = cell * n_genes + gene
@@ -86,8 +78,51 @@ class Expressed:
         starts = per_gene.cumsum(0) - per_gene
         return cls(index.view(n, width), listed.view(n, width), order, starts)
 
-    def parts(self, n_places: int) -> list[slice]:
-        """Runs of cells with about so many places."""
-        n, width = self.index.shape
-        step = max(n_places // width, 1)
-        return [slice(start, start + step) for start in range(0, n, step)]
+
+def expressed_alike(
+    values: torch.Tensor, visible: torch.Tensor | None, most: int | None = None
+) -> tuple[list[Expressed], torch.Tensor]:
+    """Lists of the cells' expressed genes, cells with about as many of them in the same lists.
+
+    Lists are as long as their longest, and depth varies from cell to cell many times over.
+
+    Parameters
+    ----------
+    values
+        Shape (n_cells, n_genes), 0 where a gene is not expressed.
+    visible
+        Mask of the genes that count, shape (n_genes,); all by default.
+    most
+        Cells are also kept apart where lists would have more places together.
+
+    Returns
+    -------
+    tuple
+        The lists, and where among the cells of all lists each cell is, shape (n_cells,).
+    """
+    expressed = values != 0
+    if visible is not None:
+        expressed = expressed & visible
+    n_expressed, cells = expressed.sum(1).sort(descending=True, stable=True)
+    runs = _runs(n_expressed.cpu().numpy(), most)
+    if len(runs) == 1:
+        return [Expressed.of(values, expressed)], torch.arange(len(cells), device=cells.device)
+    lists = [Expressed.of(values[cells[run]], expressed[cells[run]]) for run in runs]
+    return lists, cells.argsort()
+
+
+def _runs(n_places: np.ndarray, most: int | None) -> list[slice]:
+    """Runs of cells whose lists are long enough for the first; the longest come first."""
+    todo, runs = [(0, len(n_places))], []
+    while todo:
+        start, stop = todo.pop()
+        saved = np.arange(stop - start, 0, -1) * (n_places[start] - n_places[start:stop])
+        cut = int(saved.argmax())
+        if saved[cut] <= _WORTH:
+            too_many = most is not None and (stop - start) * n_places[start] > most
+            cut = (stop - start) // 2 if too_many else 0
+        if cut:
+            todo += [(start + cut, stop), (start, start + cut)]
+        else:
+            runs.append(slice(start, stop))
+    return runs

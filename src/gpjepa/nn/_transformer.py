@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._encoders import Encoder
-from ._tokens import Expressed, Tokenizer
+from ._tokens import Expressed, Tokenizer, expressed_alike
 
 
 class TransformerEncoder(Encoder):
@@ -37,9 +37,12 @@ class TransformerEncoder(Encoder):
     def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Latent states, shape (n_cells, n_latent)."""
         with torch.no_grad():
-            listed = Expressed.of(values, None if visible is None else visible.bool())
-            phi = self.tokens.fourier(listed.values)
-        tokens = F.pad(self.tokens.gene, (0, 0, 0, 1))[listed.index] + self.tokens.expression(phi)
-        tokens = torch.cat([self.cell.expand(len(values), -1, -1), tokens], 1)
-        empty = F.pad(listed.index == len(self.tokens.gene), (1, 0))
+            lists, where = expressed_alike(values, None if visible is None else visible.bool())
+        genes = F.pad(self.tokens.gene, (0, 0, 0, 1))
+        return torch.cat([self._states(genes, listed) for listed in lists])[where]
+
+    def _states(self, genes: torch.Tensor, listed: Expressed) -> torch.Tensor:
+        tokens = genes[listed.index] + self.tokens.expression(self.tokens.fourier(listed.values))
+        tokens = torch.cat([self.cell.expand(len(tokens), -1, -1), tokens], 1)
+        empty = F.pad(listed.index == len(genes) - 1, (1, 0))
         return self.out(self.layers(tokens, src_key_padding_mask=empty)[:, 0])
