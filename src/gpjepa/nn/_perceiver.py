@@ -177,22 +177,22 @@ class _Attention(torch.autograd.Function):
         mean_phi = by_phi.new_empty(*mean_value.shape[:3], by_phi.shape[-1])
         weight = total.unsqueeze(1).repeat(1, sum(sizes), 1)
         # Written over and over, as memory that was not used before is slow.
-        for_own, for_more = _rooms(lists, value, zero)
+        for_own, for_u = _rooms(lists, value, zero)
         for head in range(len(value)):
             sums = (x[head].split(sizes) for x in (weight, mean_phi, mean_value))
             each = zip(phi, lists, *sums, strict=True)
             for features, listed, its_weight, its_phi, its_value in each:
-                u = _rows(zero[head], listed.index)
+                u = _rows(zero[head], listed.index, for_u)
                 w = features @ by_phi[head].T
                 logits.append(w.amax())
                 w.exp_().mul_(u)
                 torch.bmm(w.transpose(1, 2), features, out=its_phi)
-                more = torch.sub(w, u, out=_shaped(for_more, listed.index))
+                more = torch.sub(w, u, out=u)
                 its_weight += more.sum(1)
                 own = _rows(value[head], listed.index, for_own)
                 its_value.baddbmm_(more.transpose(1, 2), own)
                 if any(ctx.needs_input_grad):
-                    saved += [w, u]
+                    saved.append(w)
         kept = (total.unsqueeze(1) <= _LOST * weight).all() & weight.isfinite().all()
         kept &= torch.stack(logits).amax() <= _STEEP
         weight = weight.unsqueeze(-1)
@@ -224,13 +224,13 @@ class _Attention(torch.autograd.Function):
         d_own = (zero @ summed)[:, :-1]
         d_by_phi = mean_phi.new_zeros(*zero.shape[::2], mean_phi.shape[-1])
         saved = iter(rest)
-        at_zero, at_value, of_value = _rooms(ctx.lists, zero, zero, value)
+        for_u, at_zero, at_value, of_value = _rooms(ctx.lists, zero, zero, zero, value)
         sizes = [len(x) for x in ctx.phi]
         for head in range(len(value)):
             given = (x[head].split(sizes) for x in (to_value, to_phi, inner))
             each = zip(ctx.phi, ctx.lists, *given, strict=True)
             for features, listed, to, its_phi, its_inner in each:
-                w, u = next(saved), next(saved)
+                w, u = next(saved), _rows(zero[head], listed.index, for_u)
                 zeros, values = (_shaped(x, listed.index) for x in (at_zero, at_value))
                 own = _rows(value[head], listed.index, of_value)
                 torch.bmm(own, to.transpose(1, 2), out=zeros).sub_(its_inner)
@@ -255,12 +255,10 @@ def _shaped(room: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return room[: index.numel()].view(*index.shape, -1)
 
 
-def _rows(
-    table: torch.Tensor, index: torch.Tensor, room: torch.Tensor | None = None
-) -> torch.Tensor:
+def _rows(table: torch.Tensor, index: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
     """Rows of a table, shape (*index.shape, n_columns)."""
-    out = None if room is None else room[: index.numel()]
-    return torch.index_select(table, 0, index.flatten(), out=out).view(*index.shape, -1)
+    torch.index_select(table, 0, index.flatten(), out=room[: index.numel()])
+    return _shaped(room, index)
 
 
 def _sum_by_gene(gradient: torch.Tensor, listed: Expressed) -> torch.Tensor:
