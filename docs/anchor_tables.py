@@ -45,13 +45,13 @@ from gpjepa.effects import (
     interaction_recall,
     noise_corrected_error,
 )
-from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures
+from gpjepa.perturbations import Perturbation, TargetFeatures
 
 SCALE = "mean_log1p"
 DOUBLES = ("KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAPK1+TGFBR2")
 CONTEXT = {"zhao_2021": "patient", "mcfaline_2023": "cell_line", "datlinger_2021": "treatment"}
 INTERACTS = 0.1  # an interaction larger than this, in mean log1p counts per 10,000, is one
-read = LabelReader().read
+read = Perturbation.parse
 
 Predictor = Callable[[EffectTable, list[Perturbation], list[str]], np.ndarray]
 

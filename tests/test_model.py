@@ -115,10 +115,12 @@ def same(a, b):
 
 def test_order_of_targets_cells_and_genes_does_not_matter(model, simulated, held_out, rng):
     reference = model.predict_perturbation(simulated, held_out, gate=1)
-    same(
-        reference,
-        model.predict_perturbation(simulated, "+".join(held_out.split("+")[::-1]), gate=1),
-    )
+    backwards = "+".join(held_out.split("+")[::-1])
+    swapped = model.predict_perturbation(simulated, backwards, gate=1)
+    assert set(swapped.obs["perturbation"]) == {backwards}  # as it was asked for
+    swapped.obs_names = reference.obs_names
+    swapped.obs["perturbation"] = reference.obs["perturbation"]
+    same(reference, swapped)
     moved = simulated[rng.permutation(simulated.n_obs), rng.permutation(simulated.n_vars)].copy()
     same(reference, model.predict_perturbation(moved, held_out, gate=1))
     controls = moved[moved.obs["perturbation"] == "control"].copy()
@@ -374,7 +376,8 @@ def test_the_gate_knows_no_library_sizes_of_held_out_cells(simulated, monkeypatc
 @pytest.mark.parametrize("n_cells", [8, 9, 12])
 def test_small_screens_train(tiny, n_cells, steps):
     """Few perturbations of few cells: something is held out if it can be, and nothing crashes."""
-    labels = ["control", *[p for p in tiny.obs["perturbation"].cat.categories if "+" not in p][:4]]
+    singles = [p for p in tiny.obs["perturbation"].cat.categories if "+" not in p]
+    labels = ["control", *[p for p in singles if p != "control"][:4]]
     keep = np.concatenate([np.flatnonzero(tiny.obs["perturbation"] == p)[:n_cells] for p in labels])
     fitted = train_quickly(
         tiny[keep],
@@ -508,20 +511,32 @@ def test_small_perturbations_are_listed(tiny):
         setup(tiny[keep].copy())
 
 
-def test_cells_without_counts(tiny):
+def test_cells_without_counts_are_left_out_with_a_warning(tiny):
     adata = tiny.copy()
     adata.layers["counts"] = sp.csr_matrix(adata.X.multiply(np.arange(300)[:, None] > 3))
-    setup(adata)
-    with pytest.raises(ValueError, match="4 cells have no counts"):
-        GPJEPA(adata).train()
+    with pytest.warns(UserWarning, match="4 of 300 cells have no counts and are left out"):
+        setup(adata)
+    fitted = GPJEPA(adata)
+    assert len(fitted._training_cells()) == 296
+    assert np.isfinite(fitted._encode(fitted._attached_cells(), np.arange(300))).all()
+    adata.layers["counts"] = sp.csr_matrix(adata.shape)
+    with pytest.raises(ValueError, match="None of the 300 cells has any counts"):
+        setup(adata)
 
 
-def test_library_size_smaller_than_the_counts(tiny):
+@pytest.mark.parametrize(
+    ("library", "message"),
+    [
+        (1.0, "more counts than the library size in obs\\['total'\\]"),
+        (np.inf, "300 cells have no positive, finite library size .* such as inf"),
+        (0.0, "300 cells have no positive, finite library size"),
+    ],
+)
+def test_library_sizes_that_make_no_sense(tiny, library, message):
     adata = tiny.copy()
-    adata.obs["total"] = 1.0
-    setup(adata, library_size_key="total")
-    with pytest.raises(ValueError, match="more counts than the library size"):
-        GPJEPA(adata).train()
+    adata.obs["total"] = library
+    with pytest.raises(ValueError, match=message):
+        setup(adata, library_size_key="total")
 
 
 def test_unknown_targets_contexts_and_options(model, simulated):

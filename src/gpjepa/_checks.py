@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,85 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 _CHUNK = 1 << 22  # values looked at in one go
+_LIBRARY_NAMES = {
+    "librarysize", "totalcounts", "ncounts", "ncount", "ncountrna", "numi", "numis", "umicount",
+    "umicounts", "totalumis", "totalumi", "numumis", "coverage", "ntotalcounts",
+}  # fmt: skip
+
+
+def check_anndata(adata: Any) -> None:
+    """Refuse what is no AnnData in memory, or has no usable names."""
+    if isinstance(adata, str | Path):
+        raise TypeError(f"Expected an AnnData, got the path {str(adata)!r}: read it first, "
+                        "adata = anndata.read_h5ad(path).")  # fmt: skip
+    if type(adata).__name__ == "MuData":
+        raise TypeError(
+            f"Expected an AnnData, got a MuData with the modalities {list(adata.mod)}: give the "
+            "RNA, such as mdata['rna'], with the labels in its own obs."
+        )
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"Expected an AnnData, got {type(adata).__name__}.")
+    if adata.isbacked:
+        raise ValueError(
+            f"The AnnData is backed by {adata.filename}, and its counts are not in memory: call "
+            "adata = adata.to_memory() first, of the genes and cells that you need."
+        )
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        nothing = "genes" if adata.n_obs else "cells"
+        raise ValueError(f"The AnnData holds no {nothing}: the selection is empty.")
+    check_cell_names(adata.obs_names)
+    check_gene_names(adata.var_names)
+
+
+def check_columns(adata: AnnData, columns: Mapping[str, Any]) -> None:
+    """Refuse keys that are not names of columns of ``obs``; columns by argument, None for unused."""
+    shown = [str(c) for c in adata.obs.columns if not str(c).startswith("_")]
+    for name, column in columns.items():
+        if column is None:
+            continue
+        if not isinstance(column, str):
+            raise TypeError(
+                f"{name}={column!r}: expected the name of a column of obs, which has {shown}."
+            )
+        if column not in adata.obs:
+            raise KeyError(f"{name}={column!r} is not a column of obs, which has {shown}.")
+
+
+def count_sums(matrix: Any) -> tuple[float, ...]:
+    """Number of values that are not 0, their sum and sum of squares: exact for counts.
+
+    Any normalisation changes them; the order of cells, the type and the format do not.
+    """
+    values = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
+    values = values.reshape(-1)
+    sums = np.zeros(3)
+    for start in range(0, values.size, _CHUNK):
+        part = values[start : start + _CHUNK].astype(float)
+        sums += np.count_nonzero(part), part.sum(), part @ part
+    return tuple(sums.tolist())
+
+
+def same_values(adata: AnnData, layer: str | None) -> bool:
+    """Whether a layer and ``X`` hold the same values, as after an assignment without a copy."""
+    if layer is None or adata.X is None or adata.layers[layer].shape != adata.X.shape:
+        return False
+    x, counts = adata.X, adata.layers[layer]
+    if sp.issparse(x) != sp.issparse(counts):
+        return False
+    x, counts = (x.data, counts.data) if sp.issparse(x) else (x, counts)
+    return x is counts or np.array_equal(x, counts)
+
+
+def propose_library(adata: AnnData, total: np.ndarray) -> str | None:
+    """A column of ``obs`` that holds more counts per cell than the genes here."""
+    for column in adata.obs:
+        if re.sub(r"[\W_]+", "", str(column).lower()) not in _LIBRARY_NAMES:
+            continue
+        values = pd.to_numeric(adata.obs[column], errors="coerce").to_numpy(float)
+        if np.isfinite(values).all() and (values >= total * (1 - 1e-6)).all():
+            if np.median(values) > 1.05 * np.median(total):
+                return str(column)
+    return None
 
 
 def check_counts(matrix: Any, where: str) -> None:
@@ -49,14 +131,19 @@ def check_counts(matrix: Any, where: str) -> None:
             )
 
 
-def raw_counts(adata: AnnData, layer: str | None) -> sp.csr_matrix:
-    """Checked counts and gene names: of a layer, by default ``layers["counts"]`` if there, else X."""
-    if layer is None and "counts" in adata.layers:
-        layer = "counts"
+def check_layer(adata: AnnData, layer: str | None) -> None:
+    """Refuse a layer that is not there."""
     if layer is not None and layer not in adata.layers:
         raise KeyError(
             f"layer={layer!r} is not in adata.layers, which has {sorted(map(str, adata.layers))}."
         )
+
+
+def raw_counts(adata: AnnData, layer: str | None) -> sp.csr_matrix:
+    """Checked counts and gene names: of a layer, by default ``layers["counts"]`` if there, else X."""
+    if layer is None and "counts" in adata.layers:
+        layer = "counts"
+    check_layer(adata, layer)
     counts = adata.X if layer is None else adata.layers[layer]
     check_counts(counts, "X" if layer is None else f"layers[{layer!r}]")
     check_gene_names(adata.var_names)
@@ -65,11 +152,11 @@ def raw_counts(adata: AnnData, layer: str | None) -> sp.csr_matrix:
 
 def check_library(library: np.ndarray, counts: sp.csr_matrix | np.ndarray, where: str) -> None:
     """Refuse library sizes that are not positive or smaller than the cell's own counts."""
-    if not np.isfinite(library).all() or (library <= 0).any():
-        n = int((~(library > 0)).sum())
+    wrong = ~(np.isfinite(library) & (library > 0))
+    if wrong.any():
         raise ValueError(
-            f"{n} cells have no counts or no finite library size in {where}. Remove them first: "
-            "scanpy.pp.filter_cells(adata, min_counts=1)."
+            f"{int(wrong.sum())} cells have no positive, finite library size in {where}, such as "
+            f"{library[wrong][0]:g}. Mend the column or remove these cells."
         )
     total = np.asarray(counts.sum(1)).ravel()
     if (total > library * (1 + 1e-6)).any():
@@ -80,8 +167,24 @@ def check_library(library: np.ndarray, counts: sp.csr_matrix | np.ndarray, where
         )
 
 
+def check_cell_names(names: pd.Index) -> None:
+    """Refuse duplicate cell names: random streams belong to cells by name."""
+    if not names.is_unique:
+        repeats = names[names.duplicated()].unique()
+        raise ValueError(
+            f"{len(repeats)} names of cells occur more than once, such as {list(repeats[:3])}; "
+            "call adata.obs_names_make_unique() first."
+        )
+
+
 def check_gene_names(names: pd.Index) -> None:
-    """Refuse duplicate gene names: cells are aligned by name."""
+    """Refuse missing or duplicate gene names: cells are aligned by name."""
+    missing = names.isna() | (names.astype(str) == "") | (names.astype(str) == "nan")
+    if missing.any():
+        raise ValueError(
+            f"{int(missing.sum())} genes have no name: remove them, adata[:, "
+            "adata.var_names.notna()], or take another column of var as names."
+        )
     if not names.is_unique:
         repeats = names[names.duplicated()].unique()
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Literal, Self, TypeVar
 import numpy as np
 
 from ._files import written_whole
-from .perturbations import LabelReader, Perturbation
+from .perturbations import Perturbation
 
 MIN_UNITS = 5
 """Fewer independent units than this decide nothing (stacking weights, a gate, early stopping)."""
@@ -417,7 +417,7 @@ class Manifest:
             raise ValueError(f"Splits need names of their own; repeated: {repeats or 'no splits'}.")
 
     def write(self, path: str | Path) -> None:
-        """Write JSON; of perturbations with doses, ``"A@0.5+B"``."""
+        """Write JSON; perturbations as ``str`` writes them: ``"A@0.5+B"``."""
         splits = [
             {"name": s.name, "kind": s.kind, "seed": s.seed,
              "train": [[c, str(p)] for c, p in s.train], "test": [[c, str(p)] for c, p in s.test]}
@@ -436,7 +436,6 @@ class Manifest:
         ValueError
             If the file is not a manifest; the message names what is wrong.
         """
-        reader = LabelReader()
         try:
             content = json.loads(Path(path).read_text())
             if content["format"] != _FORMAT:
@@ -444,8 +443,8 @@ class Manifest:
             splits = tuple(
                 Split(
                     s["name"], s.get("kind", "own"),
-                    tuple((c, reader.read(p)) for c, p in s["train"]),
-                    tuple((c, reader.read(p)) for c, p in s["test"]), s.get("seed", 0),
+                    tuple((c, Perturbation.parse(p)) for c, p in s["train"]),
+                    tuple((c, Perturbation.parse(p)) for c, p in s["test"]), s.get("seed", 0),
                 )
                 for s in content["splits"]
             )  # fmt: skip

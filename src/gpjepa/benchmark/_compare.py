@@ -12,6 +12,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from gpjepa._checks import check_columns
 from gpjepa.effects import (
     Additive,
     EffectTable,
@@ -121,8 +122,8 @@ def compare(
     from gpjepa.model import GPJEPA
 
     setup = setup or {}
-    reader = _reader(setup)
-    labels, contexts = _labels(adata, setup, reader)
+    adata, labels, contexts, reader = _labels(adata, setup)
+    setup = {**setup, "targets": sorted(reader.declared)}  # also those that only test cells have
     test = _held_out(labels, contexts, reader, hold_out, hold_out_context)
     rng = np.random.default_rng(seed)
     kept, other = _control_halves(labels, contexts, rng)
@@ -157,23 +158,20 @@ def compare(
     )  # fmt: skip
 
 
-def _reader(setup: dict) -> LabelReader:
-    control = setup.get("control", "control")
-    return LabelReader(control, setup.get("separator", "+"), setup.get("strip"))
-
-
 def _labels(
-    adata: ad.AnnData, setup: dict, reader: LabelReader
-) -> tuple[list[Perturbation], list[str]]:
-    key = setup.get("perturbation_key", "perturbation")
-    for column in (key, setup.get("context_key")):
-        if column is not None and column not in adata.obs:
-            raise KeyError(f"{column!r} is not a column of adata.obs: {list(adata.obs.columns)}.")
+    adata: ad.AnnData, setup: dict
+) -> tuple[ad.AnnData, list[Perturbation], list[str], LabelReader]:
+    """The cells that have a perturbation, their perturbations and contexts, and what read them."""
+    key, context = setup.get("perturbation_key", "perturbation"), setup.get("context_key")
     dosage = setup.get("dosage_key")
-    labels = reader.read_column(adata.obs[key], None if dosage is None else adata.obs[dosage])
-    context = setup.get("context_key")
+    check_columns(adata, {"perturbation_key": key, "context_key": context, "dosage_key": dosage})
+    reader = LabelReader.from_setup(setup).checked(adata.obs[key], genes=adata.var_names)
+    read = reader.read_cells(adata.obs[key], None if dosage is None else adata.obs[dosage])
+    labels = [p for p in read if p is not None]
+    if len(labels) < len(read):
+        adata = adata[[p is not None for p in read]]
     contexts = ["all"] * adata.n_obs if context is None else adata.obs[context].astype(str).tolist()
-    return labels, contexts
+    return adata, labels, contexts, reader
 
 
 def _held_out(
@@ -222,8 +220,9 @@ def _control_halves(
 
 def _table(model: GPJEPA, cells: ad.AnnData) -> EffectTable:
     read = model._query_cells(cells)
-    assert read.perturbations is not None
-    return effect_table(read.counts, read.library, read.perturbations, read.contexts, model.genes)
+    return effect_table(
+        read.counts, read.library, read.each_perturbation, read.contexts, model.genes
+    )
 
 
 def _predictions(model: GPJEPA, measured: EffectTable) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -243,7 +242,7 @@ def _replicate(
 ) -> tuple[np.ndarray, EffectTable]:
     """Half of the held-out cells as a prediction of the other half."""
     read = model._query_cells(cells)
-    perturbations = read.perturbations or []
+    perturbations = read.each_perturbation
     keys = pd.Series(list(zip(read.contexts, perturbations, strict=True)))
     order = rng.permutation(len(keys))
     rank = keys.iloc[order].groupby(keys.iloc[order]).cumcount().sort_index().to_numpy()

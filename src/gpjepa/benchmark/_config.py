@@ -172,6 +172,10 @@ class _Cells(_Strict):
     cell_type_key: str | None = Field(None, description="Column of cell types, for avg_bio.")
     separator: str | None = "+"
     strip: str | None = None
+    drop: list[str] = []
+    rename: dict[str, str] = {}
+    targets: list[str] = []
+    dose_pattern: str | None = None
 
     def load(self) -> ad.AnnData:
         """The cells, as every method gets them."""

@@ -30,13 +30,13 @@ from gpjepa.effects import (
     Transfer,
     effect_table,
 )
-from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures
+from gpjepa.perturbations import Perturbation, TargetFeatures
 from gpjepa.splits import Split
 
 from ._peers import PEERS, peer
 from ._tasks import SCALE
 
-_read = LabelReader().read
+_read = Perturbation.parse
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gpjepa.perturbations import LabelReader
+from gpjepa.perturbations import Perturbation
 from gpjepa.splits import Row, Split
 
 from ._measures import N_HIGHEST, correlation
@@ -19,7 +19,7 @@ NORMAN_DOUBLES = Path(__file__).parent / "presets" / "ahlmann-eltze-2025-norman-
 """Doubles of Norman 2019, source data of Ahlmann-Eltze, Huber and Anders 2025 (MIT licence)."""
 SCORES = {"published_l2": "l2", "published_pearson": "pearson_delta"}
 """Columns of our scores, and those of a published table."""
-_read = LabelReader().read
+_read = Perturbation.parse
 
 
 def read_published(path: Path) -> pd.DataFrame:

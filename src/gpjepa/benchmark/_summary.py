@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gpjepa.perturbations import Perturbation
+
 from ._measures import risk_coverage
 from ._metrics import METRICS
 
@@ -125,8 +127,8 @@ def _weights(rows: pd.MultiIndex) -> np.ndarray:
     rng = np.random.default_rng(0)
     weights = np.ones((N_DRAWS, len(rows)))
     contexts = rows.get_level_values("context").astype(str)
-    targets = [sorted({t.split("@")[0] for t in str(p).split("+")})
-               for p in rows.get_level_values("perturbation")]  # fmt: skip
+    labels = rows.get_level_values("perturbation").astype(str)
+    targets = [list(Perturbation.parse(p).targets) for p in labels]
     for factor in ([[c] for c in contexts], targets):
         names = sorted({name for each in factor for name in each})
         index = {name: i for i, name in enumerate(names)}

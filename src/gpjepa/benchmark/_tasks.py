@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from gpjepa._checks import check_counts, check_gene_names, check_library
 from gpjepa.datasets import prepare
 from gpjepa.effects import EffectAnchor, EffectTable, MeanEffect, Scale, effect_table, log1p_rates
-from gpjepa.perturbations import LabelReader
+from gpjepa.perturbations import LabelReader, Perturbation
 from gpjepa.splits import Row, Split
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MIN_CELLS = 8
 """A held-out perturbation is tested with at least this many cells: its halves need some each."""
 E_TEST_CELLS, E_TEST_PERMUTATIONS = 200, 500  # a group's cells at most, and the test's permutations
 SCALE: Scale = "mean_log1p"
-_read = LabelReader().read
+_read = Perturbation.parse
 
 
 def standard_cells(
@@ -36,12 +36,10 @@ def standard_cells(
     *,
     layer: str | None = None,
     perturbation_key: str = "perturbation",
-    control: str | Sequence[str] = "control",
     context_key: str | None = None,
     library_size_key: str | None = None,
     cell_type_key: str | None = None,
-    separator: str | None = "+",
-    strip: str | None = None,
+    **labels: Any,
 ) -> ad.AnnData:
     """Cells in the one form that every method gets.
 
@@ -49,11 +47,13 @@ def standard_cells(
     ----------
     adata
         Cells with raw counts.
-    layer, perturbation_key, control, context_key, library_size_key, separator, strip
+    layer, perturbation_key, context_key, library_size_key
         As in :meth:`gpjepa.GPJEPA.setup_anndata`.
     cell_type_key
         Column of ``obs`` with cell types, which no method sees and the metric ``avg_bio`` needs; a
         cell without one is left out there.
+    **labels
+        How labels are written: arguments of :class:`gpjepa.perturbations.LabelReader`.
 
     Returns
     -------
@@ -81,21 +81,21 @@ def standard_cells(
     if not adata.obs_names.is_unique:
         raise ValueError("Names of cells repeat; call adata.obs_names_make_unique() first.")
     counts = sp.csr_matrix(matrix).astype(np.float32)
-    reader = LabelReader(control, separator, strip)
-    labels = [str(p) for p in reader.read_column(adata.obs[perturbation_key])]
+    column = adata.obs[perturbation_key]
+    read = LabelReader(**labels).read_column(column, genes=adata.var_names)
     library = np.asarray(counts.sum(1)).ravel()
     if library_size_key is not None:
         library = adata.obs[library_size_key].to_numpy(float)
         check_library(library, counts, f"obs[{library_size_key!r}]")
     context = ["all"] * adata.n_obs if context_key is None else adata.obs[context_key].astype(str)
     obs = pd.DataFrame(
-        {"perturbation": labels, "context": list(context), "library_size": library},
+        {"perturbation": [str(p) for p in read], "context": list(context), "library_size": library},
         index=adata.obs_names.astype(str),
     )
     if cell_type_key is not None:
         types = adata.obs[cell_type_key]
         obs["cell_type"] = types.astype(str).where(types.notna(), "").to_numpy()
-    some = library > 0
+    some = (library > 0) & np.array([p is not None for p in read])
     order = np.argsort(obs.index.to_numpy()[some], kind="stable")
     keep = np.flatnonzero(some)[order]
     return ad.AnnData(counts[keep], obs.iloc[keep], pd.DataFrame(index=adata.var_names.astype(str)))

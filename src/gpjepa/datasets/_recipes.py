@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 import anndata as ad
 import pandas as pd
+
+from gpjepa.perturbations import LabelReader
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +24,10 @@ class Recipe:
 
     Attributes
     ----------
+    reader
+        How labels are written.
     column
         Column of ``obs`` with the perturbation.
-    control
-        Labels, or targets within labels after ``strip``, of control cells.
-    separator, strip
-        As in :class:`gpjepa.perturbations.LabelReader`.
-    drop
-        Labels of cells without an assigned perturbation; missing labels are dropped as well.
-    rename
-        Targets with another spelling in the data.
     reject
         Regular expression of labels that show that the file is another data set.
     counts
@@ -42,12 +36,8 @@ class Recipe:
         Modality to take from a MuData.
     """
 
+    reader: LabelReader
     column: str = "perturbation"
-    control: Sequence[str] = ("control",)
-    separator: str | None = None
-    strip: str | None = None
-    drop: Sequence[str] = ()
-    rename: Mapping[str, str] = field(default_factory=dict)
     reject: str | None = None
     counts: str | None = None
     modality: str | None = None
@@ -55,23 +45,18 @@ class Recipe:
     def label(self, written: str) -> str | None:
         """The label in this package's form; None for cells to drop."""
         text = written.strip()
-        if text in self.drop or text in ("nan", ""):
-            return None
         if self.reject and re.search(self.reject, text):
             raise ValueError(
                 f"The label {text!r} does not belong to this data set: the file in the cache is "
                 "another one. Delete it and update pertpy."
             )
-        targets = set()
-        for part in text.split(self.separator) if self.separator else [text]:
-            target = re.sub(self.strip, "", part.strip()) if self.strip else part.strip()
-            target = self.rename.get(target, target)
-            if part.strip() not in self.control and target not in self.control:
-                targets |= set(target.split("+")) if target in self.rename.values() else {target}
-        odd = [t for t in targets if "+" in t and self.separator != "+"]
+        if text in ("nan", ""):
+            return None
+        perturbation = self.reader.read(text)
+        odd = [t for t in (perturbation.targets if perturbation else ()) if "+" in t]
         if odd:
             raise ValueError(f"The name {odd[0]!r} holds '+', which joins combinations here.")
-        return "+".join(sorted(targets)) or "control"
+        return None if perturbation is None else str(perturbation)
 
     def apply(self, adata: ad.AnnData) -> ad.AnnData:
         """Bring an AnnData to ``obs["perturbation"]`` and ``layers["counts"]``."""
@@ -88,7 +73,7 @@ class Recipe:
             adata, labels = adata[assigned].copy(), labels[assigned]
         if "control" not in set(labels):
             raise ValueError(
-                f"No cell has the control label {' or '.join(self.control)} in "
+                f"No cell has the control label {' or '.join(map(str, self.reader.controls))} in "
                 f"obs[{self.column!r}]: the file is not as this recipe expects it."
             )
         adata.obs["perturbation"] = pd.Categorical(labels)
@@ -96,48 +81,55 @@ class Recipe:
         return adata
 
 
-_ADAMSON: dict[str, Any] = {
-    "control": ("62(mod)", "63(mod)", "Gal4-4(mod)", "3x_neg_ctrl", "control"),
-    "strip": r"_p(DS|BA|MJ)\d+(-\d)?$",
-    "drop": ("*",),
-}
-_FRANGIEH = Recipe(
-    column="guide_id",
-    separator=";",
-    strip=r"_\d+$",
-    control=("NO_SITE", "ONE_NON-GENE_SITE"),
+_ADAMSON = LabelReader(
+    ("62(mod)", "63(mod)", "Gal4-4(mod)", "3x_neg_ctrl", "control"),
+    separator=None,
+    strip=r"_p(DS|BA|MJ)\d+(-\d)?$",
+    drop="*",
 )
-_REPLOGLE = Recipe(control=("control", "non-targeting"), reject=r"_top_two|^chr\d")
+# scPerturb's own column keeps only the first gene of a combination: read the guides.
+_FRANGIEH = Recipe(
+    LabelReader(("NO_SITE", "ONE_NON-GENE_SITE"), separator=";", strip=r"_\d+$"), column="guide_id"
+)
+_REPLOGLE = Recipe(
+    LabelReader(("control", "non-targeting"), separator=None), reject=r"_top_two|^chr\d"
+)
 
 RECIPES: dict[str, Recipe] = {
-    "norman_2019": Recipe(column="perturbation_name", separator="+", counts="counts"),
-    "papalexi_2021": Recipe(column="gene_target", control=("NT",), modality="rna"),
-    "kang_2018": Recipe(column="label", control=("ctrl",)),
-    # scPerturb's own column keeps only the first gene of a combination: read the guides.
+    "norman_2019": Recipe(LabelReader(), column="perturbation_name", counts="counts"),
+    "papalexi_2021": Recipe(
+        LabelReader("NT", separator=None), column="gene_target", modality="rna"
+    ),
+    "kang_2018": Recipe(LabelReader("ctrl", separator=None), column="label"),
     "frangieh_2021_rna": _FRANGIEH,
     "frangieh_2021_protein": _FRANGIEH,
-    "adamson_2016_pilot": Recipe(**_ADAMSON),
-    "adamson_2016_upr_perturb_seq": Recipe(**_ADAMSON),
+    "adamson_2016_pilot": Recipe(_ADAMSON),
+    "adamson_2016_upr_perturb_seq": Recipe(_ADAMSON),
     "adamson_2016_upr_epistasis": Recipe(
-        **_ADAMSON,
-        rename={
-            "ATF6_only": "ATF6",
-            "PERK_only": "EIF2AK3",
-            "IRE1_only": "ERN1",
-            "ATF6_PERK": "ATF6+EIF2AK3",
-            "ATF6_IRE1": "ATF6+ERN1",
-            "PERK_IRE1": "EIF2AK3+ERN1",
-            "ATF6_PERK_IRE1": "ATF6+EIF2AK3+ERN1",
-        },
+        replace(
+            _ADAMSON,
+            rename={
+                "ATF6_only": "ATF6",
+                "PERK_only": "EIF2AK3",
+                "IRE1_only": "ERN1",
+                "ATF6_PERK": ["ATF6", "EIF2AK3"],
+                "ATF6_IRE1": ["ATF6", "ERN1"],
+                "PERK_IRE1": ["EIF2AK3", "ERN1"],
+                "ATF6_PERK_IRE1": ["ATF6", "EIF2AK3", "ERN1"],
+            },
+        )
     ),
     "replogle_2022_k562_essential": _REPLOGLE,
     "replogle_2022_k562_gwps": _REPLOGLE,
     "replogle_2022_rpe1": _REPLOGLE,
     "srivatsan_2020_sciplex3": Recipe(
-        rename={
-            "(+)-JQ1": "JQ1",
-            "ENMD-2076 L-(+)-Tartaric acid": "ENMD-2076 L-Tartaric acid",
-        }
+        LabelReader(
+            separator=None,
+            rename={
+                "(+)-JQ1": "JQ1",
+                "ENMD-2076 L-(+)-Tartaric acid": "ENMD-2076 L-Tartaric acid",
+            },
+        )
     ),
-    "datlinger_2021": Recipe(strip=r"_\d+$"),
+    "datlinger_2021": Recipe(LabelReader(separator=None, strip=r"_\d+$")),
 }

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from gpjepa.perturbations import (
-    LabelReader,
     Perturbation,
     TargetFeatures,
     UnknownTargetError,
@@ -175,7 +174,8 @@ class EffectAnchor:
         Explanation
             Tables of experts and measured effects; ``plot()`` draws them.
         """
-        perturbation = LabelReader().read(perturbation)
+        if isinstance(perturbation, str):
+            perturbation = Perturbation.parse(perturbation)
         if vocabulary is None:
             featured = [t for f in self.features for t in f.targets]
             vocabulary = Vocabulary(self._perturbed, [*map(str, self.effects_.genes), *featured])
@@ -203,14 +203,14 @@ class EffectAnchor:
         sources = pd.DataFrame(
             {
                 "context": [c for c, _ in self.effects_.rows],
-                "perturbation": [p.label() for _, p in self.effects_.rows],
+                "perturbation": [str(p) for _, p in self.effects_.rows],
                 "weight": estimate.weights,
             }
         )
         used = sources[sources["weight"] != 0]
         used = used.iloc[np.argsort(-used["weight"].abs(), kind="stable")].reset_index(drop=True)
         return Explanation(
-            perturbation.label(), context, predicted.regime[0], scale, self.effects_.genes, table,
+            str(perturbation), context, predicted.regime[0], scale, self.effects_.genes, table,
             used, effects, predicted.mean[0], np.sqrt(predicted.variance[0]),
         )  # fmt: skip
 

@@ -396,7 +396,7 @@ class ScaleFit:
     ) -> Share:  # fmt: skip
         if controls is None:
             controls = np.zeros(len(self.controls))
-        return Share(perturbation.label(), expert, weight, weight * weights, weight * controls)
+        return Share(str(perturbation), expert, weight, weight * weights, weight * controls)
 
     def _on_profiles(self, weights: np.ndarray) -> np.ndarray:
         return self.effects.on_profiles(weights[None])[0]

@@ -133,7 +133,7 @@ class EffectTable:
         contexts = self.contexts if context is None else [context]
         here = [i for i, (c, _) in enumerate(self.rows) if c in contexts]
         rows = [(c, "control") for c in contexts]
-        rows += [(self.rows[i][0], self.rows[i][1].label()) for i in here]
+        rows += [(self.rows[i][0], str(self.rows[i][1])) for i in here]
         names = [p if len(contexts) == 1 else f"{p} in {c}" for c, p in rows]
         n_cells = [np.nan] * len(contexts) + self.n_cells[here].astype(float).tolist()
         obs = pd.DataFrame(

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,13 @@ from scvi.data import AnnDataManager
 from scvi.data.fields import NumericalObsField
 from scvi.model.base import BaseModelClass
 
+from gpjepa._checks import check_anndata, check_columns, check_library, propose_library
 from gpjepa._files import written_whole
 from gpjepa.effects import EffectAnchor, EffectTable
 from gpjepa.nn import load_genes
 from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures, Vocabulary
 
+from ._arguments import refuse_unknown
 from ._cells import Cells, align, read_cells
 from ._fields import (
     BATCH_KEY,
@@ -125,7 +128,7 @@ class Registered(BaseModelClass):
         *,
         layer: str | None = None,
         perturbation_key: str | None = "perturbation",
-        control: str | Sequence[str] = "control",
+        control: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] = "control",
         context_key: str | None = None,
         batch_key: str | None = None,
         dosage_key: str | None = None,
@@ -133,6 +136,10 @@ class Registered(BaseModelClass):
         dataset_key: str | None = None,
         separator: str | None = "+",
         strip: str | None = None,
+        drop: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] = (),
+        rename: Mapping[str, str | Sequence[str]] | None = None,
+        targets: Sequence[str] = (),
+        dose_pattern: str | None = None,
         **kwargs: Any,
     ) -> None:
         r"""Say where the counts and the labels are.
@@ -147,7 +154,8 @@ class Registered(BaseModelClass):
             Column of ``obs`` with the perturbation of each cell, such as ``"KLF1+MAP2K6"``. None
             for unlabelled cells: :meth:`pretrain` and :meth:`embed` only.
         control
-            Label or labels of control cells.
+            Label or labels of control cells; a compiled regular expression stands for all labels
+            that it matches whole.
         context_key
             Column of ``obs`` with the context: cell line, cell type, donor, treatment. Every
             context needs control cells.
@@ -166,62 +174,127 @@ class Registered(BaseModelClass):
             What stands between the targets of a combination; None if labels hold one target.
         strip
             Regular expression removed from targets, for guide suffixes: ``r"_g?\d+$"``.
+        drop
+            Labels of cells that are left out of training, such as ``["unassigned", "nan"]``.
+        rename
+            Targets with another spelling: ``{"klf1": "KLF1"}``.
+        targets
+            Names that are targets although they look like something else.
+        dose_pattern
+            Regular expression with the groups ``dose`` and ``unit``, for doses inside labels:
+            ``r"_(?P<dose>[\d.]+)(?P<unit>\w+)$"``.
 
         Raises
         ------
-        ValueError
-            If values are not counts, gene names repeat, the control label does not occur, labels
-            look as if written in another way, a context has no control cells, or ``dataset_key`` is
-            given without ``library_size_key``.
+        ValueError, TypeError, KeyError
+            If values are not counts, names of cells or genes repeat, a column is missing, labels
+            look as if written in another way, no cell is perturbed, or a context has no control
+            cells. Labels are read by :class:`gpjepa.perturbations.LabelReader`.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        refuse_unknown("setup_anndata", kwargs, ("source_registry", "extend_categories"))
+        check_anndata(adata)
+        keys = {
+            "perturbation_key": perturbation_key, "context_key": context_key,
+            "batch_key": batch_key, "dosage_key": dosage_key,
+            "library_size_key": library_size_key, "dataset_key": dataset_key,
+        }  # fmt: skip
+        source_registry = kwargs.pop("source_registry", None)
+        check_columns(adata, keys)
         if dataset_key is not None and library_size_key is None:
             raise ValueError(
                 f"dataset_key={dataset_key!r} needs library_size_key: sums over different genes are "
                 "no library sizes that can be compared. gpjepa.datasets.join writes "
                 "obs['library_size']."
             )
-        if isinstance(control, str):
-            control = [control]
         if layer is None and "counts" in adata.layers:
             layer = "counts"
-        fields = cls._fields(
-            layer, perturbation_key, LabelReader(tuple(control), separator, strip), context_key,
-            batch_key, dosage_key, library_size_key, dataset_key,
-        )  # fmt: skip
-        manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
-        source_registry = kwargs.pop("source_registry", None)
+        arguments = setup_method_args["setup_args"]
+        manager = AnnDataManager(
+            fields=cls._fields(layer, arguments), setup_method_args=setup_method_args
+        )
         manager.register_fields(adata, source_registry, **kwargs)
-        if source_registry is None and perturbation_key is not None:
-            cls._check_groups(manager)
+        if source_registry is None:
+            cls._check_cells(manager)
+            if perturbation_key is not None:
+                cls._check_groups(manager)
         cls.register_manager(manager)
 
     @staticmethod
-    def _fields(
-        layer: str | None, perturbation_key: str | None, reader: LabelReader,
-        context_key: str | None, batch_key: str | None, dosage_key: str | None,
-        library_size_key: str | None, dataset_key: str | None,
-    ) -> list:  # fmt: skip
+    def _fields(layer: str | None, arguments: Mapping[str, Any]) -> list:
+        """Fields of the registry, by the arguments of :meth:`setup_anndata`."""
         fields = [
             CountsField(REGISTRY_KEYS.X_KEY, layer, is_count_data=True),
-            LabelField(CONTEXT_KEY, context_key),
-            LabelField(BATCH_KEY, batch_key),
+            LabelField(CONTEXT_KEY, arguments["context_key"]),
+            LabelField(BATCH_KEY, arguments["batch_key"]),
         ]
-        if perturbation_key is not None:
-            fields.append(PerturbationField(perturbation_key, reader, dosage_key))
-        if library_size_key is not None:
-            fields.append(NumericalObsField(LIBRARY_KEY, library_size_key))
-        if dataset_key is not None:
-            fields.append(DatasetField(DATASET_KEY, dataset_key))
+        reader = LabelReader.from_setup(arguments)
+        if arguments["perturbation_key"] is not None:
+            dosage_key = arguments["dosage_key"]
+            if dosage_key is not None and reader.dose_pattern is not None:
+                raise ValueError("Doses are either in labels (dose_pattern) or in a column "
+                                 "(dosage_key): give one of them.")  # fmt: skip
+            fields.append(PerturbationField(arguments["perturbation_key"], reader, dosage_key))
+        if arguments["library_size_key"] is not None:
+            fields.append(NumericalObsField(LIBRARY_KEY, arguments["library_size_key"]))
+        if arguments["dataset_key"] is not None:
+            fields.append(DatasetField(DATASET_KEY, arguments["dataset_key"]))
         return fields
+
+    @staticmethod
+    def _check_cells(manager: AnnDataManager) -> None:
+        """Library sizes; cells without counts are counted."""
+        adata = manager.adata
+        counts = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+        if counts.shape[1] < 2:
+            raise ValueError(
+                "The AnnData holds 1 gene; at least 2 are needed, as genes are predicted from each "
+                "other. Were genes subset by mistake?"
+            )
+        total = np.asarray(counts.sum(1), float).ravel()
+        if LIBRARY_KEY in manager.data_registry:
+            key = manager.data_registry[LIBRARY_KEY]["attr_key"]
+            library = pd.to_numeric(adata.obs[key], errors="coerce").to_numpy(float)
+            check_library(library, counts, f"obs[{key!r}]")
+            return
+        n = int((total == 0).sum())
+        if n == len(total):
+            raise ValueError(f"None of the {n} cells has any counts.")
+        if n:
+            warnings.warn(
+                f"{n} of {len(total)} cells have no counts and are left out of training. To remove "
+                "them: scanpy.pp.filter_cells(adata, min_counts=1).",
+                UserWarning,
+                stacklevel=4,
+            )
+        column = propose_library(adata, total)
+        if column is not None:
+            warnings.warn(
+                f"The genes here hold {np.median(total):.0f} counts per cell (median), "
+                f"obs[{column!r}] says {adata.obs[column].median():.0f}: if these are the counts of "
+                f"the whole cell, call with library_size_key={column!r}, so that counts per 10,000 "
+                "mean the same as elsewhere.",
+                UserWarning,
+                stacklevel=4,
+            )
 
     @staticmethod
     def _check_groups(manager: AnnDataManager) -> None:
         """Every context needs control cells; small groups are named."""
         values = manager.get_state_registry(PERTURBATION_KEY)["values"]
+        if not any(targets for targets, _ in values):
+            raise ValueError(
+                "Every cell is a control cell: there is no perturbation to learn from. To pretrain "
+                "on these cells alone, call with perturbation_key=None."
+            )
         contexts = np.array(manager.get_state_registry(CONTEXT_KEY)["values"], dtype=object)
         code = manager.get_from_registry(PERTURBATION_KEY).ravel()
-        context = manager.get_from_registry(CONTEXT_KEY).ravel()
+        counts = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+        kept = code >= 0
+        if LIBRARY_KEY not in manager.data_registry:
+            kept &= np.asarray(counts.sum(1)).ravel() > 0
+        code = code[kept]
+        context = manager.get_from_registry(CONTEXT_KEY).ravel()[kept]
         control = [i for i, (targets, _) in enumerate(values) if not targets]
         without = sorted(set(context) - set(context[np.isin(code, control)]))
         if without:
@@ -320,76 +393,84 @@ class Registered(BaseModelClass):
             decoder.log_dispersion.copy_(torch.from_numpy(log_dispersion))
 
     def _training_cells(self) -> Cells:
+        """The attached cells that are trained on: those with counts and a perturbation."""
         if self._visible is not None:
             raise ValueError(
                 f"The attached AnnData lacks {int((~self._visible).sum())} of the model's genes: "
                 "it can be queried, not trained on."
             )
-        return self._attached_cells()
+        cells = self._attached_cells()
+        return cells if cells.usable.all() else cells.take(np.flatnonzero(cells.usable))
 
     def _attached_cells(self) -> Cells:
         if self.adata is None:
             raise ValueError("The model was loaded without data: give an AnnData.")
+        manager = self.adata_manager
+        (field,) = (f for f in manager.fields if isinstance(f, CountsField))
+        field.check_unchanged(self.adata, manager.get_state_registry(field.registry_key))
         self._validate_anndata(self.adata)
-        return self._read(self.adata_manager, self._visible)
+        return self._read(manager, self._visible)
 
     def _read(self, manager: AnnDataManager, visible: np.ndarray | None) -> Cells:
-        cells = read_cells(manager, visible, self.n_batches)
+        cells = read_cells(manager, visible, self.n_batches, self._label_reader())
         if cells.visible.all() or self.registry_["setup_args"]["library_size_key"] is not None:
             return cells
         # The missing genes hold part of the library size, which the data do not show.
         share = self.gene_share_[cells.visible].sum() / self.gene_share_.sum()
         return replace(cells, library=cells.library / share)
 
-    def _query_cells(self, adata: AnnData | None) -> Cells:
-        """Cells of any AnnData, aligned by gene name; the AnnData stays as it is."""
+    def _query_cells(self, adata: AnnData | None, *, decodes: bool = False) -> Cells:
+        """Cells of any AnnData, aligned by gene name; the AnnData stays as it is.
+
+        With ``decodes``, a batch that training has not seen is told.
+        """
         adata = self.adata if adata is None else adata
         if adata is None:
             raise ValueError("The model was loaded without data: give an AnnData.")
-        if not isinstance(adata, AnnData):
-            raise TypeError(f"Expected an AnnData, got {type(adata).__name__}.")
-        if adata.n_obs == 0:
-            raise ValueError("The AnnData holds no cells: the selection is empty.")
-        if not adata.obs_names.is_unique:
-            raise ValueError(
-                "Names of cells repeat; call adata.obs_names_make_unique() first (random streams "
-                "belong to cells by name)."
-            )
         if adata is self.adata:
             return self._attached_cells()
-        args = dict(self.registry_["setup_args"])
-        for name in ("context_key", "batch_key"):
-            if args[name] is not None and args[name] not in adata.obs:
-                raise KeyError(
-                    f"{name}={args[name]!r} is not a column of adata.obs, which has "
-                    f"{list(map(str, adata.obs.columns))}."
-                )
+        check_anndata(adata)
+        args = self._setup_arguments()
+        check_columns(adata, {k: args[k] for k in ("context_key", "batch_key")})
         layer = self.registry_["field_registries"][REGISTRY_KEYS.X_KEY]["data_registry"]["attr_key"]
-        perturbation_key = args["perturbation_key"]
-        if perturbation_key not in adata.obs:
-            perturbation_key = None  # unlabelled cells can still be embedded
-        dataset_key = args["dataset_key"] if args["dataset_key"] in adata.obs else None
-        keys = [perturbation_key, args["context_key"], args["batch_key"], args["dosage_key"],
-                args["library_size_key"], dataset_key]  # fmt: skip
-        light, visible = align(adata, self.genes, layer, keys)
-        control = args["control"]
-        reader = LabelReader(
-            (control,) if isinstance(control, str) else tuple(control),
-            args["separator"], args["strip"],
-        )  # fmt: skip
-        fields = self._fields(
-            layer, perturbation_key, reader, args["context_key"], args["batch_key"],
-            args["dosage_key"], args["library_size_key"], dataset_key,
-        )  # fmt: skip
-        manager = AnnDataManager(fields=fields)
+        for key in ("perturbation_key", "dataset_key"):
+            if args[key] not in adata.obs:
+                args[key] = None  # unlabelled cells can still be embedded
+        light, visible = align(
+            adata, self.genes, layer, [v for k, v in args.items() if k.endswith("_key")]
+        )
+        manager = AnnDataManager(fields=self._fields(layer, args))
         manager.register_fields(light, self.registry_)
+        new = manager.get_state_registry(BATCH_KEY)["values"][self.n_batches :]
+        if decodes and new:
+            warnings.warn(
+                f"{args['batch_key']} {', '.join(map(repr, new[:5]))}{' ...' * (len(new) > 5)} is "
+                "not in the training data: counts are decoded without an offset for it.",
+                UserWarning,
+                stacklevel=3,
+            )
         return self._read(manager, visible)
+
+    # Methods, as scvi-tools looks up every property when a model is saved.
+
+    def _setup_arguments(self) -> dict[str, Any]:
+        """Arguments of :meth:`setup_anndata`; those that an older model lacks are None."""
+        names = inspect.signature(type(self).setup_anndata).parameters
+        return {**dict.fromkeys(names), **self.registry_["setup_args"]}
+
+    def _label_reader(self) -> LabelReader:
+        """How labels are written; it knows names that hold the separator."""
+        reader = LabelReader.from_setup(self._setup_arguments())
+        if not self.labelled:
+            return reader
+        found = self.get_state_registry(PERTURBATION_KEY).get("targets", ())
+        return replace(reader, targets=reader.declared | set(found))
 
     def control_cells(self) -> AnnData:
         """The control cells among the training cells, all that predictions need of the data."""
-        cells = self._training_cells()
+        cells = self._attached_cells()
         assert self.adata is not None
-        keep = self.adata[np.flatnonzero(cells.is_control)]
+        keep = self.adata[np.flatnonzero(cells.is_control & cells.expressed)]
         layer = self.registry_["field_registries"][REGISTRY_KEYS.X_KEY]["data_registry"]["attr_key"]
         counts = keep.X if layer is None else keep.layers[layer]
         own = [k for k in keep.obs if not str(k).startswith("_gpjepa_")]

@@ -17,9 +17,9 @@ from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 from torch.utils.data import DataLoader, Dataset
 
-from gpjepa._checks import check_gene_names, check_library
+from gpjepa._checks import check_library
 from gpjepa.effects import PER
-from gpjepa.perturbations import Perturbation
+from gpjepa.perturbations import LabelReader, Perturbation
 
 from ._fields import (
     BATCH_KEY,
@@ -47,13 +47,18 @@ class Cells:
     library
         Library sizes, shape (n_cells,).
     perturbations, contexts
-        Perturbation and context of each cell; no perturbations for unlabelled cells.
+        Perturbation and context of each cell; no perturbations for unlabelled cells, and None for
+        one whose label is dropped or cannot be read.
     batch
         Code of the batch, shape (n_cells,); one past the last for a batch unknown to training.
     names
         Names of the cells.
     visible
         Mask of the genes that the data have, shape (n_genes,).
+    expressed
+        Mask of the cells that have counts; the others have no rates, shape (n_cells,).
+    labels
+        What results call each control cell's perturbation, empty for other cells.
     dataset, measured
         Code of each cell's data set, and the genes that each of them measured, shape (n_datasets,
         n_genes); None where all measured the same.
@@ -61,11 +66,13 @@ class Cells:
 
     counts: sp.csr_matrix
     library: np.ndarray
-    perturbations: list[Perturbation] | None
+    perturbations: list[Perturbation | None] | None
     contexts: list[str]
     batch: np.ndarray
     names: np.ndarray
     visible: np.ndarray
+    expressed: np.ndarray
+    labels: np.ndarray | None = None
     dataset: np.ndarray | None = None
     measured: np.ndarray | None = None
 
@@ -76,7 +83,23 @@ class Cells:
     def is_control(self) -> np.ndarray:
         """Mask of the control cells."""
         assert self.perturbations is not None
-        return np.fromiter((p.is_control for p in self.perturbations), bool, len(self))
+        return np.fromiter(
+            (p is not None and p.is_control for p in self.perturbations), bool, len(self)
+        )
+
+    @property
+    def each_perturbation(self) -> list[Perturbation]:
+        """Perturbation of every cell, where all have one, as training cells do."""
+        found = [p for p in self.perturbations or () if p is not None]
+        assert len(found) == len(self)
+        return found
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Mask of the cells that have counts, and a perturbation if they are labelled."""
+        if self.perturbations is None:
+            return self.expressed
+        return self.expressed & np.fromiter((p is not None for p in self.perturbations), bool)
 
     def take(self, where: np.ndarray) -> Cells:
         """Some of the cells."""
@@ -88,6 +111,8 @@ class Cells:
             contexts=[self.contexts[i] for i in where],
             batch=self.batch[where],
             names=self.names[where],
+            expressed=self.expressed[where],
+            labels=None if self.labels is None else self.labels[where],
             dataset=None if self.dataset is None else self.dataset[where],
         )
 
@@ -131,7 +156,9 @@ def _read_datasets(manager: AnnDataManager) -> tuple[np.ndarray | None, np.ndarr
     return _codes(manager, DATASET_KEY), np.stack(measured)
 
 
-def read_cells(manager: AnnDataManager, visible: np.ndarray | None, n_batches: int) -> Cells:
+def read_cells(
+    manager: AnnDataManager, visible: np.ndarray | None, n_batches: int, reader: LabelReader
+) -> Cells:
     """Read the cells behind a manager.
 
     Parameters
@@ -142,22 +169,31 @@ def read_cells(manager: AnnDataManager, visible: np.ndarray | None, n_batches: i
         Genes that the data have; None for all.
     n_batches
         Batches known to training.
+    reader
+        How labels are written.
     """
     adata = manager.adata
     counts = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
     counts = counts if isinstance(counts, sp.csr_matrix) else sp.csr_matrix(counts)
     has = manager.data_registry
+    expressed = np.ones(counts.shape[0], bool)
     if LIBRARY_KEY in has:
         library = np.asarray(manager.get_from_registry(LIBRARY_KEY), float).ravel()
         check_library(library, counts, f"obs[{has[LIBRARY_KEY]['attr_key']!r}]")
     else:
         library = np.asarray(counts.sum(1), float).ravel()
-        check_library(library, counts, "the counts of the genes")
-    perturbations = None
+        expressed = library > 0
+        library[~expressed] = 1  # all rates are 0, whatever they are divided by
+    perturbations = labels = None
     if PERTURBATION_KEY in has:
-        listed = manager.get_state_registry(PERTURBATION_KEY)["values"]
-        table = [Perturbation(tuple(t), tuple(d)) for t, d in listed]
-        perturbations = [table[i] for i in _codes(manager, PERTURBATION_KEY)]
+        state = manager.get_state_registry(PERTURBATION_KEY)
+        table = [Perturbation(tuple(t), tuple(d)) for t, d in state["values"]]
+        code = _codes(manager, PERTURBATION_KEY)
+        perturbations = [None if i < 0 else table[i] for i in code]
+        control = np.isin(code, [i for i, p in enumerate(table) if p.is_control])
+        labels = np.full(len(code), "", dtype=object)
+        written = adata.obs[state["obs_key"]].astype(str)[control]
+        labels[control] = written.map({w: reader.spelling(w) for w in written.unique()})
     contexts = manager.get_state_registry(CONTEXT_KEY)["values"]
     return Cells(
         counts,
@@ -167,6 +203,8 @@ def read_cells(manager: AnnDataManager, visible: np.ndarray | None, n_batches: i
         np.minimum(_codes(manager, BATCH_KEY), n_batches),
         adata.obs_names.to_numpy().astype(str),
         np.ones(counts.shape[1], bool) if visible is None else visible,
+        expressed,
+        labels,
         *_read_datasets(manager),
     )
 
@@ -204,7 +242,6 @@ def align(
     ValueError
         If no gene, or less than half of them, is there.
     """
-    check_gene_names(adata.var_names)
     where = adata.var_names.get_indexer(pd.Index(genes))
     visible = where >= 0
     n_missing = int((~visible).sum())

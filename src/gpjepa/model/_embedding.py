@@ -106,7 +106,7 @@ class Embedding(Registered):
         import sparse
 
         self._check_if_trained(warn=True)
-        cells = self._query_cells(adata)
+        cells = self._query_cells(adata, decodes=True)
         where = _positions(len(cells), indices)
         draws = []
         for k in range(n_samples):

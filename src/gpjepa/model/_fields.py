@@ -6,6 +6,7 @@ context may well be unseen, so these fields append what is new behind what train
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import rich.table
 from anndata import AnnData
 from scvi.data.fields import BaseAnnDataField, LayerField
 
-from gpjepa._checks import check_counts, check_gene_names
+from gpjepa._checks import check_columns, check_counts, check_layer, count_sums, same_values
 from gpjepa.perturbations import LabelReader, Perturbation
 
 PERTURBATION_KEY = "perturbation"
@@ -24,6 +25,12 @@ LIBRARY_KEY = "library_size"
 DATASET_KEY = "dataset"
 MEASURED = "measured"
 """Where ``varm`` says which data set measured which gene."""
+NO_VALUE = -1
+"""Code of a cell without a perturbation."""
+_SHARED = (
+    "X and layers[{0!r}] hold the same values: the layer was assigned without a copy, and was "
+    "changed together with X. Assign adata.layers[{0!r}] = adata.X.copy() before X is normalised."
+)
 ONLY = "all"
 """Name of the context, or batch, of data that have just one."""
 
@@ -31,24 +38,42 @@ ONLY = "all"
 class CountsField(LayerField):
     """Raw counts; every value is checked, before any long work starts."""
 
+    SUMS = "sums"
+
+    @property
+    def where(self) -> str:
+        """What the user calls the matrix."""
+        return "X" if self.attr_key is None else f"layers[{self.attr_key!r}]"
+
     def validate_field(self, adata: AnnData) -> None:
-        """Refuse empty data, duplicate genes, and values that are not counts."""
-        if adata.n_obs == 0 or adata.n_vars == 0:
-            raise ValueError(
-                f"The AnnData holds {adata.n_obs} cells and {adata.n_vars} genes: the selection "
-                "is empty."
-            )
-        check_gene_names(adata.var_names)
-        where = "X" if self.attr_key is None else f"layers[{self.attr_key!r}]"
-        if self.attr_key is not None and self.attr_key not in adata.layers:
-            raise KeyError(
-                f"layer={self.attr_key!r} is not in adata.layers, which has "
-                f"{sorted(map(str, adata.layers))}."
-            )
+        """Refuse values that are not counts."""
+        check_layer(adata, self.attr_key)
         data = self.get_field_data(adata)
         if data is None:
             raise ValueError("X is empty; give the layer with raw counts, e.g. layer='counts'.")
-        check_counts(data, where)
+        try:
+            check_counts(data, self.where)
+        except ValueError as error:
+            if same_values(adata, self.attr_key):
+                raise ValueError(f"{error.args[0]} {_SHARED.format(self.attr_key)}") from error
+            raise
+
+    def register_field(self, adata: AnnData) -> dict:
+        """Remember sums of the counts, which tell later whether they were changed."""
+        return {**super().register_field(adata), self.SUMS: count_sums(self.get_field_data(adata))}
+
+    def check_unchanged(self, adata: AnnData, state_registry: dict) -> None:
+        """Refuse counts that were normalised or replaced since they were registered."""
+        registered = state_registry.get(self.SUMS)  # models of older versions have none
+        if registered is None or count_sums(self.get_field_data(adata)) == tuple(registered):
+            return
+        shared = _SHARED.format(self.attr_key) if same_values(adata, self.attr_key) else (
+            "Normalise a copy, or keep raw counts: adata.layers['counts'] = adata.X.copy()."
+        )  # fmt: skip
+        raise ValueError(
+            f"{self.where} was changed after setup_anndata: it no longer holds the registered "
+            f"counts. {shared} Put the raw counts back, or call setup_anndata and make a model anew."
+        )
 
 
 class _CodesField(BaseAnnDataField):
@@ -76,14 +101,11 @@ class _CodesField(BaseAnnDataField):
         return False
 
     def _column(self, adata: AnnData) -> pd.Series:
-        if self.obs_key not in adata.obs:
-            raise KeyError(
-                f"{self.obs_key!r} is not a column of adata.obs, which has "
-                f"{list(map(str, adata.obs.columns))}."
-            )
+        check_columns(adata, {f"{self._registry_key}_key": self.obs_key})
         return adata.obs[self.obs_key]
 
     def _read(self, adata: AnnData, training: bool) -> list[Any]:
+        """Value of each cell; None for a cell that has none."""
         raise AssertionError("each field says how it reads")
 
     def _describe(self, value: Any) -> Any:
@@ -95,20 +117,20 @@ class _CodesField(BaseAnnDataField):
     def register_field(self, adata: AnnData) -> dict:
         """List the values in sorted order and write their codes."""
         values = self._read(adata, training=True)
-        return self._write(adata, values, sorted(set(values)))
+        return self._write(adata, values, sorted(set(values) - {None}))
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         """Keep the codes of known values and append new ones."""
         values = self._read(adata_target, training=False)
         known = [self._restore(v) for v in state_registry["values"]]
-        new = sorted(set(values) - set(known))
+        new = sorted(set(values) - {None, *known})
         return self._write(adata_target, values, [*known, *new])
 
     def _restore(self, described: Any) -> Any:
         return described
 
     def _write(self, adata: AnnData, values: list[Any], order: list[Any]) -> dict:
-        code = {value: i for i, value in enumerate(order)}
+        code = {None: NO_VALUE} | {value: i for i, value in enumerate(order)}
         adata.obs[self.attr_key] = np.fromiter((code[v] for v in values), np.int64, len(values))
         return {"values": [self._describe(v) for v in order], "obs_key": self.obs_key}
 
@@ -139,6 +161,10 @@ class LabelField(_CodesField):
                 f"{int(column.isna().sum())} cells have no value in obs[{self.obs_key!r}]; "
                 "label or remove them."
             )
+        if column.dtype == object or isinstance(column.dtype, pd.CategoricalDtype):
+            column = column.astype(object).infer_objects()
+        if pd.api.types.is_float_dtype(column) and (column == column.round()).all():
+            column = column.astype(int)  # batch 0 and batch 0.0 are one
         return column.astype(str).tolist()
 
 
@@ -167,13 +193,31 @@ class PerturbationField(_CodesField):
         self.reader = reader
         self.dosage_key = dosage_key
 
-    def _read(self, adata: AnnData, training: bool) -> list[Perturbation]:
-        doses = None
-        if self.dosage_key is not None:
-            if self.dosage_key not in adata.obs:
-                raise KeyError(f"dosage_key={self.dosage_key!r} is not a column of adata.obs.")
-            doses = adata.obs[self.dosage_key]
-        return self.reader.read_column(self._column(adata), doses, need_control=training)
+    def _doses(self, adata: AnnData) -> pd.Series | None:
+        check_columns(adata, {"dosage_key": self.dosage_key})
+        return None if self.dosage_key is None else adata.obs[self.dosage_key]
+
+    def _read(self, adata: AnnData, training: bool) -> list[Perturbation | None]:
+        column, doses = self._column(adata), self._doses(adata)
+        if training:
+            self.reader = self.reader.checked(column, genes=adata.var_names)
+            return self.reader.read_cells(column, doses)
+        return self.reader.read_cells(column, doses, unreadable=None)
+
+    def register_field(self, adata: AnnData) -> dict:
+        """Also what the data call each perturbation, and names that hold the separator."""
+        state = super().register_field(adata)
+        said = self.reader.spellings(self._column(adata), self._doses(adata))
+        return {
+            **state,
+            "spelling": [said[self._restore(v)] for v in state["values"]],
+            "targets": sorted(self.reader.targets),
+        }
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+        """As training read them."""
+        self.reader = replace(self.reader, targets=state_registry.get("targets", ()))
+        return super().transfer_field(state_registry, adata_target, **kwargs)
 
     def _describe(self, value: Perturbation) -> tuple:
         return (value.targets, value.doses)

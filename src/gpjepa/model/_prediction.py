@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,11 +21,12 @@ from gpjepa.effects import (
     expected_log1p,
     library_shift,
 )
-from gpjepa.perturbations import LabelReader, Perturbation
+from gpjepa.perturbations import Perturbation
 
 from . import _random
 from ._cells import Cells
 from ._embedding import Embedding
+from ._fields import PERTURBATION_KEY
 from ._results import PredictedCells, PredictedEffect, Z, assemble
 
 Gate = Literal["auto", 0, 1]
@@ -73,35 +74,58 @@ class Predicting(Embedding):
 
     def _parse(
         self, perturbation: str | Perturbation | Sequence[str | Perturbation]
-    ) -> list[Perturbation]:
-        if isinstance(perturbation, str | Perturbation):
+    ) -> dict[Perturbation, str]:
+        """What was asked for, and what results call it: as the data do, else as it was written."""
+        anchor = self.anchor
+        if isinstance(perturbation, str | Perturbation) or not isinstance(perturbation, Iterable):
             perturbation = [perturbation]
-        wanted = list(perturbation)
-        if not wanted:
+        asked_for = list(perturbation)
+        if not asked_for:
             raise ValueError("No perturbation was given.")
-        args = self.registry_["setup_args"]
-        control = args["control"]
-        names = (control,) if isinstance(control, str) else tuple(control)
+        said = self._spellings()
+        known = {text: p for p, text in said.items()}
         # `strip` is for guide names in the data; a target is asked for by its own name.
-        reader = LabelReader((*names, "control"), args["separator"])
-        read = [reader.read(p) for p in wanted]
-        for p in read:
+        reader = replace(self._label_reader(), strip=None, drop=())
+        reader = replace(reader, control=(*reader.controls, "control"))
+        wanted: dict[Perturbation, str] = {}
+        for asked in asked_for:
+            if not isinstance(asked, str | Perturbation):
+                raise TypeError(
+                    f"A perturbation is text such as 'KLF1+MAP2K6' or a Perturbation, not "
+                    f"{asked!r}. A combination of targets: gpjepa.perturbations.Perturbation.of("
+                    "['A', 'B'])."
+                )
+            read = known.get(asked) if isinstance(asked, str) else asked
+            if read is None:
+                read = reader.read(asked)
+                assert read is not None  # nothing is dropped here
+            text = asked.strip() if isinstance(asked, str) else reader.write(asked)
+            wanted.setdefault(read, said.get(read, text))
+        for p in wanted:
             self.vocabulary.check(p)
-        self.anchor.check(read)
-        return list(dict.fromkeys(read))
+        anchor.check(list(wanted))
+        return wanted
+
+    def _spellings(self) -> dict[Perturbation, str]:
+        """What the training data call each of their perturbations."""
+        state = self.get_state_registry(PERTURBATION_KEY)
+        found = self._trained_perturbations()
+        return dict(zip(found, state.get("spelling", map(str, found)), strict=True))
 
     def _label(self, perturbation: Perturbation) -> str:
-        """As the user writes it."""
-        return perturbation.label(self.registry_["setup_args"]["separator"] or "+")
+        """What results call a perturbation that nobody wrote down."""
+        return self._spellings().get(perturbation) or self._label_reader().write(perturbation)
 
     def _contexts(self, wanted: str | Sequence[str] | None, present: Sequence[str]) -> list[str]:
         known = self.anchor.effects_.contexts
+        if isinstance(wanted, bool) or not isinstance(wanted, str | Sequence | None):
+            raise TypeError(f"context={wanted!r}: expected the name of a context, such as {known}.")
         chosen = (
             list(present) if wanted is None else [wanted] if isinstance(wanted, str) else wanted
         )
         if not len(chosen):
             raise ValueError(f"No context was given; known are {known}.")
-        unknown = sorted(set(chosen) - set(known))
+        unknown = [c for c in chosen if c not in known]
         if unknown:
             raise ValueError(
                 f"Unknown context {', '.join(map(repr, unknown))}; known are {known}. A context is "
@@ -180,7 +204,7 @@ class Predicting(Embedding):
         return effect
 
     def _effect(
-        self, perturbation: Perturbation, context: str, gate: Gate = "auto"
+        self, perturbation: Perturbation, label: str, context: str, gate: Gate = "auto"
     ) -> PredictedEffect:
         """D = A + g (N - A), on both scales."""
         anchor = self.anchor
@@ -193,7 +217,7 @@ class Predicting(Embedding):
             network = self._network_effect(perturbation, context, mean["mean_log1p"])
             effect = {s: mean[s] + g * network[s] for s in SCALES}
         return PredictedEffect(
-            self._label(perturbation), context, regime, g,
+            perturbation, label, context, regime, g,
             {s: effect[s].astype(np.float32) for s in SCALES},
             {s: mean[s] for s in SCALES},
             {s: both[s].variance[0] for s in SCALES},
@@ -238,7 +262,11 @@ class Predicting(Embedding):
         _check_gate(gate)
         wanted = self._parse(perturbations)
         chosen = self._contexts(contexts, self.anchor.effects_.contexts)
-        frames = [self._effect(p, c, gate).frame(self.genes, scale) for p in wanted for c in chosen]
+        frames = [
+            self._effect(p, label, c, gate).frame(self.genes, scale)
+            for p, label in wanted.items()
+            for c in chosen
+        ]
         return pd.concat(frames, ignore_index=True)
 
     def explain(
@@ -261,10 +289,13 @@ class Predicting(Embedding):
         gpjepa.effects.Explanation
             Tables of experts and measured effects; ``plot()`` draws them.
         """
-        (wanted,) = self._parse([perturbation])
+        ((wanted, label),) = self._parse([perturbation]).items()
         if context is not None:
             self._contexts(context, [])
-        return self.anchor.explain(wanted, context, scale, self.vocabulary)
+        found = self.anchor.explain(wanted, context, scale, self.vocabulary)
+        said = {str(p): text for p, text in self._spellings().items()} | {str(wanted): label}
+        sources = found.sources.replace({"perturbation": said})
+        return replace(found, perturbation=label, sources=sources)
 
     def predict_interactions(
         self,
@@ -299,17 +330,19 @@ class Predicting(Embedding):
         _check_gate(gate)
         wanted = self._parse(perturbations)
         frames = []
-        for p in wanted:
+        for p, label in wanted.items():
             for c in self._contexts(contexts, self.anchor.effects_.contexts):
                 found = self.anchor.predict_interactions([p], [c], scale)
-                whole = self._effect(p, c, gate).effect[scale]
-                additive = np.sum([self._effect(s, c, gate).effect[scale] for s in p.singles], 0)
+                whole, *singles = (
+                    self._effect(part, label, c, gate).effect[scale] for part in (p, *p.singles)
+                )
+                additive = np.sum(singles, 0)
                 sd = np.sqrt(found.variance[0])
                 interaction = whole - additive
                 frames.append(
                     pd.DataFrame(
                         {
-                            "perturbation": self._label(p), "context": c, "gene": self.genes,
+                            "perturbation": label, "context": c, "gene": self.genes,
                             "interaction": interaction, "sd": sd, "lower": interaction - Z * sd,
                             "upper": interaction + Z * sd, "additive": additive,
                             "regime": found.regime[0],
@@ -372,11 +405,11 @@ class Predicting(Embedding):
         if n_samples is not None and n_samples < 1:
             raise ValueError(f"n_samples={n_samples}: expected at least 1, or None.")
         _check_gate(gate)
-        cells = self._query_cells(adata)
+        cells = self._query_cells(adata, decodes=True)
         if cells.perturbations is None:
             key = self.registry_["setup_args"]["perturbation_key"]
             raise ValueError(f"The AnnData has no column obs[{key!r}] that marks control cells.")
-        control = np.flatnonzero(cells.is_control)
+        control = np.flatnonzero(cells.is_control & cells.expressed)
         if not len(control):
             raise ValueError(
                 "The AnnData has no control cells; predictions start from them. Pass the training "
@@ -395,14 +428,14 @@ class Predicting(Embedding):
             where, draws = _random.choose(mine.names, n_samples, seed)
             mine = mine.take(where)
             start = self._start(mine, c)
-            for p in wanted:
-                effect = self._effect(p, c, gate)
-                groups.append(self._predict_cells(mine, start, draws, p, effect, seed, return_mean))
-        order = {self._label(p): i for i, p in enumerate(wanted)}
+            for p, label in wanted.items():
+                effect = self._effect(p, label, c, gate)
+                groups.append(self._predict_cells(mine, start, draws, effect, seed, return_mean))
+        order = {p: i for i, p in enumerate(wanted)}
         groups.sort(key=lambda g: order[g.effect.perturbation])
         units = "expected counts" if return_mean else "sampled counts"
-        key = self.registry_["setup_args"]["context_key"]
-        return assemble(groups, self.genes, seed, units, key)
+        keys = {self._setup_arguments()[k]: k[:-4] for k in ("context_key", "perturbation_key")}
+        return assemble(groups, self.genes, seed, units, keys, self._label(Perturbation()))
 
     def _start(self, cells: Cells, context: str) -> _Start:
         """Control cells as predictions start from them."""
@@ -417,10 +450,11 @@ class Predicting(Embedding):
         return _Start(state, share, shape / (theta / mean + cells.visible), shape)
 
     def _predict_cells(
-        self, cells: Cells, start: _Start, draws: np.ndarray, perturbation: Perturbation,
-        effect: PredictedEffect, seed: int, return_mean: bool,
+        self, cells: Cells, start: _Start, draws: np.ndarray, effect: PredictedEffect, seed: int,
+        return_mean: bool,
     ) -> PredictedCells:  # fmt: skip
-        stream = (seed, effect.perturbation)
+        perturbation = effect.perturbation
+        stream = (seed, str(perturbation))
         noise = _random.normal(cells.names, draws, start.state.shape[1], *stream)
         moved = self._transition(
             start.state, noise, perturbation, effect.anchor["mean_log1p"], effect.gate
@@ -437,7 +471,7 @@ class Predicting(Embedding):
         )  # fmt: skip
         return PredictedCells(
             effect, sp.csr_matrix(counts, dtype=np.float32), expected.astype(np.float32), moved,
-            library, cells.names, draws,
+            library, cells.names, draws, cells.labels if perturbation.is_control else None,
         )  # fmt: skip
 
     @torch.inference_mode()

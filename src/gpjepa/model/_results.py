@@ -12,6 +12,8 @@ import scipy.sparse as sp
 from anndata import AnnData
 from scipy.stats import false_discovery_control, norm
 
+from gpjepa.perturbations import Perturbation
+
 COVERAGE = 0.95
 """Level of the intervals."""
 Z = float(norm.ppf(0.5 + COVERAGE / 2))
@@ -23,13 +25,16 @@ class PredictedEffect:
 
     Attributes
     ----------
+    perturbation, label
+        What is predicted, and what results call it.
     effect, anchor, variance
         Per scale, shape (n_genes,).
     control
         log1p of the control's pooled rate per 10,000, shape (n_genes,).
     """
 
-    perturbation: str
+    perturbation: Perturbation
+    label: str
     context: str
     regime: str
     gate: float
@@ -57,7 +62,7 @@ class PredictedEffect:
         effect = self.effect[scale]
         return pd.DataFrame(
             {
-                "perturbation": self.perturbation, "context": self.context, "gene": genes,
+                "perturbation": self.label, "context": self.context, "gene": genes,
                 "effect": effect, "sd": sd, "lower": effect - Z * sd, "upper": effect + Z * sd,
                 "anchor": self.anchor[scale], "regime": self.regime,
             }
@@ -75,12 +80,17 @@ class PredictedCells:
     library: np.ndarray
     control_cells: np.ndarray
     draws: np.ndarray
+    control_labels: np.ndarray | None  # of the control itself: as the cells are labelled
 
 
 def assemble(
-    groups: list[PredictedCells], genes: np.ndarray, seed: int, units: str, context_key: str | None
-) -> AnnData:
-    """Put predicted cells into one AnnData."""
+    groups: list[PredictedCells], genes: np.ndarray, seed: int, units: str,
+    keys: dict[str | None, str], control: str,
+) -> AnnData:  # fmt: skip
+    """Put predicted cells into one AnnData.
+
+    ``keys`` are the user's own names of columns, and ``control`` what the data call their control.
+    """
     obs = pd.concat([_obs(g) for g in groups], ignore_index=True)
     columns = (obs["control_cell"], obs["perturbation"], obs.pop("draw"))
     obs.index = pd.Index(
@@ -92,8 +102,9 @@ def assemble(
     labels = list(dict.fromkeys(obs["perturbation"]))
     obs["perturbation"] = pd.Categorical(obs["perturbation"], labels)
     obs["context"] = obs["context"].astype("category")
-    if context_key is not None and context_key not in ("context", "perturbation"):
-        obs[context_key] = obs["context"]
+    for own, column in keys.items():
+        if own is not None and own not in obs:
+            obs[own] = obs[column]
     adata = AnnData(
         sp.vstack([g.counts for g in groups], format="csr"),
         obs=obs,
@@ -102,7 +113,7 @@ def assemble(
     )
     adata.layers["expected"] = np.concatenate([g.expected for g in groups])
     adata.layers["expected_sd"] = np.concatenate([_expected_sd(g) for g in groups])
-    adata.uns["rank_genes_groups"] = _rank_genes(groups, labels, genes)
+    adata.uns["rank_genes_groups"] = _rank_genes(groups, genes, control)
     adata.uns["gpjepa"] = {
         "units": {
             "X": units,
@@ -112,7 +123,7 @@ def assemble(
         },
         "effects": pd.DataFrame(
             {
-                "perturbation": [g.effect.perturbation for g in groups],
+                "perturbation": [g.effect.label for g in groups],
                 "context": [g.effect.context for g in groups],
                 "regime": [g.effect.regime for g in groups],
                 "gate": [g.effect.gate for g in groups],
@@ -131,7 +142,9 @@ def assemble(
 def _obs(group: PredictedCells) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "perturbation": group.effect.perturbation,
+            "perturbation": group.effect.label
+            if group.control_labels is None
+            else group.control_labels,
             "context": group.effect.context,
             "control_cell": group.control_cells,
             "library_size": group.library,
@@ -146,7 +159,7 @@ def _expected_sd(group: PredictedCells) -> np.ndarray:
     return ((1 + group.expected) * sd).astype(np.float32)
 
 
-def _rank_genes(groups: list[PredictedCells], labels: list[str], genes: np.ndarray) -> dict:
+def _rank_genes(groups: list[PredictedCells], genes: np.ndarray, control: str) -> dict:
     """Predicted differential expression in scanpy's own format.
 
     Not a test on sampled cells, which would find everything significant with enough of them: the
@@ -155,8 +168,8 @@ def _rank_genes(groups: list[PredictedCells], labels: list[str], genes: np.ndarr
     columns: dict[str, dict[str, np.ndarray]] = {
         k: {} for k in ("names", "scores", "logfoldchanges", "pvals", "pvals_adj")
     }
-    for label in labels:
-        mine = [g.effect for g in groups if g.effect.perturbation == label]
+    for label in dict.fromkeys(g.effect.label for g in groups):
+        mine = [g.effect for g in groups if g.effect.label == label]
         effect = np.mean([e.effect["mean_log1p"] for e in mine], axis=0)
         variance = np.mean([e.variance["mean_log1p"] for e in mine], axis=0) / len(mine)
         score = effect / np.sqrt(np.maximum(variance, 1e-12))
@@ -175,7 +188,7 @@ def _rank_genes(groups: list[PredictedCells], labels: list[str], genes: np.ndarr
     }
     result["params"] = {
         "groupby": "perturbation",
-        "reference": "control",
+        "reference": control,
         "method": "gpjepa",
         "use_raw": False,
         "corr_method": "benjamini-hochberg",

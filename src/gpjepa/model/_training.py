@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
+from ._arguments import check_training
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
 from ._components import fit_components, worth_keeping
 from ._module import MATCHINGS
@@ -83,6 +85,10 @@ class Trainable(Predicting):
         **trainer_kwargs
             Options of :class:`scvi.train.Trainer`.
         """
+        check_training(
+            "pretrain", trainer_kwargs, inspect.signature(self.pretrain).parameters,
+            max_epochs=max_epochs, batch_size=batch_size,
+        )  # fmt: skip
         cells = self._training_cells()
         out = self._hold_out(cells)[1] if self.labelled else np.zeros(len(cells), bool)
         self._pretrain(
@@ -98,6 +104,7 @@ class Trainable(Predicting):
         matching: str = "prototype",
         batch_size: int = 256,
         early_stopping: bool = True,
+        early_stopping_patience: int = 8,
         accelerator: str = "auto",
         devices: int | list[int] | str = "auto",
         plan_kwargs: dict | None = None,
@@ -123,9 +130,9 @@ class Trainable(Predicting):
             transport pairs after removing the mean shift).
         batch_size
             Cells in a mini-batch of stage A, and perturbed cells in one of stages B and C.
-        early_stopping
-            Stop when the error on what is held out has not improved for 8 epochs; the best epoch
-            is kept in any case.
+        early_stopping, early_stopping_patience
+            Stop when the error on what is held out has not improved for so many epochs; the best
+            epoch is kept in any case.
         accelerator, devices
             As in scvi-tools.
         plan_kwargs, pretrain_kwargs
@@ -133,6 +140,11 @@ class Trainable(Predicting):
         **trainer_kwargs
             Options of :class:`scvi.train.Trainer`.
         """
+        check_training(
+            "train", trainer_kwargs, inspect.signature(self.train).parameters,
+            max_epochs=max_epochs, pretrain_epochs=pretrain_epochs, batch_size=batch_size,
+            early_stopping_patience=early_stopping_patience,
+        )  # fmt: skip
         if not self.labelled:
             raise ValueError(
                 "The cells have no perturbations (perturbation_key=None): call pretrain(), or set "
@@ -167,7 +179,11 @@ class Trainable(Predicting):
             callbacks = list(trainer_kwargs.pop("callbacks", []))
             if early_stopping:
                 callbacks.append(
-                    EarlyStopping("holdout_error", patience=8, check_on_train_epoch_end=True)
+                    EarlyStopping(
+                        "holdout_error",
+                        patience=early_stopping_patience,
+                        check_on_train_epoch_end=True,
+                    )
                 )
             epochs = 40 if max_epochs is None else max_epochs
             self._run(
@@ -177,8 +193,9 @@ class Trainable(Predicting):
                 self.module.load_state_dict(plan.best[1])
             self.module.eval()
             self.gate_ = stage.gates()
-        assert cells.perturbations is not None
-        self.library_shifts_ = library_shifts(cells.library, cells.perturbations, cells.contexts)
+        self.library_shifts_ = library_shifts(
+            cells.library, cells.each_perturbation, cells.contexts
+        )
         self.history_ = {**history, **(self.history_ or {})}
         self.is_trained_ = True
 
@@ -265,8 +282,9 @@ class Trainable(Predicting):
         if set_size < 4 or set_size % 2:
             raise ValueError(f"set_size={set_size}: expected an even number from 4.")
         groups: dict[tuple[str, Perturbation], list[int]] = {}
+        perturbations = cells.each_perturbation
         for i in where:
-            groups.setdefault((cells.contexts[i], cells.perturbations[i]), []).append(int(i))
+            groups.setdefault((cells.contexts[i], perturbations[i]), []).append(int(i))
         rows = [np.array(g) for g in groups.values() if len(g) >= set_size]
         if len(rows) < 2:
             raise ValueError(
@@ -277,13 +295,12 @@ class Trainable(Predicting):
         return SetBatches(rows, max(2, batch_size // set_size), set_size, n_batches)
 
     def _hold_out(self, cells: Cells) -> tuple[Holdout, np.ndarray]:
-        assert cells.perturbations is not None
-        holdout = hold_out(sorted(set(zip(cells.contexts, cells.perturbations, strict=True))))
-        groups = pd.Series(list(zip(cells.contexts, cells.perturbations, strict=True)))
+        holdout = hold_out(sorted(set(zip(cells.contexts, cells.each_perturbation, strict=True))))
+        groups = pd.Series(list(zip(cells.contexts, cells.each_perturbation, strict=True)))
         rank = groups.groupby(groups).cumcount().to_numpy()
         if holdout.kind == "cells":
             return holdout, rank % 10 == 9
-        out = exclude(cells.perturbations, cells.contexts, holdout)
+        out = exclude(cells.each_perturbation, cells.contexts, holdout)
         control = pd.Series(cells.contexts)[cells.is_control].value_counts()
         if holdout.kind == "perturbations" and control.min() >= 4:
             # Half of the controls, so that what is held out is measured against controls that the
@@ -293,14 +310,13 @@ class Trainable(Predicting):
 
     def _fit_closed_form(self, cells: Cells, out: np.ndarray) -> None:
         """Effects of all cells; library shifts without what is held out, until training ends."""
-        assert cells.perturbations is not None
         self.effects_ = effect_table(
-            cells.counts, cells.library, cells.perturbations, cells.contexts, self.genes
+            cells.counts, cells.library, cells.each_perturbation, cells.contexts, self.genes
         )
         self._anchor = None
         self._warn_of_coverage()
         self.library_shifts_ = library_shifts(
-            cells.library, cells.perturbations, cells.contexts, ~out
+            cells.library, cells.each_perturbation, cells.contexts, ~out
         )
 
     def _warn_of_coverage(self) -> None:
@@ -352,10 +368,9 @@ class _ActionStage:
     def __init__(
         self, model: Trainable, cells: Cells, out: np.ndarray, holdout: Holdout, state: torch.Tensor
     ) -> None:
-        assert cells.perturbations is not None
         assert model.effects_ is not None
         self.model, self.cells, self.holdout, self.state = model, cells, holdout, state
-        keys = list(zip(cells.contexts, cells.perturbations, strict=True))
+        keys = list(zip(cells.contexts, cells.each_perturbation, strict=True))
         members: dict[tuple[str, Perturbation], list[int]] = {}
         for i in np.flatnonzero(~out):
             members.setdefault(keys[i], []).append(int(i))
@@ -386,12 +401,16 @@ class _ActionStage:
 
     def _table(self, keep: np.ndarray) -> EffectTable:
         cells = self.cells
-        assert cells.perturbations is not None
         control = pd.Series(cells.contexts)[keep & cells.is_control].value_counts()
         enough = set(control.index[control > 1])
         keep = keep & np.fromiter((c in enough for c in cells.contexts), bool, len(cells))
         return effect_table(
-            cells.counts, cells.library, cells.perturbations, cells.contexts, self.model.genes, keep
+            cells.counts,
+            cells.library,
+            cells.each_perturbation,
+            cells.contexts,
+            self.model.genes,
+            keep,
         )
 
     def plan(self, matching: str, plan_kwargs: dict) -> ActionPlan:

@@ -1,7 +1,8 @@
 """What a perturbation is: a set of targets with doses, its label, and the vocabulary of targets."""
 
 from ._features import TargetFeatures, read_gmt
-from ._perturbation import LabelReader, Perturbation
+from ._perturbation import Perturbation
+from ._reader import LabelReader
 from ._vocabulary import UnknownTargetError, Vocabulary
 
 __all__ = [

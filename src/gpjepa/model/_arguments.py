@@ -1,0 +1,78 @@
+"""Arguments that users of scvi-tools know by name: used, or refused with what to do instead."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import lightning.pytorch as pl
+from scvi.train import Trainer
+
+_HELD_OUT = (
+    "what is held out are perturbations, chosen by their labels, never cells at random. To keep "
+    "perturbations for a test, leave their cells out of the AnnData (gpjepa.benchmark.compare)"
+)
+_STOPPING = "training watches the error on held-out perturbations (early_stopping_patience=)"
+_PLAN = "it is an option of a stage: plan_kwargs={{{0!r}: ...}}, pretrain_kwargs={{{0!r}: ...}}"
+_ADVICE = {
+    "labels_key": "perturbation_key names the perturbation, context_key the cell type or line",
+    "size_factor_key": "library_size_key is the column with the counts of the whole cell",
+    "categorical_covariate_keys": "batch_key and context_key are the covariates that are known",
+    "continuous_covariate_keys": "batch_key and context_key are the covariates that are known",
+    "use_gpu": "accelerator='gpu' or 'cpu' chooses the device",
+    "train_size": _HELD_OUT,
+    "validation_size": _HELD_OUT,
+    "shuffle_set_split": _HELD_OUT,
+    "datasplitter_kwargs": _HELD_OUT,
+    "early_stopping_monitor": _STOPPING,
+    "early_stopping_mode": _STOPPING,
+    "early_stopping_min_delta": _STOPPING,
+    "early_stopping_warmup_epochs": _STOPPING,
+    "check_val_every_n_epoch": _STOPPING,
+    "checkpointing_monitor": _STOPPING,
+    "additional_val_metrics": _STOPPING,
+    "load_sparse_tensor": "counts stay sparse until a mini-batch is made",
+    "n_epochs": "max_epochs and pretrain_epochs are the numbers of epochs",
+    "epochs": "max_epochs and pretrain_epochs are the numbers of epochs",
+    **{name: _PLAN.format(name) for name in ("lr", "weight_decay")},
+    "n_epochs_kl_warmup": "there is no warm-up; plan_kwargs={'kl_weight': ...} sets the weight",
+}
+_TRAINER = {
+    name
+    for trainer in (pl.Trainer, Trainer)
+    for name in inspect.signature(trainer.__init__).parameters
+} - {"self", "kwargs", "early_stopping", "early_stopping_patience", *_ADVICE}
+
+
+def refuse_unknown(where: str, given: Collection[str], known: Collection[str]) -> None:
+    """Refuse arguments by name, with what takes their place.
+
+    Raises
+    ------
+    TypeError
+        Naming the first of them.
+    """
+    for name in given:
+        if name in known:
+            continue
+        near = get_close_matches(name, [*known], n=1)
+        hint = _ADVICE.get(name) or (f"did you mean {near[0]}=?" if near else "")
+        raise TypeError(f"{where}() has no argument {name!r}" + (f": {hint}." if hint else "."))
+
+
+def check_training(
+    where: str, trainer_kwargs: Mapping[str, Any], parameters: Collection[str], **numbers: Any
+) -> None:
+    """Refuse unknown arguments of the trainer, and counts that are no counts."""
+    for name in trainer_kwargs:
+        if name not in _TRAINER:
+            refuse_unknown(where, [name], [*parameters, *sorted(_TRAINER)])
+    for name, value in numbers.items():
+        least = 0 if name.endswith("epochs") else 1
+        if value is not None and (isinstance(value, bool) or value != int(value) or value < least):
+            raise ValueError(
+                f"{name}={value!r}: expected a whole number from {least}"
+                + (", or None for the default." if least == 0 else ".")
+            )

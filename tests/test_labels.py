@@ -1,0 +1,240 @@
+"""Labels as public data sets write them: what is read, refused with a call, or warned of."""
+
+import re
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import pandas as pd
+import pytest
+from helpers import real_file
+
+from gpjepa.perturbations import LabelReader
+from gpjepa.perturbations._kinds import KINDS
+
+GENES = ["KLF1", "MAP2K6", "STAT1", "IRF1", "JAK2", "HLA-A", "NKX2-1", "NKX2-5", "Atg5", "Atg7"]
+C = "control"
+GUIDE = r"[_-](sg|g|guide|sgRNA|gRNA)[_-]?\d+$"
+MOLAR = r"[_ @-]?(?P<dose>\d+(?:\.\d+)?)[ _]?(?P<unit>(?:[pnuµμm]M|M|[pnuµμm]?g(?:/m[lL])?))$"
+TUPLE = r"\('(?P<target>.+?)', (?P<dose>[\d.]+), '(?P<unit>\w+)'\)"
+
+
+def column(labels):
+    return pd.Series(labels, name="guide", dtype=object)
+
+
+def read(labels, genes=GENES, **declared):
+    """What each label is read as, the error, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = LabelReader(**declared).read_column(column(labels), genes=genes)
+        except ValueError as error:
+            return None, str(error), []
+    return [None if p is None else str(p) for p in found], "", [str(w.message) for w in caught]
+
+
+PLAIN = [
+    (["control", "KLF1", "KLF1+MAP2K6"], {}, ["control", "KLF1", "KLF1+MAP2K6"]),
+    (["control", "MAP2K6+KLF1", " KLF1 + MAP2K6"], {}, ["control", "KLF1+MAP2K6", "KLF1+MAP2K6"]),
+    (["ctrl", "KLF1+ctrl", "ctrl+KLF1"], {"control": "ctrl"}, ["control", "KLF1", "KLF1"]),
+    (["NT", "KLF1_MAP2K6"], {"control": "NT", "separator": "_"}, ["control", "KLF1+MAP2K6"]),
+    (["0", "1", "2"], {"control": "0"}, ["control", "1", "2"]),
+    (["control", "HLA-A", "NKX2-1", "NKX2-5"], {}, ["control", "HLA-A", "NKX2-1", "NKX2-5"]),
+    (["control", "Atg5", "Atg7"], {}, ["control", "Atg5", "Atg7"]),
+    (["control", "ABT-737", "ABT-263", "AZD-8055"], {}, ["control", "ABT-737", "ABT-263", "AZD-8055"]),
+    (["control", "Valproic acid", "IL-2"], {}, ["control", "Valproic acid", "IL-2"]),
+    (["control", "T-ALL", "5-FU", "2-DG"], {}, ["control", "T-ALL", "5-FU", "2-DG"]),
+    (["control", "NAD+"], {}, ["control", r"NAD\+"]),
+    (["control", "(+)-JQ1", "(-)-JQ1"], {}, ["control", r"(\+)-JQ1", "(-)-JQ1"]),
+    (["control", "NAD+"], {"separator": None}, ["control", r"NAD\+"]),
+    (["control", "A+x;B"], {"separator": ";"}, ["control", r"A\+x+B"]),
+    (["control", "A@0.5+B"], {}, ["control", "A@0.5+B"]),
+    (["control", "unassigned", "KLF1"], {"drop": "unassigned"}, ["control", None, "KLF1"]),
+    (["control", None, "KLF1"], {"drop": ["nan"]}, ["control", None, "KLF1"]),
+    (["control", "negative", "KLF1"], {"targets": ["negative"]}, ["control", "negative", "KLF1"]),
+    (["control", "klf1", "KLF1"], {"rename": {"klf1": "KLF1"}}, ["control", "KLF1", "KLF1"]),
+    (["control", "both"], {"rename": {"both": ["KLF1", "IRF1"]}}, ["control", "IRF1+KLF1"]),
+    (["NT_g1", "KLF1_g1"], {"control": "NT", "strip": r"_g\d+$"}, ["control", "KLF1"]),
+    (["NT", "STAT1g2"], {"control": "NT", "strip": r"g\d+$"}, ["control", "STAT1"]),
+    (["nt_01", "KLF1"], {"control": re.compile(r"nt_\d+")}, ["control", "KLF1"]),
+    (["a.c", "abc"], {"control": "a.c"}, ["control", "abc"]),  # text is no pattern
+    (["DMSO", "JQ1_500nM", "JQ1_0.5uM"], {"control": "DMSO", "dose_pattern": MOLAR},
+     ["control", "JQ1@0.5", "JQ1@0.5"]),
+    (["[('DMSO_TF', 0.0, 'uM')]", "[('A', 0.05, 'uM'), ('B', 2.0, 'uM')]"],
+     {"control": "DMSO_TF", "dose_pattern": TUPLE}, ["control", "A@0.05+B@2"]),
+    (["NegCtrl0_NegCtrl1__NegCtrl0_NegCtrl1", "KLF1_NegCtrl0__KLF1_NegCtrl0", "A_B__A_B"],
+     {"separator": "_", "strip": "__.*$", "control": re.compile(r"NegCtrl\d+")},
+     ["control", "KLF1", "A+B"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("labels", "declared", "expected"), PLAIN)
+def test_labels_that_are_read(labels, declared, expected):
+    assert read(labels, **declared) == (expected, "", [])
+
+
+REFUSED = [
+    ([C, "nan", "KLF1"], "drop='nan'"),
+    ([C, None, "KLF1"], "drop='nan'"),
+    ([C, float("nan"), "KLF1"], "drop='nan'"),
+    ([C, "None", "KLF1"], "drop='None'"),
+    ([C, "", "KLF1"], "drop=''"),
+    ([C, "NA", "N/A", "KLF1"], "drop=['N/A', 'NA']"),
+    ([C, "unassigned", "KLF1"], "drop='unassigned'"),
+    ([C, "Unassigned", "doublet", "KLF1"], "drop=['Unassigned', 'doublet']"),
+    ([C, "multiplet", "KLF1"], "drop='multiplet'"),
+    ([C, "ambiguous", "KLF1"], "drop='ambiguous'"),
+    ([C, "*", "KLF1"], "drop='*'"),
+    ([C, "negative", "KLF1"], "drop='negative'"),
+    ([C, "KLF1_g0", "KLF1_g1", "IRF1_g0"], f"strip=r'{GUIDE}'"),
+    ([C, "KLF1-sg1", "KLF1-sg2", "IRF1-sg1"], f"strip=r'{GUIDE}'"),
+    ([C, "KLF1_1", "KLF1_2", "IRF1_1"], r"strip=r'_\d{1,5}$'"),
+    ([C, "FOO_1", "FOO_2", "BAR_1", "BAR_2"], r"strip=r'_\d{1,5}$'"),
+    ([C, "KLF1.1", "KLF1.2", "IRF1.1"], r"strip=r'\.\d{1,2}$'"),
+    ([C, "KLF1 1", "KLF1 2", "IRF1 1"], r"strip=r' \d{1,2}$'"),
+    ([C, "sgKLF1-1", "sgKLF1-2", "sgIRF1-1"], r"strip=r'^sg[_-]?|-\d{1,5}$'"),
+    ([C, "sgKLF1", "sgIRF1"], "strip='^sg[_-]?'"),
+    (["STAT1g1", "STAT1g2", "IRF1g1", "NTg1"], r"strip=r'g\d+$', control='NT'"),
+    ([C, "KLF1_g0+IRF1_g1", "KLF1_g0", "KLF1_g1"], f"strip=r'{GUIDE}'"),
+    (["control_g1", "KLF1_g1"], f"strip=r'{GUIDE}'"),
+    (["NT_g1", "KLF1_g1", "KLF1_g2"], f"strip=r'{GUIDE}', control='NT'"),
+    ([C, "KLF1/MAP2K6"], "separator='/'"),
+    ([C, "KLF1-MAP2K6"], "separator='-'"),
+    ([C, "KLF1 MAP2K6"], "separator=' '"),
+    ([C, "KLF1__MAP2K6"], "separator='__'"),
+    ([C, "KLF1＋MAP2K6"], "separator='＋'"),
+    ([C, "KLF1,MAP2K6"], "separator=','"),
+    ([C, "KLF1_MAP2K6"], "separator='_'"),
+    ([C, "KLF1|MAP2K6"], "separator='|'"),
+    ([C, "KLF1;MAP2K6;IRF1"], "separator=';'"),
+    ([C, "foo&bar", "foo", "bar"], "separator='&'"),
+    (["ctrl", "foo_ctrl"], "separator='_', control='ctrl'"),
+    (["foo+ctrl", "ctrl"], "control='ctrl'"),
+    (["foo+ctrl", C], "control=['control', 'ctrl']"),
+    (["NegCtrl10_NegCtrl0__NegCtrl10_NegCtrl0", "FOO_NegCtrl0__FOO_NegCtrl0", "A_B__A_B"],
+     r"strip='__.*$', separator='_', control=re.compile(r'NegCtrl\d+')"),
+    (["NegCtrl10_NegCtrl0", "FOO_NegCtrl0", "A_B"],
+     r"separator='_', control=re.compile(r'NegCtrl\d+')"),
+    ([C, "non-targeting_00001", "non-targeting_00002", "KLF1"],
+     r"control=['control', re.compile(r'non-targeting_\d+')]"),
+    (["non-targeting_1", "KLF1", "IRF1"], r"control=re.compile(r'non-targeting_\d+')"),
+    (["foo", "NT"], "control='NT'"),
+    (["foo", "DMSO"], "control='DMSO'"),
+    (["DMSO", "JQ1_10uM", "JQ1_1uM"], f"dose_pattern=r'{MOLAR}', control='DMSO'"),
+    (["DMSO", "JQ1 10 nM"], f"dose_pattern=r'{MOLAR}', control='DMSO'"),
+    (["DMSO", "JQ1-0.5µM"], f"dose_pattern=r'{MOLAR}', control='DMSO'"),
+    ([C, "JQ1_0.1", "JQ1_1.0"], r"dose_pattern=r'_(?P<dose>\d+\.\d+)$'"),
+    (["[('DMSO_TF', 0.0, 'uM')]", "[('Trametinib', 0.05, 'uM')]"],
+     f'dose_pattern=r"{TUPLE}", control=\'DMSO_TF\''),
+    ([C, "KLF1", "KLF1+"], "separator=None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("labels", "proposal"), REFUSED)
+def test_labels_that_are_refused_with_the_call_that_reads_them(labels, proposal):
+    found, error, _ = read(labels)
+    assert found is None
+    said = re.search(r"call with (.*?)\.(?: |$)(?=[A-Z]|$)", error)[1]
+    assert said == proposal
+    again, error, _ = read(labels, **eval(f"dict({said})"))
+    assert error == ""
+    assert "control" in again
+
+
+WARNED = [
+    ([C, "NTC", "KLF1"], "'NTC' (1 cell)", "control=['control', 'NTC']"),
+    ([C, "scramble", "KLF1"], "'scramble' (1 cell)", "control=['control', 'scramble']"),
+    ([C, "safe-targeting", "KLF1"], "safe-targeting", "control=['control', 'safe-targeting']"),
+    ([C, "AAVS1", "GFP", "LacZ"], "'GFP' (1 cell)", "control=['control', 'AAVS1', 'GFP', 'LacZ']"),
+    ([C, "PBS", "DMSO", "DMSO"], "'DMSO' (2 cells)", "control=['control', 'DMSO', 'PBS']"),
+    ([C, "WT", "KLF1"], "'WT' (1 cell)", "control=['control', 'WT']"),
+    ([C, "klf1", "KLF1", "Klf1"], "kept apart", "rename={'Klf1': 'KLF1', 'klf1': 'KLF1'}"),
+]
+
+
+@pytest.mark.parametrize(("labels", "said", "proposal"), WARNED)
+def test_labels_that_are_read_with_a_warning(labels, said, proposal):
+    found, error, (message,) = read(labels)
+    assert error == ""
+    assert found == labels
+    assert said in message
+    assert f"call with {proposal}" in message
+    assert read(labels, **eval(f"dict({proposal})"))[2] == []
+
+
+def test_every_kind_of_label_has_a_row_in_the_docs():
+    page = (Path(__file__).parents[1] / "docs" / "your-data.md").read_text()
+    for kind in KINDS:
+        (row,) = re.findall(rf"^\| {re.escape(kind.name)} \|.*$", page, re.MULTILINE)
+        assert kind.outcome in row
+        assert f"`{kind.argument}=" in row
+
+
+def test_cells_are_counted_in_errors():
+    assert "'doublet' (3 cells)" in read([C, "KLF1"] + ["doublet"] * 3)[1]
+    assert "4 cells without a perturbation" in read([C, "KLF1", "nan", "nan", None, ""])[1]
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"control": 0}, "control=0 is not text.*control='0'"),
+        ({"control": None}, "control=None: expected a label.*perturbation_key=None"),
+        ({"control": []}, "control is empty"),
+        ({"control": ["a", 3]}, "control=3 is not text"),
+        ({"separator": ""}, "separator is empty"),
+        ({"separator": 1}, "separator=1"),
+        ({"strip": "("}, "strip='\\(' is not a regular expression"),
+        ({"dose_pattern": r"\d"}, "has no group"),
+        ({"targets": "KLF1"}, "is one name"),
+        ({"rename": ["a"]}, "expected a dict"),
+    ],
+)
+def test_declarations_that_make_no_sense(declared, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        LabelReader(**declared)
+
+
+@pytest.mark.parametrize(
+    ("labels", "declared", "expected"),
+    [
+        (["SET+KLF1", "SET+KLF1", "KLF1+SET"], {}, "SET+KLF1"),
+        (["KLF1+ctrl", "ctrl+KLF1", "ctrl+KLF1"], {"control": "ctrl"}, "ctrl+KLF1"),
+        (["KLF1_g1", "KLF1_g2"], {"strip": r"_g\d$"}, "KLF1"),
+        (["klf1"], {"rename": {"klf1": "KLF1"}}, "KLF1"),
+        (["JQ1_10uM"], {"dose_pattern": MOLAR}, "JQ1_10uM"),
+        (["SET;KLF1"], {"separator": ";"}, "SET;KLF1"),
+        (["KLF1_NT1"], {"separator": "_", "control": re.compile(r"NT\d")}, "KLF1"),
+    ],
+)  # fmt: skip
+def test_results_use_the_spelling_of_the_data(labels, declared, expected):
+    reader = LabelReader(**declared)
+    said = reader.spellings(column(labels))
+    assert list(said.values()) == [expected]
+    assert replace_strip(reader).read(expected) == next(iter(said))
+
+
+def replace_strip(reader):
+    return LabelReader(reader.control, reader.separator, dose_pattern=reader.dose_pattern)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "n_targets"),
+    [
+        ("norman_2019_mini", "perturbation", 31),
+        ("mcfaline_2023_mini", "perturbation", 9),
+        ("papalexi_2021_mini", "perturbation", 25),
+        ("datlinger_2021_mini", "perturbation", 20),
+        ("zhao_2021_mini", "perturbation", 1),
+        ("lincs_drugs", "drug", 800),
+        ("nelisa_a549", "perturbation", 301),
+        ("replogle_2022_up_ranks", "perturbation", 400),
+    ],
+)
+def test_real_labels_are_read_as_they_are(name, key, n_targets, recwarn):
+    adata = ad.read_h5ad(real_file(f"{name}.h5ad"))
+    need = "control" in set(adata.obs[key])
+    found = LabelReader().read_column(adata.obs[key], genes=adata.var_names, need_control=need)
+    assert len({t for p in found for t in p.targets}) == n_targets
+    assert not recwarn
