@@ -133,10 +133,12 @@ class Cells:
         for code in np.unique(codes):
             yield self.visible & self.measured[code], np.flatnonzero(codes == code)
 
-    def tensors(self, where: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
+    def tensors(
+        self, where: np.ndarray | Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
         """Some of the cells, dense: counts, library, log1p counts per 10,000, batch."""
-        counts = torch.from_numpy(self.counts[where].toarray().astype(np.float32, copy=False))
-        library = torch.from_numpy(self.library[where].astype(np.float32))
+        counts = torch.from_numpy(self.counts[where].toarray()).to(dtype)
+        library = torch.from_numpy(self.library[where]).to(dtype)
         return {
             "counts": counts,
             "library": library,

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,29 @@ _ENCODE = 512  # cells encoded at a time
 class Embedding(Registered):
     """From cells to their states, and back to counts."""
 
+    @contextmanager
+    def _double_precision(self) -> Iterator[None]:
+        """Work with the module in double precision.
+
+        In single precision, the last bits of a state depend on the number of threads and on which
+        cells share a mini-batch, and samples would turn them into other counts.
+        """
+        single = self.module
+        module = deepcopy(single)
+        if module.anchor_map.device.type == "mps":  # which has no double precision
+            module = module.cpu()
+        self.module = module.double()
+        try:
+            yield
+        finally:
+            self.module = single
+
     @torch.inference_mode()
     def _encode(self, cells: Cells, where: np.ndarray) -> torch.Tensor:
         """States of cells, shape (n_cells, n_latent)."""
         self.module.eval()
-        device = self.module.anchor_map.device
-        states = torch.empty(len(where), self.module.anchor_map.shape[1])
+        device, dtype = self.module.anchor_map.device, self.module.anchor_map.dtype
+        states = torch.empty(len(where), self.module.anchor_map.shape[1], dtype=dtype)
         for measured, mine in cells.by_dataset(where):
             seen = torch.from_numpy(measured).to(device) & self.module.known
             if not seen.any():
@@ -33,15 +52,15 @@ class Embedding(Registered):
             visible = None if seen.all() else seen
             for start in range(0, len(mine), _ENCODE):
                 part = mine[start : start + _ENCODE]
-                values = cells.tensors(where[part])["values"].to(device)
+                values = cells.tensors(where[part], dtype)["values"].to(device)
                 states[part] = self.module.inference(values, visible)["z"].cpu()
         return states.clone()
 
     @torch.inference_mode()
     def _decode(self, state: np.ndarray, batch: np.ndarray) -> np.ndarray:
         """Share of each gene in the library size, shape (n_cells, n_genes)."""
-        device = self.module.anchor_map.device
-        z, b = torch.from_numpy(state).to(device), torch.from_numpy(batch).to(device)
+        like = self.module.anchor_map
+        z, b = torch.from_numpy(state).to(like), torch.from_numpy(batch).to(like.device)
         return self.module.decoder(z, b).cpu().numpy()
 
     @property
@@ -113,7 +132,8 @@ class Embedding(Registered):
             parts = []
             for start in range(0, len(where), batch_size or _ENCODE):
                 part = where[start : start + (batch_size or _ENCODE)]
-                share = self._decode(self._encode(cells, part).numpy(), cells.batch[part])
+                with self._double_precision():
+                    share = self._decode(self._encode(cells, part).numpy(), cells.batch[part])
                 mean, theta = share * cells.library[part, None], self._dispersion
                 counts = _random.gamma_poisson(
                     theta, mean / theta, cells.names[part], np.full(len(part), k), "posterior"

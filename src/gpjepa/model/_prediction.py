@@ -144,8 +144,8 @@ class Predicting(Embedding):
     def _action(self, perturbations: Sequence[Perturbation]) -> torch.Tensor:
         """Action embeddings, shape (n_perturbations, n_action)."""
         targets, doses = self._target_indices(perturbations)
-        device = self.module.anchor_map.device
-        return self.module.perturbation_encoder(targets.to(device), doses.to(device))
+        like = self.module.anchor_map
+        return self.module.perturbation_encoder(targets.to(like.device), doses.to(like))
 
     def _target_indices(
         self, perturbations: Sequence[Perturbation]
@@ -165,13 +165,13 @@ class Predicting(Embedding):
         gate: float = 1.0,
     ) -> np.ndarray:  # fmt: skip
         """Perturbed states: z_b + W_A A + g (T + σ ε), shape (n_cells, n_latent)."""
-        device = self.module.anchor_map.device
-        base = torch.from_numpy(state).to(device)
-        shift = (torch.from_numpy(anchor).to(device) @ self.module.anchor_map).expand_as(base)
+        like = self.module.anchor_map
+        base = torch.from_numpy(state).to(like)
+        shift = (torch.from_numpy(anchor).to(like) @ like).expand_as(base)
         if gate:
             action = self._action([perturbation]).expand(len(base), -1)
             residual, log_variance = self.module.transition(base, action, shift)
-            epsilon = torch.from_numpy(noise).to(device)
+            epsilon = torch.from_numpy(noise).to(like)
             shift = shift + gate * (residual + (0.5 * log_variance).exp() * epsilon)
         return (base + shift).cpu().numpy()
 
@@ -423,14 +423,17 @@ class Predicting(Embedding):
         if absent:
             raise ValueError(f"The AnnData has no control cells of context {absent}.")
         groups = []
-        for c in chosen:
-            mine = cells.take(np.array(at[c]))
-            where, draws = _random.choose(mine.names, n_samples, seed)
-            mine = mine.take(where)
-            start = self._start(mine, c)
-            for p, label in wanted.items():
-                effect = self._effect(p, label, c, gate)
-                groups.append(self._predict_cells(mine, start, draws, effect, seed, return_mean))
+        with self._double_precision():
+            for c in chosen:
+                mine = cells.take(np.array(at[c]))
+                where, draws = _random.choose(mine.names, n_samples, seed)
+                mine = mine.take(where)
+                start = self._start(mine, c)
+                for p, label in wanted.items():
+                    effect = self._effect(p, label, c, gate)
+                    groups.append(
+                        self._predict_cells(mine, start, draws, effect, seed, return_mean)
+                    )
         order = {p: i for i, p in enumerate(wanted)}
         groups.sort(key=lambda g: order[g.effect.perturbation])
         units = "expected counts" if return_mean else "sampled counts"
@@ -470,7 +473,8 @@ class Predicting(Embedding):
             start.shape, mean / start.shape, cells.names, draws, *stream
         )  # fmt: skip
         return PredictedCells(
-            effect, sp.csr_matrix(counts, dtype=np.float32), expected.astype(np.float32), moved,
+            effect, sp.csr_matrix(counts, dtype=np.float32), expected.astype(np.float32),
+            moved.astype(np.float32),
             library, cells.names, draws, cells.labels if perturbation.is_control else None,
         )  # fmt: skip
 

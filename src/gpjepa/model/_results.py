@@ -163,18 +163,19 @@ def _rank_genes(groups: list[PredictedCells], genes: np.ndarray, control: str) -
     """Predicted differential expression in scanpy's own format.
 
     Not a test on sampled cells, which would find everything significant with enough of them: the
-    score is the mean effect over its standard deviation, contexts averaged.
+    score is the mean effect over its standard deviation, contexts averaged. Scores and fold changes
+    are of one scale, log1p of the mean rate, and so have one sign.
     """
     columns: dict[str, dict[str, np.ndarray]] = {
         k: {} for k in ("names", "scores", "logfoldchanges", "pvals", "pvals_adj")
     }
     for label in dict.fromkeys(g.effect.label for g in groups):
         mine = [g.effect for g in groups if g.effect.label == label]
-        effect = np.mean([e.effect["mean_log1p"] for e in mine], axis=0)
-        variance = np.mean([e.variance["mean_log1p"] for e in mine], axis=0) / len(mine)
-        score = effect / np.sqrt(np.maximum(variance, 1e-12))
-        before = np.mean([np.expm1(e.control) for e in mine], axis=0)
-        after = np.mean([e.target_rate for e in mine], axis=0)
+        control = np.mean([e.control.astype(float) for e in mine], axis=0)
+        changed = np.mean([np.log1p(e.target_rate) for e in mine], axis=0)
+        variance = np.mean([e.variance["log1p_mean"] for e in mine], axis=0) / len(mine)
+        score = (changed - control) / np.sqrt(np.maximum(variance, 1e-12))
+        before, after = np.expm1(control), np.expm1(changed)
         p = 2 * norm.sf(np.abs(score))
         order = np.argsort(-score, kind="stable")
         columns["names"][label] = genes[order].astype(object)
