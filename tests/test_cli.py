@@ -1,12 +1,18 @@
+import json
+import re
+
 import anndata as ad
 import pandas as pd
 import pytest
+import requests
+import scanpy as sc
 from helpers import python
 from typer.testing import CliRunner
 
 import gpjepa
 from gpjepa import plotting
 from gpjepa.cli import app
+from gpjepa.cli._common import in_options
 
 run = CliRunner().invoke
 
@@ -23,7 +29,7 @@ def test_importing_is_light():
 def test_help_names_every_command():
     result = run(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "train", "predict", "simulate"):
+    for command in ("demo", "train", "predict", "simulate", "benchmark", "completion"):
         assert command in result.output
 
 
@@ -57,6 +63,104 @@ def test_train_then_predict(cells, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "predicted.h5ad"]
 
 
+def test_predict_writes_effects_and_takes_a_gate(cells, tmp_path):
+    model = tmp_path / "model"
+    quick = ["--max-epochs", "1", "--pretrain-epochs", "1", "--batch-size", "64"]
+    arguments = ["--encoder", "components", "--accelerator", "cpu", "--quiet", *quick]
+    result = run(app, ["train", str(cells), "--out", str(model), *arguments])
+    assert result.exit_code == 0, result.output
+    assert result.output == ""
+    effects = tmp_path / "effects.csv"
+    predict = ["predict", str(model), label(cells), "--effects", str(effects), "--gate", "0"]
+    result = run(app, [*predict, "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["predicted"]
+    assert row["regime"] == "seen"
+    frame = pd.read_csv(effects)
+    assert (frame["effect"] == frame["anchor"]).all()
+    assert row["genes_changed"] == ((frame["lower"] > 0) | (frame["upper"] < 0)).sum()
+    assert not list(tmp_path.glob("*.h5ad"))
+
+
+def test_train_says_what_was_held_out(cells, tmp_path):
+    model = tmp_path / "model"
+    quick = ["--max-epochs", "1", "--pretrain-epochs", "1"]
+    result = run(app, ["train", str(cells), "--out", str(model), *quick])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    loaded = gpjepa.GPJEPA.load(model, adata=False)
+    assert lines[:3] == loaded.summary().splitlines()
+    assert lines[0].startswith("Held out: ")
+    assert "gpjepa predict" in lines[3]
+    noise = [line for line in result.stderr.splitlines() if line]
+    assert [re.sub(r" \(.*", "", line) for line in noise] == [
+        "Stage A: cell states", "Anchor: closed form", "Stages B and C: response",
+    ]  # fmt: skip
+
+
+def test_version():
+    result = run(app, ["--version"])
+    assert result.stdout.strip() == gpjepa.__version__
+
+
+def test_options_of_labels_are_those_of_set_up(cells, tmp_path):
+    adata = ad.read_h5ad(cells)
+    text = adata.obs["perturbation"].astype(str)
+    other = (
+        text.str.replace("+", ";").replace("control", "nt_1").where(text.index > "cell000005", "x")
+    )
+    adata.obs["guide"] = other
+    path = tmp_path / "other.h5ad"
+    adata.write_h5ad(path)
+    options = ["--perturbation-key", "guide", "--separator", ";", "--drop", "x",
+               "--control-pattern", r"nt_\d+", "--max-epochs", "1", "--pretrain-epochs", "1"]  # fmt: skip
+    result = run(app, ["train", str(path), "--out", str(tmp_path / "m"), *options])
+    assert result.exit_code == 0, result.output
+    refused = run(app, ["train", str(path), "--out", str(tmp_path / "n"), *options[:2]])
+    assert refused.exit_code == 1
+    said = " ".join(refused.stderr.split())
+    assert "add --separator ';' --control-pattern 'nt_\\d+'" in said
+    assert "separator=" not in said
+    assert "_gpjepa" not in said
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "call with library_size_key='n_counts', so that",
+            "add --library-size-key n_counts, so that",
+        ),
+        ("Did you mean control=['a', 'b c']?", "Did you mean --control a --control 'b c'?"),
+        ("give overwrite=True", "give --overwrite"),
+        ("context_key='x' is not a column", "--context-key x is not a column"),
+        ("with control=...", "with --control"),
+        ("n=3 cells", "n=3 cells"),
+    ],
+)
+def test_errors_speak_of_options(message, said):
+    assert in_options(ValueError(message)) == said
+
+
+def test_a_failed_download_is_told_once(monkeypatch, tmp_path):
+    def fail(url, *args, **kwargs):
+        request = requests.Request("GET", url)
+        raise requests.exceptions.ConnectionError("no network", request=request)
+
+    monkeypatch.setattr("requests.head", fail)
+    monkeypatch.setattr("requests.get", fail)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    before, sc.settings.datasetdir = sc.settings.datasetdir, tmp_path
+    for name in ("norman_2019", "norman_mini"):
+        result = run(app, ["train", name, "--out", str(tmp_path / "m")])
+        assert result.exit_code == 1
+        assert result.output.count("could not be downloaded") == 1
+        assert len(result.output.strip().splitlines()) == 1
+        assert str(tmp_path) in result.stderr
+        assert "https://" in result.stderr
+    sc.settings.datasetdir = before
+
+
 def test_target_that_exists_is_refused_before_training(cells, tmp_path):
     result = run(app, ["train", str(cells), "--out", str(tmp_path)])
     assert result.exit_code == 1
@@ -70,6 +174,13 @@ def test_target_that_exists_is_refused_before_training(cells, tmp_path):
         (["train", "nothing", "--out", "m"], "neither a known data set nor a file"),
         (["predict", "nowhere", "A", "--out", "x.h5ad"], "not the directory of a saved model"),
         (["predict", "nowhere", "A", "--out", "x.csv"], "must end in .h5ad"),
+        (["predict", "nowhere", "A", "--effects", "x.h5ad"], "must end in .csv"),
+        (["predict", "nowhere", "A"], "Say what to write"),
+        (["train", "x.h5ad", "--out", "m", "--rename", "a"], "expected OLD=NEW"),
+        (
+            ["train", "x.h5ad", "--out", "m", "--pretrained", "p"],
+            "p is not the directory of a saved",
+        ),
         (["simulate", "--out", "x.h5ad", "--n-cells", "3"], "Cannot simulate"),
         (["demo", "nowhere.h5ad", "--out", "d"], "Say what to hold out"),
     ],
@@ -96,8 +207,8 @@ def test_comparison_scores_every_method_on_independent_controls(simulated, held_
     assert held_out not in set(result.model.adata.obs["perturbation"])
     for figure in (
         plotting.method_errors(result.scores),
-        plotting.effect_scatter(result),
-        plotting.top_genes(result),
+        plotting.effect_scatter(result.effects_of(0), title=result.title(0)),
+        plotting.top_genes(result.effects_of(0), title=result.title(0)),
     ):
         assert figure.axes[0].get_title("left")
 
@@ -125,3 +236,7 @@ def test_demo_shows_the_model_ahead_of_the_baselines(tmp_path):
     for name in ("predicted.h5ad", "model", "scores.csv", "errors.png", "effects.png", "genes.png"):
         assert (out / name).exists()
     assert gpjepa.GPJEPA.load(out / "model", adata=False).is_trained
+    cells = tmp_path / "cells.h5ad"
+    label = ad.read_h5ad(out / "predicted.h5ad").obs["perturbation"].iloc[0]
+    result = run(app, ["predict", str(out / "model"), label, "--out", str(cells)])
+    assert result.exit_code == 0, result.output

@@ -72,7 +72,7 @@ def hold_out(
     if out:
         chosen = [p for p in perturbations if p.targets in out]
         return Holdout("perturbations", tuple(chosen), f"{len(chosen)} perturbations")
-    few = f"only {len(units)} perturbations; {3 * MIN_UNITS} are needed to hold {MIN_UNITS} out"
+    few = f"only {len(units)} perturbation{'s' * (len(units) > 1)}; {3 * MIN_UNITS} are needed to hold {MIN_UNITS} out"
     if len(contexts) >= 3:
         context = contexts[int(rng.integers(len(contexts)))]
         return Holdout("contexts", (context,), f"context {context!r} ({few})")

@@ -65,6 +65,28 @@ class Comparison:
     rows: list[tuple[str, str]]
     genes: np.ndarray
 
+    def effects_of(self, row: int) -> pd.DataFrame:
+        """Effects of one held-out perturbation, for :mod:`gpjepa.plotting`.
+
+        Parameters
+        ----------
+        row
+            Which of ``rows``.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per gene: ``gene``, the effect by each method and ``measured``, and the model's
+            ``sd``.
+        """
+        each = {name: effect[row] for name, effect in self.effects.items()}
+        return pd.DataFrame({"gene": self.genes, **each, "sd": self.sd[row]})
+
+    def title(self, row: int) -> str:
+        """What figures call one of the held-out rows."""
+        context, perturbation = self.rows[row]
+        return perturbation + ("" if context == "all" else f" in {context}")
+
     @property
     def table(self) -> pd.DataFrame:
         """One row per method: error relative to no change (ratio of sums), means of the others."""

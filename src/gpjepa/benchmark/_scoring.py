@@ -11,6 +11,8 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
+from gpjepa.effects import gene_set_scores
+
 from ._tasks import SCALE, CellSet, Task, Truth
 
 MIN_SET = 5  # measured genes that a gene set must have
@@ -134,26 +136,13 @@ def _enrichment(scoring: Scoring) -> tuple[pd.DataFrame, pd.DataFrame] | None:
     sets = scoring.task.gene_sets
     if sets is None:
         return None
-    import decoupler
-
-    genes = scoring.task.genes
-    net = pd.DataFrame(
-        [(name, gene, 1.0) for name, members in sets.items() for gene in sorted(members)],
-        columns=["source", "target", "weight"],
-    )
-    net = net[net["target"].isin(genes)]
-    sizes = net["source"].value_counts()
-    net = net[net["source"].map(sizes).ge(MIN_SET)]
-    if net.empty:
-        return None
     tables = []
     for effect in (scoring.predicted.effect, scoring.truth.effect):
         # The targeted gene is no evidence for its sets.
         values = np.where(scoring.task.scored, effect, 0)
-        frame = pd.DataFrame(values, [str(i) for i in range(len(values))], genes)
-        some = frame[values.any(1)]  # no effect at all has no slope: its scores are 0
-        found = pd.DataFrame(0.0, some.index, sorted(set(net["source"])))
-        if len(some):
-            found = decoupler.mt.ulm(data=some, net=net, tmin=MIN_SET, empty=False)[0]
-        tables.append(found.reindex(frame.index).fillna(0.0).sort_index(axis=1))
+        labels = [str(i) for i in range(len(values))]
+        found = gene_set_scores(pd.DataFrame(values, labels, scoring.task.genes), sets, MIN_SET)
+        if found is None:
+            return None
+        tables.append(found[0])
     return tables[0], tables[1]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -81,7 +84,8 @@ def _from_pertpy(name: str) -> ad.AnnData:
     import pertpy
 
     recipe = RECIPES[name]
-    data = getattr(pertpy.data, name)()
+    with _told_once(name):
+        data = getattr(pertpy.data, name)()
     if recipe.modality is not None:
         adata = data[recipe.modality].copy()
         for key in (recipe.column, f"{recipe.modality}:{recipe.column}"):
@@ -91,6 +95,29 @@ def _from_pertpy(name: str) -> ad.AnnData:
     adata = recipe.apply(data)
     check_counts(adata.layers["counts"], f"the counts of {name}")
     return adata
+
+
+@contextmanager
+def _told_once(name: str) -> Iterator[None]:
+    """One sentence when a download fails, in the place of a line for every try."""
+    import scanpy as sc
+    from lamin_utils import logger
+    from requests.exceptions import RequestException
+
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)  # pertpy tells each of its tries
+    try:
+        yield
+    except RequestException as error:
+        url = error.request.url if error.request is not None else None
+        file = MINI_FILE if name == "norman_mini" else Path(url or f"{name}.h5ad").name
+        raise ConnectionError(
+            f"{name} could not be downloaded ({type(error).__name__}): is there a network? It can "
+            f"also be fetched elsewhere{f' from {url}' if url else ''} and put at "
+            f"{sc.settings.datasetdir / file}; or give the path of a .h5ad file of your own."
+        ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _norman_mini() -> ad.AnnData:
@@ -103,9 +130,10 @@ def _norman_mini() -> ad.AnnData:
     import pooch
     import scanpy as sc
 
-    file = pooch.retrieve(
-        _MINI_URL, known_hash=_MINI_HASH, fname=MINI_FILE, path=sc.settings.datasetdir
-    )
+    with _told_once("norman_mini"):
+        file = pooch.retrieve(
+            _MINI_URL, known_hash=_MINI_HASH, fname=MINI_FILE, path=sc.settings.datasetdir
+        )
     adata = ad.read_h5ad(file)
     adata = adata[adata.obs["dataset"] == "norman19"].copy()
     scaled = sp.csr_matrix(adata.X, dtype=float)

@@ -11,6 +11,7 @@ from ._baselines import (
     ShrunkenAdditive,
     WeightedBaseline,
 )
+from ._enrichment import enrichment, gene_set_scores
 from ._features import coexpression_features, effect_features, gene_loadings
 from ._gate import Gate, fit_gate
 from ._interactions import (
@@ -55,10 +56,12 @@ __all__ = [
     "coexpression_features",
     "effect_features",
     "effect_table",
+    "enrichment",
     "expected_log1p",
     "fit_gate",
     "fit_stack",
     "gene_loadings",
+    "gene_set_scores",
     "interaction_recall",
     "library_shift",
     "library_shifts",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -294,12 +294,19 @@ class EffectAnchor:
         """Whether one of the targets occurs in no training perturbation."""
         return not self._perturbed.issuperset(perturbation.targets)
 
-    def out_of_fold(self, scale: Scale, n_folds: int = 10) -> np.ndarray:
+    @property
+    def n_folds(self) -> int:
+        """Folds of :meth:`out_of_fold`."""
+        return len(self._folds(10))
+
+    def out_of_fold(
+        self, scale: Scale, n_folds: int = 10, *, progress: Callable[[], object] = lambda: None
+    ) -> np.ndarray:
         """Predict every training row without it, shape (n_rows, n_genes).
 
         Singles are left out of all contexts at once and become unseen; combinations are left out
         while their singles stay. With fewer than five perturbations the rows of one context are
-        left out instead.
+        left out instead. ``progress`` is called after each fold.
         """
         rows = self.effects_.rows
         result = np.zeros((len(rows), len(self.effects_.genes)), np.float32)
@@ -308,6 +315,7 @@ class EffectAnchor:
             where = np.flatnonzero(out)
             part = rest.predict([rows[i][1] for i in where], [rows[i][0] for i in where], scale)
             result[where] = part.mean
+            progress()
         return result
 
     def _folds(self, n_folds: int) -> list[np.ndarray]:

@@ -38,8 +38,10 @@ from ._fields import (
     LabelField,
     PerturbationField,
 )
+from ._held_out import HeldOut
 from ._module import GPJEPAModule
 from ._moments import moments
+from ._progress import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,7 @@ class Registered(BaseModelClass):
         self.reference_: dict[str, dict[str, np.ndarray]] = {}
         self.gene_share_ = np.ones(len(self.genes)) / len(self.genes)
         self.gate_: dict[str, dict[str, Any]] = {}
+        self.held_out_: HeldOut | None = None
         self._anchor: EffectAnchor | None = None
         self._visible: np.ndarray | None = None  # genes that attached data have; None for all
         self.history_: dict[str, pd.DataFrame] | None
@@ -531,7 +534,8 @@ class Registered(BaseModelClass):
                 f"{dir_path} is not the directory of a saved model: it has no file {file.name}."
             )
         try:
-            registry = cls.load_registry(str(dir_path), prefix)
+            with quiet("scvi.data._download"):
+                registry = cls.load_registry(str(dir_path), prefix)
         except Exception as error:
             raise ValueError(
                 f"{file} cannot be read as a model: it is truncated or of another kind "
@@ -543,7 +547,8 @@ class Registered(BaseModelClass):
         visible = None
         if isinstance(adata, AnnData):
             adata, visible = cls._as_trained(adata, registry)
-        model = super().load(str(dir_path), adata, prefix=prefix, **kwargs)
+        with quiet("scvi.data._download"):
+            model = super().load(str(dir_path), adata, prefix=prefix, **kwargs)
         model._visible = visible
         return model
 

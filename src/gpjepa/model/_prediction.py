@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from gpjepa.effects import (
     Explanation,
     Scale,
     check_scale,
+    enrichment,
     expected_log1p,
     library_shift,
 )
@@ -350,6 +352,37 @@ class Predicting(Embedding):
                     )
                 )  # fmt: skip
         return pd.concat(frames, ignore_index=True)
+
+    def predict_enrichment(
+        self,
+        perturbations: str | Perturbation | Sequence[str | Perturbation],
+        gene_sets: str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]],
+        contexts: str | Sequence[str] | None = None,
+        *,
+        gate: Gate = "auto",
+        min_genes: int = 5,
+    ) -> pd.DataFrame:
+        """Gene sets that predicted effects raise or lower (:func:`gpjepa.effects.enrichment`).
+
+        Parameters
+        ----------
+        perturbations, contexts, gate
+            As in :meth:`predict_effects`.
+        gene_sets
+            One or several GMT files, or genes by name of the set.
+        min_genes
+            Genes of a set that must have been measured.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per perturbation × context × set: ``perturbation, context, set, score, pvalue,
+            padj, n_genes``. The targeted genes themselves are left out.
+        """
+        wanted = self._parse(perturbations)
+        frame = self.predict_effects(perturbations, contexts, gate=gate)
+        targets = {label: p.targets for p, label in wanted.items()}
+        return enrichment(frame, gene_sets, targets=targets, min_genes=min_genes)
 
     def predict_perturbation(
         self,

@@ -11,16 +11,20 @@ import pandas as pd
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from scvi.train import TrainRunner
+from sklearn.exceptions import NotFittedError
 
 from gpjepa.effects import (
     SCALES,
+    Additive,
     EffectAnchor,
     EffectTable,
+    MeanEffect,
     Scale,
     effect_table,
     fit_gate,
     gene_loadings,
     library_shifts,
+    noise_corrected_error,
     targeted,
 )
 from gpjepa.nn import ComponentEncoder, ResidualEncoder
@@ -32,10 +36,12 @@ from . import _random
 from ._arguments import check_training
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
 from ._components import fit_components, worth_keeping
+from ._held_out import HeldOut
 from ._module import MATCHINGS
 from ._plans import ActionPlan, finish_on_interrupt
 from ._prediction import Predicting
 from ._pretrain import PretrainPlan, masked_genes
+from ._progress import ANCHOR, STAGE_A, STAGES_BC, Stage, StageBar, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +166,8 @@ class Trainable(Predicting):
                 "GPJEPA(adata, pretrained=PATH)."
             )
         trainer_kwargs |= {"accelerator": accelerator, "devices": devices}
+        shown = trainer_kwargs.get("enable_progress_bar", True)
         holdout, out = self._hold_out(cells)
-        logger.info("Held out for early stopping and the gate: %s.", holdout.reason)
         self._fit_closed_form(cells, out)
         interrupted = False
         if pretrain_epochs is not None or not self.is_pretrained_:
@@ -174,8 +180,9 @@ class Trainable(Predicting):
         state = self._prepare_action(cells, out)
         history = self.history_ or {}
         stage = _ActionStage(self, cells, out, holdout, state)
+        self.held_out_ = HeldOut(holdout.reason, None, {})
         if not interrupted and stage.rows:
-            plan = stage.plan(matching, plan_kwargs or {})
+            plan = stage.plan(matching, plan_kwargs or {}, shown)
             callbacks = list(trainer_kwargs.pop("callbacks", []))
             if early_stopping:
                 callbacks.append(
@@ -186,29 +193,54 @@ class Trainable(Predicting):
                     )
                 )
             epochs = 40 if max_epochs is None else max_epochs
-            self._run(
-                plan, stage.batches(batch_size), epochs, callbacks=callbacks, **trainer_kwargs
-            )
+            batches = stage.batches(batch_size)
+            self._run(STAGES_BC, plan, batches, epochs, callbacks=callbacks, **trainer_kwargs)
             if plan.best is not None:
                 self.module.load_state_dict(plan.best[1])
             self.module.eval()
             self.gate_ = stage.gates()
+            if self.gate_:
+                gates = {regime: found["gate"] for regime, found in self.gate_.items()}
+                self.held_out_ = HeldOut(holdout.reason, stage.errors(gates), gates)
         self.library_shifts_ = library_shifts(
             cells.library, cells.each_perturbation, cells.contexts
         )
         self.history_ = {**history, **(self.history_ or {})}
         self.is_trained_ = True
 
-    def _run(self, plan: Any, batches: Batches, epochs: int, **trainer_kwargs: Any) -> bool:
+    def summary(self) -> str:
+        """What training held out, how well it was predicted, and what to expect of predictions.
+
+        Errors are those of the mean effect, freed of sampling noise, against control cells that
+        training has not seen, and without the targeted genes. The gate was set on the same
+        perturbations, so that the first number is a little too good; ``gpjepa.benchmark`` measures
+        perturbations that nothing was chosen on.
+
+        Returns
+        -------
+        str
+            Three lines.
+        """
+        if self.held_out_ is None:
+            raise NotFittedError("The model is not trained on perturbations yet: call train().")
+        return self.held_out_.text()
+
+    def _run(
+        self, name: str, plan: Any, batches: Batches, epochs: int, **trainer_kwargs: Any
+    ) -> bool:
         """Run a plan; True if it was interrupted."""
         self.module.train()
         trainer_kwargs = {"log_every_n_steps": 1, **trainer_kwargs}
+        if trainer_kwargs.pop("enable_progress_bar", True):
+            callbacks = [*trainer_kwargs.pop("callbacks", []), StageBar(name)]
+            trainer_kwargs["callbacks"] = callbacks
         self.is_trained_ = False  # or scvi-tools would keep only the metrics that it knows already
-        runner = TrainRunner(self, plan, batches, max_epochs=epochs, **trainer_kwargs)
-        with finish_on_interrupt(runner.trainer) as interrupted, warnings.catch_warnings():
-            # The teacher is, and what a stage does not train may be.
-            warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
-            runner()
+        with quiet("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+            runner = TrainRunner(
+                self, plan, batches, max_epochs=epochs, enable_progress_bar=False, **trainer_kwargs
+            )
+            with finish_on_interrupt(runner.trainer) as interrupted:
+                runner()
         self.module.eval()
         self.module.requires_grad_(True)
         if interrupted:
@@ -251,7 +283,8 @@ class Trainable(Predicting):
         if learns:
             self.module.known.fill_(True)
         if epochs and not closed_form:
-            interrupted = self._run(plan, Batches(cells, sampler), epochs, **trainer_kwargs)
+            batches = Batches(cells, sampler)
+            interrupted = self._run(STAGE_A, plan, batches, epochs, **trainer_kwargs)
             plan.finish()
         self.is_pretrained_ = self.is_trained_ = True
         return interrupted
@@ -413,17 +446,19 @@ class _ActionStage:
             keep,
         )
 
-    def plan(self, matching: str, plan_kwargs: dict) -> ActionPlan:
+    def plan(self, matching: str, plan_kwargs: dict, shown: bool) -> ActionPlan:
         module = self.model.module
         perturbations = [p for _, p in self.rows]
         targets, doses = self.model._target_indices(perturbations)
         trained = torch.zeros_like(module.perturbation_encoder.trained)
         trained[targets[targets >= 0].unique()] = 1
         module.perturbation_encoder.trained.copy_(trained)
-        anchor = self._padded(self.anchor.out_of_fold("mean_log1p"))
+        bar = Stage(ANCHOR, len(SCALES) * self.anchor.n_folds, shown)
+        left_out = {s: self.anchor.out_of_fold(s, progress=bar.advance) for s in SCALES}
+        bar.close()
+        anchor = self._padded(left_out["mean_log1p"])
         shift = anchor.to(module.anchor_map.device) @ module.anchor_map
-        scale: Scale = "log1p_mean"
-        missed = self._padded(self.inside.effect[scale] - self.anchor.out_of_fold(scale))
+        missed = self._padded(self.inside.effect["log1p_mean"] - left_out["log1p_mean"])
         return ActionPlan(
             module, targets, doses, shift, missed, self.error, matching=matching, **plan_kwargs
         )
@@ -474,6 +509,26 @@ class _ActionStage:
             )  # fmt: skip
             gates[str(regime)] = asdict(gate)
         return gates
+
+    def errors(self, gates: dict[str, float]) -> pd.DataFrame:
+        """Noise-corrected squared error of each method on the held-out rows, by regime."""
+        scale: Scale = "mean_log1p"
+        table, anchor, network = self.outside, self.predicted[scale].mean, self._networks(scale)
+        regimes = self.predicted[scale].regime
+        gate = np.array([gates[r] for r in regimes])[:, None]
+        pairs = [p for _, p in table.rows], [c for c, _ in table.rows]
+        predicted = {
+            "GP-JEPA": anchor + gate * (network - anchor), "anchor": anchor, "network": network,
+            "additive": Additive().fit(self.inside).predict(*pairs),
+            "mean effect": MeanEffect().fit(self.inside).predict(*pairs),
+            "no change": np.zeros_like(anchor),
+        }  # fmt: skip
+        noise, measured = table.noise(scale), table.effect[scale]
+        found = {
+            name: noise_corrected_error(effect, measured, noise, self.scored)
+            for name, effect in predicted.items()
+        }
+        return pd.DataFrame(found, index=pd.Index(regimes, name="regime"))
 
 
 def _ridge(values: np.ndarray, state: np.ndarray) -> torch.Tensor:

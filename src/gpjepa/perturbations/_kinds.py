@@ -42,6 +42,32 @@ _DOSES = (
 _TUPLE = r"\('(?P<target>.+?)', (?P<dose>[\d.]+), '(?P<unit>\w+)'\)"
 
 
+class _Told(Exception):
+    """A message with the call that it proposes, so that others can say the call in their way.
+
+    Attributes
+    ----------
+    said, otherwise
+        What was found, and what else may be meant.
+    changes
+        Arguments of :class:`LabelReader` that would read the labels.
+    """
+
+    def __init__(self, said: str, changes: Mapping[str, Any], otherwise: str = "") -> None:
+        self.said, self.changes, self.otherwise = said, dict(changes), otherwise
+        call = ", ".join(f"{name}={_said(value)}" for name, value in changes.items())
+        parts = said, f"call with {call}." if call else "", otherwise
+        super().__init__(" ".join(filter(None, parts)))
+
+
+class LabelError(_Told, ValueError):
+    """Labels that look as if they were written in a way that was not declared."""
+
+
+class LabelWarning(_Told, UserWarning):
+    """Labels that were read, although something else may have been meant."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """What was found, and which arguments would read it."""
@@ -438,10 +464,13 @@ def check_labels(
     labels = Labels(reader, column, n_cells, genes, need_control)
     finding = _first_error(labels)
     if finding is not None:
-        raise ValueError(_message(labels, finding, _until_read(labels, finding)))
+        raise LabelError(
+            f"obs[{column!r}]: {finding.said}", _until_read(labels, finding), finding.otherwise
+        )
     for kind in KINDS:
         if kind.outcome == "warning" and (found := kind.find(labels)) is not None:
-            warnings.warn(_message(labels, found, found.changes), UserWarning, stacklevel=4)
+            said = f"obs[{column!r}]: {found.said}"
+            warnings.warn(LabelWarning(said, found.changes, found.otherwise), stacklevel=4)
     return frozenset(label.strip() for label, known in _names_with_separator(labels) if not known)
 
 
@@ -464,12 +493,6 @@ def _until_read(labels: Labels, finding: Finding) -> dict[str, Any]:
         labels = replace(labels, reader=replace(labels.reader, **changes))
         found = _first_error(labels)
     return changes
-
-
-def _message(labels: Labels, finding: Finding, changes: Mapping[str, Any]) -> str:
-    call = ", ".join(f"{name}={_said(value)}" for name, value in changes.items())
-    said = f"obs[{labels.column!r}]: {finding.said}"
-    return " ".join(filter(None, [said, f"call with {call}." if call else "", finding.otherwise]))
 
 
 def _said(value: Any) -> str:

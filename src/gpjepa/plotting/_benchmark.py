@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from gpjepa._figure import COLORS, new_figure
+from ._style import COLORS, OTHER, PALETTE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_OTHER = "#56B4E9"
-_PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999"]
 
 
 def benchmark_scores(table: pd.DataFrame, metric: str = "squared_error") -> Figure:
@@ -44,7 +41,7 @@ def benchmark_scores(table: pd.DataFrame, metric: str = "squared_error") -> Figu
     for axes, (name, group) in zip(panels, groups, strict=True):
         group = group.sort_values("value", ascending=direction == "higher")
         for y, (_, row) in enumerate(group.iterrows()):
-            color = COLORS.get(row["method"], _OTHER)
+            color = COLORS.get(row["method"], OTHER)
             axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.6)
             axes.plot(row["value"], y, "o", color=color, markersize=5)
         axes.set_yticks(range(len(group)), group["method"])
@@ -95,7 +92,7 @@ def scaling(table: pd.DataFrame, runs: pd.DataFrame, metric: str = "squared_erro
         spread = [group["value"] - group["low"], group["high"] - group["value"]]
         # Intervals of several data sets would lie on each other.
         axes.errorbar(group["parameters"] * 1.03**i, group["value"], np.clip(spread, 0, None),
-                      fmt="o-", color=_PALETTE[i % len(_PALETTE)], capsize=2, markersize=4,
+                      fmt="o-", color=PALETTE[i % len(PALETTE)], capsize=2, markersize=4,
                       label=f"{name[0]}: {name[1]}")  # fmt: skip
     axes.set(xscale="log", xlabel="parameters", ylabel=part["label"].iloc[0])
     axes.spines[["top", "right"]].set_visible(False)
@@ -126,7 +123,7 @@ def calibration(table: pd.DataFrame) -> Figure:
     figure = new_figure(3.1 * columns, 3.0 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     methods = list(dict.fromkeys(part["method"]))
-    color = {m: _PALETTE[i % len(_PALETTE)] for i, m in enumerate(methods)}
+    color = {m: PALETTE[i % len(PALETTE)] for i, m in enumerate(methods)}
     for axes, (name, group) in zip(panels, groups, strict=False):
         axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
         for method, mine in group.groupby("method", sort=False):
