@@ -140,7 +140,7 @@ def _in_short(beside: pd.DataFrame, focus: str | None) -> list[str]:
         return []
     said = []
     main = beside[beside["metric"] == "squared_error"]
-    order = {"worse": 0, "not told apart": 1, "equal": 2, "better": 3}
+    order = {"worse": 0, "not significantly different": 1, "equal": 2, "better": 3}
     for _, row in main.sort_values("verdict", key=lambda v: v.map(order), kind="stable").iterrows():
         where = f"{row['data']}, {row['kind']} ({row['n_rows']} rows)"
         errors = f"{number(row['value'])} of no change against {number(row['rival_value'])}"
@@ -149,9 +149,10 @@ def _in_short(beside: pd.DataFrame, focus: str | None) -> list[str]:
             "worse": f"{focus} loses to {row['rival']}: error {errors} (gain {gain}).",
             "better": f"{focus} is ahead of the best other method, {row['rival']}: error {errors} "
                       f"(gain {gain}).",
-            "equal": f"{focus} says what {row['rival']} says: error {errors}.",
-            "not told apart": f"{focus} and the best other method, {row['rival']}, cannot be told "
-                              f"apart: error {errors} (gain {gain}).",
+            "equal": f"{focus} and {row['rival']} are identical: error {errors}.",
+            "not significantly different":
+                f"{focus} is not significantly different from the best other method, "
+                f"{row['rival']}: error {errors} (gain {gain}).",
         }[str(row["verdict"])]  # fmt: skip
         said.append(f"{where}: {sentence}")
     asked = beside[["data", "kind"]].drop_duplicates().itertuples(index=False)

@@ -204,7 +204,7 @@ def verdicts(
         One row per data set × kind × metric: ``value`` of the method, the ``rival`` and its
         ``rival_value``, ``gain`` (how much better the method is, in the metric's own unit) with
         ``low`` and ``high``, and the ``verdict``: ``"better"`` or ``"worse"`` if the interval
-        excludes 0, ``"equal"`` if both are the same throughout, else ``"not told apart"``.
+        excludes 0, ``"equal"`` if both are the same throughout, else ``"not significantly different"``.
     """
     found = []
     for (data, kind), part in scores.groupby(GROUP, sort=False):
@@ -219,7 +219,9 @@ def verdicts(
             rival = max(others, key=lambda m: others[m])
             gain = goodness(metric, values[focus].draws) - goodness(metric, values[rival].draws)
             low, high = interval(gain)
-            verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+            verdict = (
+                "better" if low > 0 else "worse" if high < 0 else "not significantly different"
+            )
             if low == high == 0:
                 verdict = "equal"
             found.append(

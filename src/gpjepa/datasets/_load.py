@@ -109,7 +109,7 @@ def _told_once(name: str) -> Iterator[None]:
     try:
         yield
     except RequestException as error:
-        url = error.request.url if error.request is not None else None
+        url = str(error.request.url) if error.request is not None else None
         file = MINI_FILE if name == "norman_mini" else Path(url or f"{name}.h5ad").name
         raise ConnectionError(
             f"{name} could not be downloaded ({type(error).__name__}): is there a network? It can "

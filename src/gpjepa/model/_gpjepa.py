@@ -36,7 +36,7 @@ class GPJEPA(Trainable):
         Width of hidden layers.
     target_features
         What is known of targets besides their effects (:class:`gpjepa.perturbations.TargetFeatures`,
-        one kind or several), so that targets never perturbed can be told apart. Without any they
+        one kind or several), so that targets never perturbed can be distinguished. Without any they
         all take the shrunken mean effect.
     missing_features
         A target never perturbed that no features know is refused (``"error"``), or takes the

@@ -159,7 +159,7 @@ def _expected_sd(group: PredictedCells) -> np.ndarray:
     return ((1 + group.expected) * sd).astype(np.float32)
 
 
-def _rank_genes(groups: list[PredictedCells], genes: np.ndarray, control: str) -> dict:
+def _rank_genes(groups: list[PredictedCells], genes: np.ndarray, reference: str) -> dict:
     """Predicted differential expression in scanpy's own format.
 
     Not a test on sampled cells, which would find everything significant with enough of them: the
@@ -189,7 +189,7 @@ def _rank_genes(groups: list[PredictedCells], genes: np.ndarray, control: str) -
     }
     result["params"] = {
         "groupby": "perturbation",
-        "reference": control,
+        "reference": reference,
         "method": "gpjepa",
         "use_raw": False,
         "corr_method": "benjamini-hochberg",

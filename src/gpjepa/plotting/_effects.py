@@ -93,8 +93,10 @@ def effect_scatter(
         axes.scatter(
             measured, predicted, s=7, alpha=0.5, color=COLORS.get(method, OTHER), linewidth=0
         )
-        r = np.corrcoef(measured, predicted)[0, 1] if predicted.std() else float("nan")
-        axes.set_title(f"{method} (r = {r:.2f})", loc="left", fontsize=10)
+        how = "constant"
+        if predicted.std():
+            how = f"r = {np.corrcoef(measured, predicted)[0, 1]:.2f}"
+        axes.set_title(f"{method} ({how})", loc="left", fontsize=10)
         axes.set_xlabel("measured effect (a dot is a gene)")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("predicted effect")
@@ -258,7 +260,7 @@ def enrichment(
     axes.barh(range(len(top)), top["score"], color=color, height=0.7)
     axes.set_yticks(range(len(top)), [_short(name) for name in top["set"]], fontsize=8)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("score (t of the set's genes against the others; grey: adjusted p above 0.05)")
+    axes.set_xlabel("score: t of the set's genes against the others\n(grey: adjusted p above 0.05)")
     axes.set_title(_title(frame) if title is None else title, loc="left", fontsize=10)
     return finished(axes, return_fig)
 
