@@ -18,6 +18,10 @@ REGIMES = {
     "seen": "measured perturbations",
 }
 """The regimes of predictions, in words."""
+_VERDICTS = (
+    "predicted well", "predicted in part", "no better than predicting no change",
+    "no measurable effect",
+)  # fmt: skip
 METHODS = ("GP-JEPA", "anchor", "network", "additive", "mean effect")
 
 
@@ -69,24 +73,22 @@ class HeldOut:
     def _expected(self, relative: pd.DataFrame) -> str:
         """The regimes by how well they are predicted."""
         assert self.errors is not None
-        by_verdict: dict[str, list[str]] = {}
+        by_verdict: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
         for regime in relative.index[relative.index != "all"]:
             error = float(relative.loc[regime, "GP-JEPA"])
             n = int((self.errors.index == regime).sum())
             network = self.gate.get(regime, 0)
             share = f", {network:.0%} of the network" if network else ""
-            by_verdict.setdefault(_verdict(error), []).append(
+            by_verdict[_verdict(error)].append(
                 f"{REGIMES.get(regime, regime)} ({_number(error)}, {n} held out{share})"
             )
-        return "; ".join(f"{how}: {', '.join(of)}" for how, of in by_verdict.items()) + "."
+        return "; ".join(f"{how}: {', '.join(of)}" for how, of in by_verdict.items() if of) + "."
 
 
 def _verdict(error: float) -> str:
     if np.isnan(error):
-        return "no measurable effect"
-    if error < 0.5:
-        return "predicted well"
-    return "predicted in part" if error < 0.95 else "no better than predicting no change"
+        return _VERDICTS[3]
+    return _VERDICTS[0] if error < 0.5 else _VERDICTS[1] if error < 0.95 else _VERDICTS[2]
 
 
 def _number(value: float) -> str:
