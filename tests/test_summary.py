@@ -23,10 +23,11 @@ def test_a_summary_says_what_was_held_out_how_well_and_what_to_expect():
     assert lines[0] == "Held out: 5 perturbations and half of the control cells."
     assert "GP-JEPA 0.59, anchor 0.59" in lines[1]  # 23 of 39
     assert lines[2] == (
-        "What to expect: predicted well: combinations of two measured targets (0.15, 2 held out, "
-        "40% of the network); predicted in part: targets never perturbed (0.90, 1 held out); no "
-        "better than predicting no change: combinations of targets measured in others only (1.00, 1 "
-        "held out); no measurable effect: combinations with one measured target (–, 1 held out)."
+        "What to expect: predicted well: combinations of targets that were all measured alone (0.15, "
+        "2 held out, 40% of the network); predicted in part: targets never perturbed (0.90, 1 held "
+        "out); no better than predicting no change: combinations of which no target was measured "
+        "alone (1.00, 1 held out); no measurable effect: combinations of which some targets were "
+        "measured alone (–, 1 held out)."
     )
 
 

@@ -232,7 +232,10 @@ def load(data: str) -> Any:
 
     adata = datasets.load(data)
     if not isinstance(adata, AnnData):
-        raise TypeError(f"{data} holds {type(adata).__name__}; give one modality as AnnData.")
+        raise TypeError(
+            f"{data} holds a MuData with the modalities {list(adata.mod)}; write the RNA to a file of "
+            "its own, with the labels in its obs: mdata['rna'].write_h5ad('rna.h5ad')."
+        )
     return adata
 
 

@@ -225,6 +225,7 @@ def predict(
     if out is not None and data is None and not controls.exists():
         raise ValueError(f"{model_dir} has no control cells ({CONTROLS}): give some with --data.")
     from gpjepa import GPJEPA
+    from gpjepa.model import REGIMES
 
     model = GPJEPA.load(str(model_dir), adata=False)
     chosen: Literal["auto", 0, 1] = "auto" if gate == "auto" else 1 if gate == "1" else 0
@@ -248,6 +249,8 @@ def predict(
     rows["genes_changed"] = [_n_changed(frame, *pair) for pair in rows.iloc[:, :2].to_numpy()]
     output.say(table(rows.rename(columns={"genes_changed": "genes whose interval excludes 0"}),
                      "Predicted"))  # fmt: skip
+    for regime in rows["regime"].unique():
+        output.say(f"{regime}: {REGIMES.get(regime, 'the control itself')}.")
     output.say(f"Wrote {' and '.join(written)}.")
     output.result({"out": out, "effects": effects, "predicted": records(rows)})
 

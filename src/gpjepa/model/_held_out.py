@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 REGIMES = {
-    "seen2": "combinations of two measured targets",
-    "seen1": "combinations with one measured target",
-    "seen0": "combinations of targets measured in others only",
+    "seen2": "combinations of targets that were all measured alone",
+    "seen1": "combinations of which some targets were measured alone",
+    "seen0": "combinations of which no target was measured alone",
     "unseen": "targets never perturbed",
     "in combinations": "targets perturbed in combinations only",
     "new dose": "new doses of measured targets",

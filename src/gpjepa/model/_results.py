@@ -14,6 +14,8 @@ from scipy.stats import false_discovery_control, norm
 
 from gpjepa.perturbations import Perturbation
 
+from ._held_out import REGIMES
+
 COVERAGE = 0.95
 """Level of the intervals."""
 Z = float(norm.ppf(0.5 + COVERAGE / 2))
@@ -132,6 +134,17 @@ def assemble(
             },
             index=[str(i) for i in range(len(groups))],
         ),
+        "words": {
+            "regime": "how far a prediction is from what was measured",
+            **{
+                r: REGIMES[r]
+                for r in dict.fromkeys(g.effect.regime for g in groups)
+                if r in REGIMES
+            },
+            "gate": "share of the network's correction that was let in, 0 for the anchor alone",
+            "anchor": "closed-form prediction, in which simple baselines are weighted",
+            "context": "what was perturbed: cell line, donor, treatment; 'all' if there is just one",
+        },
         "coverage": COVERAGE,
         "seed": seed,
         "versions": {name: version(name) for name in ("gpjepa", "scvi-tools", "torch")},
