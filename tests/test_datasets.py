@@ -211,6 +211,12 @@ def test_prepare_learns_nothing_from_test_cells(simulated, rng):
     np.testing.assert_array_equal(before.obs["library_size"], whole[whole >= 500])
     targets = {t for p in simulated.obs["perturbation"].unique() for t in p.split("+")}
     assert targets - {"control"} <= set(before.var_names)  # kept beside the chosen genes
+    other = simulated.copy()
+    text = other.obs["perturbation"].astype(str)
+    other.obs["guide"] = (text.str.replace("+", "_g1;") + "_g2").replace("control_g2", None)
+    declared = {"perturbation_key": "guide", "separator": ";", "strip": r"_g\d$"}
+    again = gpjepa.datasets.prepare(other, train, n_genes=30, **declared)
+    assert list(again.var_names) == list(before.var_names)
 
 
 @pytest.mark.parametrize(

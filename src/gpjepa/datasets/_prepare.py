@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -8,6 +9,7 @@ import scipy.sparse as sp
 
 from gpjepa._checks import raw_counts
 from gpjepa.effects import log1p_rates
+from gpjepa.perturbations import LabelReader
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,7 @@ def prepare(
     min_counts: int = 500,
     min_cells: int = 10,
     perturbation_key: str = "perturbation",
+    **labels: Any,
 ) -> ad.AnnData:
     """Quality control, counts and genes, with nothing learned from test cells.
 
@@ -42,6 +45,8 @@ def prepare(
         Training cells that must express a gene.
     perturbation_key
         Column of ``obs`` with the perturbations.
+    **labels
+        How they are written: arguments of :class:`gpjepa.perturbations.LabelReader`.
 
     Returns
     -------
@@ -81,8 +86,9 @@ def prepare(
     keep = np.zeros(adata.n_vars, bool)
     keep[np.flatnonzero(expressed)[logged.var["highly_variable"].to_numpy()]] = True
     if perturbation_key in adata.obs:
-        labels = adata.obs[perturbation_key][inside].astype(str).unique()
-        keep |= adata.var_names.isin({t for label in labels for t in label.split("+")}) & expressed
+        column = adata.obs.loc[inside, perturbation_key].drop_duplicates()
+        read = LabelReader(**labels).read_cells(column, unreadable=None)
+        keep |= adata.var_names.isin({t for p in read if p for t in p.targets}) & expressed
 
     counts = sp.csr_matrix(counts[good][:, keep], dtype=np.float32)
     has_any = np.asarray(counts.sum(1)).ravel() > 0
