@@ -5,18 +5,21 @@ import warnings
 from pathlib import Path
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 import pytest
 from helpers import real_file
 
-from gpjepa.perturbations import LabelReader
+from gpjepa.perturbations import LabelReader, Perturbation
 from gpjepa.perturbations._kinds import KINDS
 
 GENES = ["KLF1", "MAP2K6", "STAT1", "IRF1", "JAK2", "HLA-A", "NKX2-1", "NKX2-5", "Atg5", "Atg7"]
 C = "control"
 GUIDE = r"[_-](sg|g|guide|sgRNA|gRNA)[_-]?\d+$"
-MOLAR = r"[_ @-]?(?P<dose>\d+(?:\.\d+)?)[ _]?(?P<unit>(?:[pnuµμm]M|M|[pnuµμm]?g(?:/m[lL])?))$"
-TUPLE = r"\('(?P<target>.+?)', (?P<dose>[\d.]+), '(?P<unit>\w+)'\)"
+NUMBER = r"(?P<dose>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+MOLAR = rf"[_ @-]{NUMBER} ?(?P<unit>[pnuµμm][Mg](?:/m[lL])?)$"
+TUPLE = r"\('(?P<target>.+?)', (?P<dose>[\d.eE+-]+), '(?P<unit>\w+)'\)"
+SG = r"^sg[_-]?(?=[A-Z])"
 
 
 def column(labels):
@@ -42,6 +45,14 @@ PLAIN = [
     (["0", "1", "2"], {"control": "0"}, ["control", "1", "2"]),
     (["control", "HLA-A", "NKX2-1", "NKX2-5"], {}, ["control", "HLA-A", "NKX2-1", "NKX2-5"]),
     (["control", "Atg5", "Atg7"], {}, ["control", "Atg5", "Atg7"]),
+    (["control", "CD3G", "Cd3g", "CD45M"], {"targets": ["Cd3g"]}, ["control", "CD3G", "Cd3g", "CD45M"]),
+    (["control", "IL-2", "IL-3", "IL-4", "IL-6", "TNF"], {}, ["control", "IL-2", "IL-3", "IL-4", "IL-6", "TNF"]),
+    (["control", "NKX2-2", "NKX2-3", "NKX3-1"], {}, ["control", "NKX2-2", "NKX2-3", "NKX3-1"]),
+    (["control", "H1-0", "H1-1", "H1-2"], {}, ["control", "H1-0", "H1-1", "H1-2"]),
+    (["control", "chr1.12", "chr1.13", "chr2.9"], {}, ["control", "chr1.12", "chr1.13", "chr2.9"]),
+    (["control", "Ly6g", "Fcer1g"], {}, ["control", "Ly6g", "Fcer1g"]),
+    (["control", "salicylic-acid|sodium-salicylate", "x"], {},
+     ["control", "salicylic-acid|sodium-salicylate", "x"]),
     (["control", "ABT-737", "ABT-263", "AZD-8055"], {}, ["control", "ABT-737", "ABT-263", "AZD-8055"]),
     (["control", "Valproic acid", "IL-2"], {}, ["control", "Valproic acid", "IL-2"]),
     (["control", "T-ALL", "5-FU", "2-DG"], {}, ["control", "T-ALL", "5-FU", "2-DG"]),
@@ -75,71 +86,155 @@ def test_labels_that_are_read(labels, declared, expected):
 
 
 REFUSED = [
-    ([C, "nan", "KLF1"], "drop='nan'"),
-    ([C, None, "KLF1"], "drop='nan'"),
-    ([C, float("nan"), "KLF1"], "drop='nan'"),
-    ([C, "None", "KLF1"], "drop='None'"),
-    ([C, "", "KLF1"], "drop=''"),
-    ([C, "NA", "N/A", "KLF1"], "drop=['N/A', 'NA']"),
-    ([C, "unassigned", "KLF1"], "drop='unassigned'"),
-    ([C, "Unassigned", "doublet", "KLF1"], "drop=['Unassigned', 'doublet']"),
-    ([C, "multiplet", "KLF1"], "drop='multiplet'"),
-    ([C, "ambiguous", "KLF1"], "drop='ambiguous'"),
-    ([C, "*", "KLF1"], "drop='*'"),
-    ([C, "negative", "KLF1"], "drop='negative'"),
-    ([C, "KLF1_g0", "KLF1_g1", "IRF1_g0"], f"strip=r'{GUIDE}'"),
-    ([C, "KLF1-sg1", "KLF1-sg2", "IRF1-sg1"], f"strip=r'{GUIDE}'"),
-    ([C, "KLF1_1", "KLF1_2", "IRF1_1"], r"strip=r'_\d{1,5}$'"),
-    ([C, "FOO_1", "FOO_2", "BAR_1", "BAR_2"], r"strip=r'_\d{1,5}$'"),
-    ([C, "KLF1.1", "KLF1.2", "IRF1.1"], r"strip=r'\.\d{1,2}$'"),
-    ([C, "KLF1 1", "KLF1 2", "IRF1 1"], r"strip=r' \d{1,2}$'"),
-    ([C, "sgKLF1-1", "sgKLF1-2", "sgIRF1-1"], r"strip=r'^sg[_-]?|-\d{1,5}$'"),
-    ([C, "sgKLF1", "sgIRF1"], "strip='^sg[_-]?'"),
-    (["STAT1g1", "STAT1g2", "IRF1g1", "NTg1"], r"strip=r'g\d+$', control='NT'"),
-    ([C, "KLF1_g0+IRF1_g1", "KLF1_g0", "KLF1_g1"], f"strip=r'{GUIDE}'"),
-    (["control_g1", "KLF1_g1"], f"strip=r'{GUIDE}'"),
-    (["NT_g1", "KLF1_g1", "KLF1_g2"], f"strip=r'{GUIDE}', control='NT'"),
-    ([C, "KLF1/MAP2K6"], "separator='/'"),
-    ([C, "KLF1-MAP2K6"], "separator='-'"),
-    ([C, "KLF1 MAP2K6"], "separator=' '"),
-    ([C, "KLF1__MAP2K6"], "separator='__'"),
-    ([C, "KLF1＋MAP2K6"], "separator='＋'"),
-    ([C, "KLF1,MAP2K6"], "separator=','"),
-    ([C, "KLF1_MAP2K6"], "separator='_'"),
-    ([C, "KLF1|MAP2K6"], "separator='|'"),
-    ([C, "KLF1;MAP2K6;IRF1"], "separator=';'"),
-    ([C, "foo&bar", "foo", "bar"], "separator='&'"),
-    (["ctrl", "foo_ctrl"], "separator='_', control='ctrl'"),
-    (["foo+ctrl", "ctrl"], "control='ctrl'"),
-    (["foo+ctrl", C], "control=['control', 'ctrl']"),
+    ([C, "nan", "KLF1"], "drop='nan'", [C, None, "KLF1"]),
+    ([C, None, "KLF1"], "drop='nan'", [C, None, "KLF1"]),
+    ([C, float("nan"), "KLF1"], "drop='nan'", [C, None, "KLF1"]),
+    ([C, "None", "KLF1"], "drop='None'", [C, None, "KLF1"]),
+    ([C, "", "KLF1"], "drop=''", [C, None, "KLF1"]),
+    ([C, "NA", "N/A", "KLF1"], "drop=['N/A', 'NA']", [C, None, None, "KLF1"]),
+    ([C, "unassigned", "KLF1"], "drop='unassigned'", [C, None, "KLF1"]),
+    ([C, "Unassigned", "doublet"], "drop=['Unassigned', 'doublet']", [C, None, None]),
+    ([C, "multiplet", "KLF1"], "drop='multiplet'", [C, None, "KLF1"]),
+    ([C, "ambiguous", "KLF1"], "drop='ambiguous'", [C, None, "KLF1"]),
+    ([C, "*", "KLF1"], "drop='*'", [C, None, "KLF1"]),
+    ([C, "negative", "KLF1"], "drop='negative'", [C, None, "KLF1"]),
+    ([C, "KLF1+unassigned", "KLF1"], "drop='KLF1+unassigned'", [C, None, "KLF1"]),
+    ([C, "doublet_1", "doublet_2"], "drop=['doublet_1', 'doublet_2']", [C, None, None]),
+    ([C, "no_guide_detected", "KLF1"], "drop='no_guide_detected'", [C, None, "KLF1"]),
+    ([C, "KLF1_g0", "KLF1_g1", "IRF1_g0"], f"strip=r'{GUIDE}'", [C, "KLF1", "KLF1", "IRF1"]),
+    ([C, "KLF1-sg1", "KLF1-sg2", "IRF1-sg1"], f"strip=r'{GUIDE}'", [C, "KLF1", "KLF1", "IRF1"]),
+    ([C, "KLF1_1", "KLF1_2", "IRF1_1"], r"strip=r'_\d{1,5}$'", [C, "KLF1", "KLF1", "IRF1"]),
+    ([C, "FOO_1", "FOO_2", "BAR_1", "BAR_2"], r"strip=r'_\d{1,5}$'", [C, "FOO", "FOO", "BAR", "BAR"]),
+    ([C, "KLF1.1", "KLF1.2", "IRF1.1"], r"strip=r'\.\d{1,2}$'", [C, "KLF1", "KLF1", "IRF1"]),
+    ([C, "KLF1 1", "KLF1 2", "IRF1 1"], r"strip=r' \d{1,2}$'", [C, "KLF1", "KLF1", "IRF1"]),
+    ([C, "sgKLF1-1", "sgKLF1-2", "sgIRF1-1"], rf"strip=r'{SG}|-\d{{1,5}}$'", [C, "KLF1", "KLF1", "IRF1"]),
+    ([C, "sgKLF1", "sgIRF1"], f"strip='{SG}'", [C, "KLF1", "IRF1"]),
+    (["STAT1g1", "STAT1g2", "IRF1g1", "NTg1"], r"strip=r'g\d+$', control='NT'",
+     ["STAT1", "STAT1", "IRF1", C]),
+    ([C, "KLF1_g0+IRF1_g1", "KLF1_g0", "KLF1_g1"], f"strip=r'{GUIDE}'", [C, "IRF1+KLF1", "KLF1", "KLF1"]),
+    (["control_g1", "KLF1_g1"], f"strip=r'{GUIDE}'", [C, "KLF1"]),
+    (["NT_g1", "KLF1_g1", "KLF1_g2"], f"strip=r'{GUIDE}', control='NT'", [C, "KLF1", "KLF1"]),
+    ([C, "FOO_-_17352.23-P1P2", "FOO_+_17352.23-P1P2", "BAR_+_33548.1-P1"],
+     r"strip=r'_[+-]_\d+(\.\d+)?(-P\d(P\d)?)?$'", [C, "FOO", "FOO", "BAR"]),
+    (["KLF1_g1__KLF1_g1", "IRF1_g1__IRF1_g1", C],
+     r"strip=r'([_-](sg|g|guide|sgRNA|gRNA)[_-]?\d+)?__.*$'", ["KLF1", "IRF1", C]),
+    ([C, "KLF1/MAP2K6"], "separator='/'", [C, "KLF1+MAP2K6"]),
+    ([C, "KLF1-MAP2K6"], "separator='-'", [C, "KLF1+MAP2K6"]),
+    ([C, "KLF1-MAP2K6", "HLA-A", "NKX2-9"], "separator='-'", [C, "KLF1+MAP2K6", "HLA-A", "NKX2-9"]),
+    ([C, "KLF1 MAP2K6"], "separator=' '", [C, "KLF1+MAP2K6"]),
+    ([C, "KLF1__MAP2K6"], "separator='__'", [C, "KLF1+MAP2K6"]),
+    ([C, "KLF1＋MAP2K6"], "separator='＋'", [C, "KLF1+MAP2K6"]),
+    ([C, "KLF1,MAP2K6"], "separator=','", [C, "KLF1+MAP2K6"]),
+    ([C, "KLF1_MAP2K6"], "separator='_'", [C, "KLF1+MAP2K6"]),
+    ([C, "KLF1|MAP2K6"], "separator='|'", [C, "KLF1+MAP2K6"]),
+    ([C, "KLF1;MAP2K6;IRF1"], "separator=';'", [C, "IRF1+KLF1+MAP2K6"]),
+    ([C, "foo;bar", "foo;baz"], "separator=';'", [C, "bar+foo", "baz+foo"]),
+    ([C, "foo&bar", "foo", "bar"], "separator='&'", [C, "bar+foo", "foo", "bar"]),
+    ([C, "KLF1-1|MAP2K6-2", "KLF1-1", "MAP2K6-2"], r"separator='|', strip=r'-\d{1,5}$'",
+     [C, "KLF1+MAP2K6", "KLF1", "MAP2K6"]),
+    ([C, "KLF1_sg1;MAP2K6_sg2", "KLF1_sg2"], f"separator=';', strip=r'{GUIDE}'",
+     [C, "KLF1+MAP2K6", "KLF1"]),
+    ([C, "JQ1 10uM; SAHA 1uM", "JQ1 1uM"], f"separator=';', dose_pattern=r'{MOLAR}'",
+     [C, "JQ1@10+SAHA", "JQ1"]),
+    (["ctrl", "foo_ctrl"], "separator='_', control='ctrl'", [C, "foo"]),
+    (["foo+ctrl", "ctrl"], "control='ctrl'", ["foo", C]),
+    (["foo+ctrl", C], "control=['control', 'ctrl']", ["foo", C]),
     (["NegCtrl10_NegCtrl0__NegCtrl10_NegCtrl0", "FOO_NegCtrl0__FOO_NegCtrl0", "A_B__A_B"],
-     r"strip='__.*$', separator='_', control=re.compile(r'NegCtrl\d+')"),
+     r"strip='__.*$', separator='_', control=re.compile(r'NegCtrl\d+')", [C, "FOO", "A+B"]),
     (["NegCtrl10_NegCtrl0", "FOO_NegCtrl0", "A_B"],
-     r"separator='_', control=re.compile(r'NegCtrl\d+')"),
+     r"separator='_', control=re.compile(r'NegCtrl\d+')", [C, "FOO", "A+B"]),
     ([C, "non-targeting_00001", "non-targeting_00002", "KLF1"],
-     r"control=['control', re.compile(r'non-targeting_\d+')]"),
-    (["non-targeting_1", "KLF1", "IRF1"], r"control=re.compile(r'non-targeting_\d+')"),
-    (["foo", "NT"], "control='NT'"),
-    (["foo", "DMSO"], "control='DMSO'"),
-    (["DMSO", "JQ1_10uM", "JQ1_1uM"], f"dose_pattern=r'{MOLAR}', control='DMSO'"),
-    (["DMSO", "JQ1 10 nM"], f"dose_pattern=r'{MOLAR}', control='DMSO'"),
-    (["DMSO", "JQ1-0.5µM"], f"dose_pattern=r'{MOLAR}', control='DMSO'"),
-    ([C, "JQ1_0.1", "JQ1_1.0"], r"dose_pattern=r'_(?P<dose>\d+\.\d+)$'"),
-    (["[('DMSO_TF', 0.0, 'uM')]", "[('Trametinib', 0.05, 'uM')]"],
-     f'dose_pattern=r"{TUPLE}", control=\'DMSO_TF\''),
-    ([C, "KLF1", "KLF1+"], "separator=None"),
+     r"control=['control', re.compile(r'non-targeting_\d+')]", [C, C, C, "KLF1"]),
+    (["non-targeting_1", "KLF1", "IRF1"], r"control=re.compile(r'non-targeting_\d+')", [C, "KLF1", "IRF1"]),
+    (["safe_5", "safe_6", "KLF1"], r"control=re.compile(r'safe_\d+')", [C, C, "KLF1"]),
+    (["foo", "NT"], "control='NT'", ["foo", C]),
+    (["foo", "DMSO"], "control='DMSO'", ["foo", C]),
+    (["DMSO", "JQ1_10uM", "JQ1_1uM"], f"dose_pattern=r'{MOLAR}', control='DMSO'", [C, "JQ1@10", "JQ1"]),
+    (["DMSO", "JQ1 10 nM"], f"dose_pattern=r'{MOLAR}', control='DMSO'", [C, "JQ1@0.01"]),
+    (["DMSO", "JQ1-0.5µM"], f"dose_pattern=r'{MOLAR}', control='DMSO'", [C, "JQ1@0.5"]),
+    (["DMSO", "JQ1_1e-3uM"], f"dose_pattern=r'{MOLAR}', control='DMSO'", [C, "JQ1@0.001"]),
+    ([C, "JQ1@10uM"], f"dose_pattern=r'{MOLAR}'", [C, "JQ1@10"]),
+    ([C, "LPS_1ug/ml", "LPS_100ng/ml"], f"dose_pattern=r'{MOLAR}'", [C, "LPS", "LPS@0.1"]),
+    ([C, "JQ1 (10 µM)"], rf"dose_pattern=r' ?\({NUMBER} ?(?P<unit>[pnuµμm][Mg](?:/m[lL])?)\)$'",
+     [C, "JQ1@10"]),
+    ([C, "10uM JQ1"], rf"dose_pattern=r'^{NUMBER} ?(?P<unit>[pnuµμm][Mg](?:/m[lL])?)[_ -]'", [C, "JQ1@10"]),
+    ([C, "JQ1_0.1", "JQ1_1.0"], rf"dose_pattern=r'_{NUMBER}$'", [C, "JQ1@0.1", "JQ1"]),
+    ([C, "JQ1_100", "JQ1_1000"], rf"dose_pattern=r'_{NUMBER}$'", [C, "JQ1@100", "JQ1@1000"]),
+    (["[('DMSO_TF', 0.0, 'uM')]", "[('Trametinib', 5e-06, 'mM')]"],
+     f'dose_pattern=r"{TUPLE}", control=\'DMSO_TF\'', [C, "Trametinib@0.005"]),
+    ([C, "KLF1", "KLF1+"], "separator=None", [C, "KLF1", r"KLF1\+"]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("labels", "proposal"), REFUSED)
-def test_labels_that_are_refused_with_the_call_that_reads_them(labels, proposal):
+@pytest.mark.parametrize(("labels", "proposal", "expected"), REFUSED)
+def test_labels_that_are_refused_with_the_call_that_reads_them(labels, proposal, expected):
     found, error, _ = read(labels)
     assert found is None
     said = re.search(r"call with (.*?)\.(?: |$)(?=[A-Z]|$)", error)[1]
     assert said == proposal
-    again, error, _ = read(labels, **eval(f"dict({said})"))
-    assert error == ""
-    assert "control" in again
+    assert read(labels, **eval(f"dict({said})")) == (expected, "", [])
+
+
+def test_what_was_declared_stays_in_the_call():
+    labels = ["NT", "sgKLF1_1", "sgKLF1_2", "sgIRF1_1"]
+    assert r"strip=r'^sg|_\d{1,5}$'" in read(labels, control="NT", strip="^sg")[1]
+    (warning,) = read([C, "negative", "GFP"], targets=["negative"])[2]
+    assert "targets=['GFP', 'negative']" in warning
+
+
+def test_a_call_that_would_not_do_is_not_proposed():
+    _, error, _ = read(["foo", "bar"])
+    assert "call with" not in error
+    assert "No cell has the control label 'control'; the labels are 'bar', 'foo'" in error
+
+
+@pytest.mark.parametrize(
+    ("pattern", "label", "message"),
+    [
+        (
+            r"_(?P<dose>[\d.]+)(?P<unit>\w+)$",
+            "JQ1_24h",
+            "the unit 'h' of dose_pattern is not known",
+        ),
+        (r"_(?P<dose>[\d.]+)(?P<unit>\w+)$", "JQ1_500nm", "the unit 'nm'"),
+        (r"_(?P<dose>\w+)$", "JQ1_high", "the dose 'high' is not a number"),
+    ],
+)
+def test_doses_with_a_unit_that_is_not_known(pattern, label, message):
+    assert message in read([C, label], dose_pattern=pattern)[1]
+
+
+def test_missing_doses_are_counted():
+    doses = pd.Series([np.nan, np.nan, 1.0, np.nan], name="dose")
+    labels = column([C, "KLF1", "KLF1", "IRF1"])
+    with pytest.raises(ValueError, match=r"2 perturbed cells have no dose in obs\['dose'\]"):
+        LabelReader().read_column(labels, doses)
+    with pytest.raises(ValueError, match="'KLF1' has no dose"):
+        LabelReader().read("KLF1", np.nan)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [("NAD++KLF1", r"KLF1+NAD\+"), ("KLF1+NAD+", r"KLF1+NAD\+"), ("NAD+", r"NAD\+")],
+)
+def test_declared_names_stay_whole_in_combinations(label, expected):
+    assert str(LabelReader(targets=["NAD+"]).read(label)) == expected
+    assert read([C, "NAD+", label])[0][2] == expected  # also if the column shows the name
+
+
+def test_renaming_to_the_control_and_to_nothing():
+    assert read([C, "x"], rename={"x": C})[0] == [C, C]
+    for wrong in ({"x": []}, {"x": 5}, {"x": ""}):
+        with pytest.raises(TypeError, match="expected a dict"):
+            LabelReader(rename=wrong)
+    (warning,) = read([C, "KLF1"], rename={"klf": "KLF1"})[2]
+    assert "No label holds 'klf' of rename" in warning
+
+
+def test_perturbations_in_a_column_are_taken_as_they_are():
+    values = [Perturbation(), Perturbation.of(["negative"]), Perturbation.of(["A_1", "A_2"])]
+    assert LabelReader().read_column(column(values)) == values
+    assert set(LabelReader().spellings(column(values)).values()) == set(map(str, values))
 
 
 WARNED = [

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -16,34 +16,45 @@ from typing import Any, Literal
 from ._reader import LabelReader
 
 _NOTHING = {"", "nan", "none", "na", "n/a", "null", "<na>", "nat"}
-_UNASSIGNED = {
-    "unassigned", "notassigned", "noassignment", "doublet", "doublets", "multiplet", "multiplets",
-    "multiple", "multi", "ambiguous", "*", "?", "-", "negative", "unknown", "undetermined",
-    "unmapped", "noguide", "nosgrna", "nogrna",
-}  # fmt: skip
 # As `_plain` gives them: in lower case, without spaces, underscores and hyphens.
+_UNASSIGNED = {
+    "unassigned", "notassigned", "noassignment", "unassignedguide", "doublet", "doublets",
+    "multiplet", "multiplets", "multiple", "multi", "ambiguous", "*", "?", "-", "negative", "unknown",
+    "undetermined", "unmapped", "noguide", "nosgrna", "nogrna", "noguidedetected",
+}  # fmt: skip
+_SHORT = r"neg(ative)?(ctrls?|controls?)?|ctrls?|controls?|ctl|ntc?|nc|non?targeting|safe"
+"""Controls that also stand in combinations; GFP or DMSO may be part of another name."""
 _CONTROL = re.compile(
-    r"(neg(ative)?(ctrls?|controls?)?|ctrls?|controls?|nt|ntc|nc|nontargeting(control|ctrl)?|"
-    r"nontarget|safetargeting|safeharbou?r|scrambled?|mock|vehicle|dmso(tf)?|pbs|unperturbed|"
-    r"untreated|untransduced|wt|wildtype|none|aavs1|rosa26|gfp|egfp|lacz|luciferase|emptyvector|"
-    r"nosite|ctl)"
+    rf"({_SHORT}|nontargeting(control|ctrl)|nontarget|safetargeting|safeharbou?r|scrambled?|mock|"
+    r"vehicle|dmso(tf)?|pbs|unperturbed|untreated|untransduced|wt|wildtype|none|aavs1|rosa26|e?gfp|"
+    r"lacz|luciferase|emptyvector|nosite)"
 )
 _NUMBERED = re.compile(r"(.*?)([\s_.#-]*(?:sg|g|guide|sgrna|grna)?)(\d+)")
 _SEPARATORS = ("__", "+", "＋", "_", ";", "|", ",", "&", "/", ":", "-", " ")
+_ALWAYS = {"＋", ";", "|", "&"}
+"""Separators that hardly occur in names: enough if one of the parts occurs again."""
 # Guides: what they may add to a name, as `strip` would take it off.
+_PREFIX = r"^sg[_-]?(?=[A-Z])"
+_POSITION = r"_[+-]_\d+(\.\d+)?(-P\d(P\d)?)?$"
 _GUIDES = (
-    r"_[+-]_\d+\.\d+-P\d(P\d)?$", r"[_-](sg|g|guide|sgRNA|gRNA)[_-]?\d+$", r"g\d+$", r"_\d{1,5}$",
-    r"-\d{1,5}$", r"\.\d{1,2}$", r"#\d+$", r" \d{1,2}$",
+    r"[_-](sg|g|guide|sgRNA|gRNA)[_-]?\d+$", r"g\d+$", r"_\d{1,5}$", r"-\d{1,5}$", r"\.\d{1,2}$",
+    r"#\d+$", r" \d{1,2}$",
 )  # fmt: skip
-_UNITS = r"(?:[pnuµμm]M|M|[pnuµμm]?g(?:/m[lL])?)"
+_NUMBER = r"(?P<dose>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+_UNIT = r"(?P<unit>[pnuµμm][Mg](?:/m[lL])?)"
 _DOSES = (
-    rf"[_ @-]?(?P<dose>\d+(?:\.\d+)?)[ _]?(?P<unit>{_UNITS})$", r"_(?P<dose>\d+\.\d+)$",
-)  # fmt: skip
-_TUPLE = r"\('(?P<target>.+?)', (?P<dose>[\d.]+), '(?P<unit>\w+)'\)"
+    rf"[_ @-]{_NUMBER} ?{_UNIT}$",
+    rf" ?\({_NUMBER} ?{_UNIT}\)$",
+    rf"^{_NUMBER} ?{_UNIT}[_ -]",
+    rf"[_ ]{_NUMBER} ?{_UNIT}(?=[_ ])",
+    rf"[_ ]{_NUMBER} ?(?P<unit>[Mg])$",
+)
+_BARE_DOSES = (rf"_{_NUMBER}$", rf"@{_NUMBER}$")
+_TUPLE = r"\('(?P<target>.+?)', (?P<dose>[\d.eE+-]+), '(?P<unit>\w+)'\)"
 
 
 class _Told(Exception):
-    """A message with the call that it proposes, so that others can say the call in their way.
+    """A message and the call that it proposes, which the command line puts in its own words.
 
     Attributes
     ----------
@@ -56,6 +67,8 @@ class _Told(Exception):
     def __init__(self, said: str, changes: Mapping[str, Any], otherwise: str = "") -> None:
         self.said, self.changes, self.otherwise = said, dict(changes), otherwise
         call = ", ".join(f"{name}={_said(value)}" for name, value in changes.items())
+        if not call and said.endswith(","):  # "To read them," leads to a call
+            self.said = said = said.rpartition(". ")[0] + "."
         parts = said, f"call with {call}." if call else "", otherwise
         super().__init__(" ".join(filter(None, parts)))
 
@@ -112,7 +125,14 @@ class Labels:
     @cached_property
     def parts(self) -> dict[str, list[str]]:
         """The names in each label, without guide suffixes and doses."""
-        return {u: [name for name, _ in self.reader.parts(u)] for u in self.kept}
+        return {u: self._names(u) for u in self.kept}
+
+    def _names(self, label: str) -> list[str]:
+        try:
+            return [name for name, _ in self.reader.parts(label)]
+        except ValueError:  # of a dose that cannot be read, which a check will tell
+            separator = self.reader.separator
+            return [p.strip() for p in (label.split(separator) if separator else [label])]
 
     @cached_property
     def names(self) -> set[str]:
@@ -155,8 +175,16 @@ def _control_guide(name: str) -> re.Pattern[str] | None:
     if match is None or not control_like(match[1]) or control_like(name):
         return None
     return re.compile(
-        re.escape(match[1]).replace(r"\-", "-") + re.escape(match[2]).replace(r"\-", "-") + r"\d+"
+        "".join(re.escape(m).replace(r"\-", "-") for m in match.groups()[:2]) + r"\d+"
     )
+
+
+def _bare(name: str) -> str:
+    """A name without what guides and doses add to it."""
+    for pattern in (_PREFIX, _POSITION, *_DOSES, *_GUIDES):
+        if (match := re.search(pattern, name)) and match[0] != name:
+            name = name[: match.start()] + name[match.end() :]
+    return name
 
 
 # One function a kind: what it finds, or None.
@@ -175,7 +203,11 @@ def _without_label(labels: Labels) -> Finding | None:
 
 
 def _unassigned(labels: Labels) -> Finding | None:
-    found = [u for u in labels.kept if _plain(u) in _UNASSIGNED and not labels.reader.is_control(u)]
+    found = [
+        u for u, names in labels.parts.items()
+        if not labels.reader.is_control(u)
+        and any(re.sub(r"(?<=\D)\d+$", "", _plain(n)) in _UNASSIGNED for n in (u, *names) if n)
+    ]  # fmt: skip
     if not found:
         return None
     return Finding(
@@ -188,23 +220,41 @@ def _unassigned(labels: Labels) -> Finding | None:
 def _doses_inside(labels: Labels) -> Finding | None:
     if labels.reader.dose_pattern:
         return None
-    tuples = [u for u in labels.kept if re.search(_TUPLE, u)]
-    found, pattern = tuples, _TUPLE
+    found = [u for u in labels.kept if re.search(_TUPLE, u)]
+    pattern = _TUPLE
+    names = {n for names in labels.parts.values() for n in names} - labels.genes
+    for pattern in () if found else _DOSES:
+        found = [n for n in names if (m := re.search(pattern, n)) and m[0] != n]
+        if found:
+            break
+    for pattern in () if found else _BARE_DOSES:
+        found = _bare_doses(pattern, names)
+        if found:
+            break
     if not found:
-        names = labels.names - labels.genes
-        for pattern in _DOSES:
-            found = [n for n in names if (m := re.search(pattern, n)) and m.start()]
-            if found and (pattern == _DOSES[0] or len(found) * 2 >= len(names) and len(found) > 1):
-                break
-        else:
-            return None
+        return None
     return Finding(
         f"{_n(found, 'name')} with a dose inside, such as {min(found)!r}: each dose would be a "
-        "target of its own. To read doses (molar units become micromolar),",
-        {"dose_pattern": pattern},
-        "Doses in a column of obs are read by dosage_key=. If these are names, declare them with "
-        f"targets={sorted(found)[:3]}.",
+        "target of its own. To read doses (in micromolar or micrograms, where units are given),",
+        {"dose_pattern": _TUPLE if found[0] in labels.kept and "('" in found[0] else pattern},
+        "Doses in a column of obs are read by dosage_key. If these are names, declare them with "
+        f"targets={_some(found)}.",
     )  # fmt: skip
+
+
+def _bare_doses(pattern: str, names: set[str]) -> list[str]:
+    """Names that end in numbers which are no numbers of guides: decimals, or steps such as 10, 100."""
+    found = {n: m for n in names if (m := re.search(pattern, n)) and m.start()}
+    bases: dict[str, set[float]] = defaultdict(set)
+    for name, match in found.items():
+        bases[name[: match.start()]].add(float(match["dose"]))
+    values = {v for of in bases.values() for v in of}
+    several = sum(len(of) > 1 for of in bases.values())
+    steps = any("." in m["dose"] for m in found.values()) or (
+        len(values) <= 12 and max(values, default=0) > 20
+    )
+    alike = 2 * len(found) >= len(names) and len(found) > 1 and 2 * several >= len(bases)
+    return [*found] if steps and alike else []
 
 
 def _twice(labels: Labels) -> Finding | None:
@@ -214,57 +264,66 @@ def _twice(labels: Labels) -> Finding | None:
     if not found or 2 * len(found) < len(names):
         return None
     return Finding(
-        f"{_n(found, 'label')} with everything said twice, such as {found[0]!r}. To read one half,",
+        f"{_n(found, 'label')} with the same text before and after '__', such as {found[0]!r}. To "
+        "read it once,",
         {"strip": r"__.*$"},
     )
 
 
 def _guides(labels: Labels) -> Finding | None:
+    strip = labels.reader.strip
+    positions = [u for u in labels.kept
+                 if re.search(_POSITION, u) and not (strip and re.search(strip, u))]  # fmt: skip
+    if positions:
+        return _guide_finding(_POSITION, {u for u in labels.kept if u in positions}, labels)
     names = {n for names in labels.parts.values() for n in names}
     names = {n for n in names if n and n not in labels.genes and n not in labels.reader.declared}
-    prefixed = {n for n in names if re.match(r"sg[_-]?[A-Z]", n)}
-    # Some plain controls may stand beside the guides of targets.
     others = {n for n in names if not control_like(n) and not labels.reader.is_control(n)}
-    if others and len(prefixed & others) * 2 > len(others):
-        stripped = {re.sub(r"^sg[_-]?", "", n) for n in names}
-        suffix = next((s for s in _GUIDES if _is_guide(s, stripped, labels)), None)
-        pattern = r"^sg[_-]?" + (f"|{suffix}" if suffix else "")
-        return _guide_finding(pattern, names)
-    suffix = next((s for s in _GUIDES if _is_guide(s, names, labels)), None)
-    return None if suffix is None else _guide_finding(suffix, names)
+    prefixed = {n for n in others if re.search(_PREFIX, n)}
+    pattern = _PREFIX if len(prefixed) * 2 > len(others) else ""
+    bare = {re.sub(pattern, "", n) if pattern else n for n in names}
+    suffix = next((s for s in _GUIDES if _is_guide(s, bare, labels)), "")
+    if strip == "__.*$" and suffix:  # of both halves
+        suffix = f"({suffix.removesuffix('$')})?__.*$"
+        strip = None
+    pattern = "|".join(filter(None, [pattern, suffix]))
+    return _guide_finding(pattern, others, labels) if pattern else None
 
 
-def _guide_finding(pattern: str, names: set[str]) -> Finding:
-    targets = {re.sub(pattern, "", n) for n in names}
+def _guide_finding(pattern: str, names: set[str], labels: Labels) -> Finding:
     changed = sorted(n for n in names if re.search(pattern, n))
+    n_targets = len({re.sub(pattern, "", n) for n in names})
+    strip = labels.reader.strip
+    if strip and not (strip == "__.*$" and "__" in pattern):
+        pattern = f"{strip}|{pattern}"
     return Finding(
-        f"Names end or begin as guides do, such as {', '.join(map(repr, changed[:3]))}: "
-        f"{_n(names, 'name')} would count as so many targets, but are {len(targets)} without that. "
-        "To take it off,",
-        {"strip": pattern}, "If these are names of targets, declare them with targets=[...].",
+        f"{_n(changed, 'name')} that look like guides, such as {', '.join(map(repr, changed[:3]))}: "
+        f"{_n(names, 'target')} as they are, {n_targets} without the suffix. To take it off,",
+        {"strip": pattern}, f"If they are targets, declare them with targets={_some(changed)}.",
     )  # fmt: skip
 
 
 def _is_guide(suffix: str, names: set[str], labels: Labels) -> bool:
-    """Whether a suffix tells guides of one target from each other."""
-    found = {n: re.sub(suffix, "", n) for n in names if (m := re.search(suffix, n)) and m.start()}
-    others = {n for n in names if not control_like(n)}
-    mine = {n: base for n, base in found.items() if not control_like(base)}
-    if not mine or 2 * len(mine) < len(others):
+    """Whether a suffix numbers the guides of one target."""
+    others = {n for n in names if not control_like(n) and not labels.reader.is_control(n)}
+    bases: dict[str, set[int]] = defaultdict(set)
+    for name in others:
+        match = re.search(suffix, name)
+        if match and match.start() and not control_like(name[: match.start()]):
+            bases[name[: match.start()]].add(int(re.sub(r"\D", "", match[0])))
+    found = sum(map(len, bases.values()))
+    if not found or 2 * found < len(others):
         return False
-    number = {n: int(re.sub(r"\D", "", n[len(base) :]) or 0) for n, base in mine.items()}
-    bases = set(mine.values())
-    members: dict[str, int] = defaultdict(int)
-    for base in mine.values():
-        members[base] += 1
-    known = {b for b in bases if b in labels.genes or b in labels.alone - set(mine)}
-    explicit = re.search("guide|P.d", suffix) is not None
-    shared = sum(members[b] > 1 or b in known for b in bases)
-    if suffix == r"g\d+$" and not known and not all(b.isupper() or b[-1:].isdigit() for b in bases):
+    known = sum(b in labels.genes or b in labels.alone - names for b in bases)
+    # Guides are numbered anew for every target: ABT-737 and NKX2-1 are names.
+    anew = sum(len(of) > 1 and max(of) - min(of) == len(of) - 1 and min(of) <= 1
+               for of in bases.values())  # fmt: skip
+    explicit = suffix == _GUIDES[0]
+    if suffix == r"g\d+$" and not all(b.isupper() or b[-1:].isdigit() for b in bases):
         return False  # Atg5 and Atg7 are genes
-    # Numbers of guides start again with every target; those of compounds (ABT-737) do not.
-    small = max(number.values()) <= 20 or len(known) * 2 >= len(bases)
-    return (2 * shared >= len(bases) or len(known) * 2 >= len(bases) > 0 and explicit) and small
+    if explicit or suffix in (r"g\d+$", r"_\d{1,5}$", r"#\d+$"):
+        return 2 * known >= len(bases) or 2 * anew >= len(bases)
+    return 2 * known >= len(bases) or (len(bases) > 2 and 3 * anew >= 2 * len(bases))
 
 
 def _undeclared_control_parts(labels: Labels) -> Finding | None:
@@ -285,66 +344,65 @@ def _undeclared_control_parts(labels: Labels) -> Finding | None:
                 seen.add(label)
     if not seen:
         return None
-    declared = [c for c in labels.reader.controls
-                if not isinstance(c, str) or _occurs(c, labels)]  # fmt: skip
-    control = [*declared, *sorted(strings - set(declared)), *patterns.values()]
     return Finding(
         f"{_n(seen, 'label')} with controls that were not declared, such as {min(seen)!r}. "
         "To read them as control,",
-        {"control": control}, "If they are targets, declare them with targets=[...].",
+        {"control": [*_present(labels), *sorted(strings), *patterns.values()]},
+        f"If they are targets, declare them with targets={_some([*strings] or sorted(seen))}.",
     )  # fmt: skip
 
 
-def _occurs(control: str, labels: Labels) -> bool:
-    return any(control in (u.strip(), *labels.parts[u]) for u in labels.kept)
+def _present(labels: Labels) -> list[str | re.Pattern[str]]:
+    """The declared controls that occur."""
+    found = {name for u in labels.kept for name in (u.strip(), *labels.parts[u])}
+    return [c for c in labels.reader.controls if not isinstance(c, str) or c in found]
 
 
 def _other_separator(labels: Labels) -> Finding | None:
-    singles = {n for names in labels.parts.values() if len(names) == 1 for n in names}
+    singles = {names[0] for names in labels.parts.values() if len(names) == 1} - labels.genes
+    singles = {n for n in singles if not control_like(n) and not labels.reader.is_control(n)}
+    alone = {_bare(n) for n in singles}
     for other in _SEPARATORS:
         if other == labels.reader.separator:
             continue
-        hits: list[str] = []
-        controls: set[str] = set()
-        guides: dict[str, re.Pattern[str]] = {}
-        for label in sorted(singles - labels.genes):
-            parts = [p.strip() for p in label.split(other)]
-            if len(parts) < 2 or control_like(label) or labels.reader.is_control(label):
-                continue
-            control = [p for p in parts if _plainly_control(p, labels.reader)]
-            rest = [p for p in parts if p not in control]
-            if (
-                all(labels.known(p) for p in rest)
-                and len(set(parts)) > 1
-                or (len(control) == len(rest) == 1 and re.match("[A-Za-z]", rest[0]))
-                or not rest
-                and any(_control_guide(p) for p in parts)
-            ):
-                hits.append(label)
-                guides |= {g.pattern: g for p in control if (g := _control_guide(p))}
-                controls |= {p for p in control if not _control_guide(p)}
-        if hits:
-            new = [c for c in sorted(controls) if not labels.reader.is_control(c)]
-            declared = [c for c in labels.reader.controls
-                        if not isinstance(c, str) or c in controls or _occurs(c, labels)]  # fmt: skip
-            changes: dict[str, Any] = {"separator": other}
-            if new or guides:
-                changes["control"] = [*declared, *new, *guides.values()]
-            return Finding(
-                f"{_n(hits, 'label')} that could be combinations joined by {other!r}, such as "
-                f"{hits[0]!r}; but the separator is {labels.reader.separator!r}. If they are,",
-                changes, "If they are single targets, declare them with targets=[...].",
-            )  # fmt: skip
+        split = {n: [_bare(p.strip()) for p in n.split(other)] for n in sorted(singles)}
+        counts = Counter(p for parts in split.values() for p in set(parts))
+        often = {p for p, n in counts.items() if n > 1} if other in _ALWAYS else set()
+        hits = [n for n, parts in split.items() if _joins(parts, alone, often, labels)]
+        if not hits:
+            continue
+        found = {p for n in hits for p in split[n] if not labels.reader.is_control(p)}
+        guides = {g.pattern: g for p in found if (g := _control_guide(p))}
+        words = sorted(p for p in found if _is_short_control(p) and not _control_guide(p))
+        changes: dict[str, Any] = {"separator": other}
+        if words or guides:
+            changes["control"] = [*dict.fromkeys([*_present(labels), *words]), *guides.values()]
+        return Finding(
+            f"{_n(hits, 'label')} that could be combinations joined by {other!r}, such as "
+            f"{hits[0]!r}; but the separator is {labels.reader.separator!r}. If they are,",
+            changes, f"If they are single targets, declare them with targets={_some(hits)}.",
+        )  # fmt: skip
     return None
 
 
-def _plainly_control(name: str, reader: LabelReader) -> bool:
-    """Controls that stand in combinations; GFP or DMSO may be part of another name."""
-    short = {"ctrl", "control", "nt", "ntc", "negctrl", "nontargeting", "negcontrol"}
-    return (
-        reader.is_control(name) or _control_guide(name) is not None
-        or _plain(name) in short
-    )  # fmt: skip
+def _joins(parts: list[str], alone: set[str], often: set[str], labels: Labels) -> bool:
+    """Whether the parts of a name are targets, or a target and a control."""
+    if len(parts) < 2 or not all(re.match(r"\w", p) for p in parts):
+        return False
+    control = [p for p in parts if labels.reader.is_control(p) or _is_short_control(p)]
+    rest = [p for p in parts if p not in control]
+    if not rest:
+        return any(_control_guide(p) for p in parts)
+    if len(set(parts)) > 1 and (
+        often & set(rest) or all(labels.known(p) or p in alone for p in rest)
+    ):
+        return True
+    guide = re.fullmatch(r"(sg|g|guide|sgRNA|gRNA)?[_-]?\d+", rest[0])
+    return len(parts) == 2 and len(control) == 1 and guide is None and rest[0][0].isalpha()
+
+
+def _is_short_control(name: str) -> bool:
+    return _control_guide(name) is not None or re.fullmatch(_SHORT, _plain(name)) is not None
 
 
 def _no_control(labels: Labels) -> Finding | None:
@@ -369,10 +427,13 @@ def _names_with_separator(labels: Labels) -> Iterator[tuple[str, bool]]:
     for label in labels.kept:
         if separator not in label or labels.reader.is_control(label):
             continue
+        if label.strip() in labels.genes:
+            yield label, False
+            continue
         names = labels.parts[label]
-        odd = [n for n in names if not n or not re.search(r"\w", n)
+        odd = [n for n in names if not re.search(r"[^\W\d]", n)
                or n.count("(") != n.count(")") or n.count("[") != n.count("]")]  # fmt: skip
-        if odd:
+        if len(names) > 1 and odd:
             yield label, any(labels.known(n) or labels.reader.is_control(n) for n in names if n)
 
 
@@ -383,7 +444,7 @@ def _cut_names(labels: Labels) -> Finding | None:
     return Finding(
         f"The separator {labels.reader.separator!r} cuts {', '.join(map(repr, found[:3]))} into "
         "pieces, some of which are names and some are not. If labels hold one target each,",
-        {"separator": None}, f"If only some do, declare these with targets={found[:3]}.",
+        {"separator": None}, f"If only some do, declare these with targets={_some(found)}.",
     )  # fmt: skip
 
 
@@ -397,7 +458,7 @@ def _other_controls(labels: Labels) -> Finding | None:
         f"These labels are kept as targets, although they look like controls: {labels.count(found)}. "
         "To read them as control,",
         {"control": [*labels.reader.controls, *found]},
-        f"To keep them without this warning, targets={found}.",
+        f"To keep them without this warning, add targets={sorted({*found, *labels.reader.declared})}.",
     )  # fmt: skip
 
 
@@ -408,7 +469,7 @@ def _cases(labels: Labels) -> Finding | None:
     found = [names for names in by_lower.values() if len(names) > 1]
     if not found:
         return None
-    rename: dict[str, str] = {}
+    rename: dict[str, Any] = dict(labels.reader.rename)
     for names in found:
         best = next((n for n in names if n in labels.genes), names[0])
         rename |= {n: best for n in names if n != best}
@@ -444,10 +505,10 @@ class Kind:
 KINDS = (
     Kind("cells without a label", "error", "drop", _without_label),
     Kind("cells without one assigned perturbation", "error", "drop", _unassigned),
-    Kind("doses inside labels", "error", "dose_pattern", _doses_inside),
-    Kind("labels that say everything twice", "error", "strip", _twice),
-    Kind("guides", "error", "strip", _guides),
+    Kind("labels with the same text twice", "error", "strip", _twice),
     Kind("another separator", "error", "separator", _other_separator),
+    Kind("doses inside labels", "error", "dose_pattern", _doses_inside),
+    Kind("guides", "error", "strip", _guides),
     Kind("undeclared or numbered controls", "error", "control", _undeclared_control_parts),
     Kind("no control", "error", "control", _no_control),
     Kind("names that the separator cuts", "error", "separator", _cut_names),
@@ -462,16 +523,27 @@ def check_labels(
 ) -> frozenset[str]:  # fmt: skip
     """Refuse or warn of what was not declared; names that hold the separator."""
     labels = Labels(reader, column, n_cells, genes, need_control)
+    # Names that hold the separator are names in combinations, too.
+    names = {label.strip() for label, known in _names_with_separator(labels) if not known}
+    labels = replace(labels, reader=replace(reader, targets=reader.declared | names))
     finding = _first_error(labels)
     if finding is not None:
         raise LabelError(
             f"obs[{column!r}]: {finding.said}", _until_read(labels, finding), finding.otherwise
         )
-    for kind in KINDS:
-        if kind.outcome == "warning" and (found := kind.find(labels)) is not None:
+    warned = [k.find(labels) for k in KINDS if k.outcome == "warning"]
+    for found in (*warned, _unused_names(labels)):
+        if found is not None:
             said = f"obs[{column!r}]: {found.said}"
             warnings.warn(LabelWarning(said, found.changes, found.otherwise), stacklevel=4)
-    return frozenset(label.strip() for label, known in _names_with_separator(labels) if not known)
+    return frozenset(names)
+
+
+def _unused_names(labels: Labels) -> Finding | None:
+    """Keys of ``rename`` that no label has."""
+    here = {name for names in labels.parts.values() for name in names}
+    unused = sorted(set(labels.reader.rename) - here)
+    return Finding(f"No label holds {', '.join(map(repr, unused))} of rename.") if unused else None
 
 
 def _first_error(labels: Labels) -> Finding | None:
@@ -480,19 +552,23 @@ def _first_error(labels: Labels) -> Finding | None:
 
 
 def _until_read(labels: Labels, finding: Finding) -> dict[str, Any]:
-    """All arguments that are needed before the column is read, not only the first."""
+    """All arguments that are needed before the column is read; none if they would not do."""
     changes: dict[str, Any] = {}
     found: Finding | None = finding
     for _ in range(len(KINDS)):
         if found is None or not found.changes:
             break
-        for name, value in found.changes.items():
-            if name == "drop":
-                value = [*labels.reader.dropped, *value]
-            changes[name] = value
+        changes |= found.changes
+        if "drop" in found.changes:
+            changes["drop"] = [*labels.reader.dropped, *found.changes["drop"]]
         labels = replace(labels, reader=replace(labels.reader, **changes))
         found = _first_error(labels)
-    return changes
+    return changes if found is None else {}
+
+
+def _some(names: Iterable[str]) -> list[str]:
+    """Names as an argument that can be copied, if they are not too many."""
+    return sorted(names)[:20]
 
 
 def _said(value: Any) -> str:

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import pandas as pd
 
@@ -12,7 +12,9 @@ from ._perturbation import Perturbation, at_dose
 
 NO_LABEL = "nan"
 """What a missing value is called in ``drop`` and in messages."""
-_MICROMOLAR = {"pM": 1e-6, "nM": 1e-3, "uM": 1.0, "µM": 1.0, "μM": 1.0, "mM": 1e3, "M": 1e6}
+_PREFIXES = {"p": 1e-6, "n": 1e-3, "u": 1.0, "µ": 1.0, "μ": 1.0, "m": 1e3, "": 1e6}
+UNITS = {prefix + unit: factor for unit in "Mg" for prefix, factor in _PREFIXES.items()}
+"""Units of doses inside labels, in micromolar or micrograms (per millilitre)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class LabelReader:
         Regular expression with a group ``dose`` (a number) and perhaps ``unit``, for doses inside
         labels: ``r"_(?P<dose>[\d.]+)(?P<unit>\w+)$"`` reads ``JQ1_10uM``. What it matches is taken
         off the target. If it has a group ``target`` too, every match in a label is one target.
-        Molar units become micromolar.
+        Molar units become micromolar, and masses (per millilitre) micrograms.
     """
 
     control: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] = "control"
@@ -64,8 +66,11 @@ class LabelReader:
             raise ValueError("control is empty: name the label(s) of the control cells.")
         if isinstance(self.targets, str):
             raise TypeError(f"targets={self.targets!r} is one name; give a list of names.")
-        if not isinstance(self.rename, Mapping):
-            raise TypeError(f"rename={self.rename!r}: expected a dict of old names to new ones.")
+        if not isinstance(self.rename, Mapping) or not all(map(_is_name, self.rename.values())):
+            raise TypeError(
+                f"rename={self.rename!r}: expected a dict of old names to new ones, or to lists of "
+                "new ones for several targets."
+            )
         object.__setattr__(self, "targets", frozenset(self.targets))
         if self.separator is not None and not isinstance(self.separator, str):
             raise TypeError(f"separator={self.separator!r}: expected text, or None.")
@@ -81,17 +86,17 @@ class LabelReader:
     @property
     def controls(self) -> tuple[str | re.Pattern[str], ...]:
         """Labels and patterns of control cells."""
-        return _labels(self.control, "control")
+        return cast(tuple[str | re.Pattern[str], ...], self.control)
 
     @property
     def dropped(self) -> tuple[str | re.Pattern[str], ...]:
         """Labels and patterns of cells that are left out."""
-        return _labels(self.drop, "drop")
+        return cast(tuple[str | re.Pattern[str], ...], self.drop)
 
     @property
     def declared(self) -> frozenset[str]:
         """Names that are targets whatever they look like."""
-        return frozenset(self.targets)
+        return cast(frozenset[str], self.targets)
 
     @classmethod
     def from_setup(cls, arguments: Mapping[str, Any]) -> Self:
@@ -141,12 +146,14 @@ class LabelReader:
         amounts = self._doses(label, dose, len(parts))
         found: dict[str, float] = {}
         for (name, written), amount in zip(parts, amounts, strict=True):
-            if _matches(name, self.control):
-                continue
             if not name:
                 raise ValueError(f"The label {label!r} has an empty target; expected e.g. 'A+B'.")
             amount = amount if written is None else written
             for target in self._renamed(name):
+                if _matches(target, self.control):
+                    continue
+                if amount != amount:
+                    raise ValueError(f"The label {label!r} has no dose.")
                 if found.setdefault(target, amount) != amount:
                     raise ValueError(f"The label {label!r} gives two doses for {target!r}.")
         return Perturbation.of(found, found.values())
@@ -159,7 +166,11 @@ class LabelReader:
         """Whether this is a label of control cells."""
         if _matches(label.strip(), self.control):
             return True
-        return all(_matches(name, self.control) for name, _ in self.parts(label))
+        try:
+            names = [new for name, _ in self.parts(label) for new in self._renamed(name)]
+        except ValueError:  # of a dose that cannot be read
+            return False
+        return all(_matches(name, self.control) for name in names)
 
     def parts(self, label: str) -> list[tuple[str, float | None]]:
         """Name and dose of each part of a label, controls too, in the order written."""
@@ -173,20 +184,37 @@ class LabelReader:
                 return [(m["target"], _amount(m, label)) for m in found]
         if self.strip and separator:
             text = re.sub(self.strip, lambda m: "" if separator in m[0] else m[0], text)
-        pieces = text.split(separator) if separator else [text]
-        return [self._part(piece.strip(), label, pattern) for piece in pieces]
+        return [self._part(piece.strip(), label, pattern) for piece in self._split(text)]
+
+    def _split(self, text: str) -> list[str]:
+        """The pieces between separators; declared names that hold a separator stay whole."""
+        if self.separator is None:
+            return [text]
+        end = re.escape(self.separator)
+        pad = "" if self.separator.isspace() else r"\s*"
+        whole = sorted((t for t in self.declared if self.separator in t), key=len, reverse=True)
+        names = [rf"{pad}{re.escape(name)}{pad}(?={end}|$)" for name in whole]
+        piece = re.compile("|".join([*names, rf"(?:(?!{end}).)*"]), re.DOTALL)
+        pieces, start = [], 0
+        while match := piece.match(text, start):
+            pieces.append(match[0])
+            if match.end() >= len(text):
+                break
+            start = match.end() + len(self.separator)
+        return pieces
 
     def _part(
         self, piece: str, label: str, pattern: re.Pattern[str] | None
     ) -> tuple[str, float | None]:
         if piece in self.targets or _matches(piece, self.control):
             return piece, None
-        name, at, written = piece.rpartition("@")
-        dose = number(written, label) if at else None
-        name = name if at else written
-        if pattern and "target" not in pattern.groupindex and (match := pattern.search(name)):
+        dose, name = None, piece
+        if pattern and "target" not in pattern.groupindex and (match := pattern.search(piece)):
             dose = _amount(match, label)
-            name = name[: match.start()] + name[match.end() :]
+            name = piece[: match.start()] + piece[match.end() :]
+        elif "@" in piece:
+            name, _, written = piece.rpartition("@")
+            dose = number(written, label)
         if self.strip and not _matches(name, self.control):
             name = re.sub(self.strip, "", name)
         return name, dose
@@ -278,7 +306,9 @@ class LabelReader:
         """
         from ._kinds import check_labels
 
-        counts = Counter(_text(labels))
+        counts = Counter(label for label in _text(labels) if isinstance(label, str))
+        if not counts:
+            return self  # perturbations, not labels
         names = check_labels(
             self, str(labels.name), counts, frozenset(map(str, genes)), need_control
         )
@@ -305,16 +335,37 @@ class LabelReader:
                 read[key] = None
         return [read[key] for key in keys]
 
+    def _keys(self, labels: pd.Series, doses: pd.Series | None) -> list[tuple]:
+        """Label and dose of each cell; None where a dose is missing."""
+        text = _text(labels)
+        if doses is None:
+            return [(label, None) for label in text]
+        known = zip(text, doses, doses.isna(), strict=True)
+        return [(label, None if missing else dose) for label, dose, missing in known]
+
+    def _check_doses(self, keys: list[tuple], doses: pd.Series | None) -> None:
+        if doses is None:
+            return
+        without = Counter(label for label, dose in keys if dose is None)
+        for label in list(without):
+            if not isinstance(label, str) or self.drops(label) or self.is_control(label):
+                del without[label]
+        if without:
+            raise ValueError(
+                f"{without.total()} perturbed cells have no dose in obs[{doses.name!r}], such as "
+                f"those of {next(iter(without))!r}. Fill them in, or leave these cells out."
+            )
+
     def spellings(
         self, labels: pd.Series, doses: pd.Series | None = None
     ) -> dict[Perturbation, str]:
         """What results call each perturbation: as most of its cells are labelled."""
-        keys = _text(labels) if doses is None else list(zip(_text(labels), doses, strict=True))
         counts: dict[Perturbation, Counter[str]] = {}
-        for key, n in Counter(keys).items():
-            label, dose = key if isinstance(key, tuple) else (key, None)
+        for (label, dose), n in Counter(self._keys(labels, doses)).items():
             perturbation = self.read(label, dose)
-            if perturbation is not None:
+            if isinstance(label, Perturbation):
+                counts.setdefault(label, Counter())[str(label)] += n
+            elif perturbation is not None:
                 counts.setdefault(perturbation, Counter())[self.spelling(label, dose)] += n
         return {p: min(found, key=lambda s: (-found[s], s)) for p, found in counts.items()}
 
@@ -334,13 +385,32 @@ def number(text: str, label: str) -> float:
 
 
 def _amount(match: re.Match[str], label: str) -> float:
-    """The dose that a pattern found, molar units as micromolar."""
+    """The dose that a pattern found, in micromolar or micrograms."""
     unit = match.groupdict().get("unit")
-    return number(match["dose"], label) * _MICROMOLAR.get(unit or "", 1.0)
+    if unit is None:
+        return number(match["dose"], label)
+    factor = UNITS.get(re.sub(r"/m[lL]$", "", unit))
+    if factor is None:
+        raise ValueError(
+            f"In {label!r}, the unit {unit!r} of dose_pattern is not known; known are "
+            f"{', '.join(UNITS)}, masses also per ml."
+        )
+    return float(f"{number(match['dose'], label) * factor:.12g}")
 
 
-def _text(labels: pd.Series) -> list[str]:
-    return labels.astype(object).where(labels.notna(), NO_LABEL).astype(str).tolist()
+def _text(labels: pd.Series) -> list[Any]:
+    """Labels as text; perturbations stay what they are."""
+    found = labels.astype(object).where(labels.notna(), NO_LABEL)
+    return [x if isinstance(x, Perturbation) else str(x) for x in found]
+
+
+def _is_name(new: Any) -> bool:
+    several = [new] if isinstance(new, str) else new
+    return (
+        isinstance(several, list | tuple)
+        and bool(several)
+        and all(isinstance(x, str) and x for x in several)
+    )
 
 
 def _labels(given: Any, name: str) -> tuple[str | re.Pattern[str], ...]:
