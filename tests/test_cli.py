@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 
 import anndata as ad
 import pandas as pd
@@ -91,7 +92,8 @@ def test_train_says_what_was_held_out(cells, tmp_path):
     loaded = gpjepa.GPJEPA.load(model, adata=False)
     assert lines[:3] == loaded.summary().splitlines()
     assert lines[0].startswith("Held out: ")
-    assert "gpjepa predict" in lines[3]
+    assert lines[3].startswith("Words: the anchor is")
+    assert lines[4].startswith(f"Wrote {model}/. Next: gpjepa predict {model} ")
     noise = [line for line in result.stderr.splitlines() if line]
     assert [re.sub(r" \(.*", "", line) for line in noise] == [
         "Stage A: cell states", "Anchor: closed form", "Stages B and C: response",
@@ -121,6 +123,13 @@ def test_options_of_labels_are_those_of_set_up(cells, tmp_path):
     said = " ".join(refused.stderr.split())
     assert "add --separator ';' --control-pattern 'nt_\\d+'" in said
     assert "separator=" not in said
+    assert "Ellipsis" not in said
+    call = re.search(r"add (--.*?)\. ", said)[1]
+    again = run(app, ["train", str(path), "--out", str(tmp_path / "n"), *options[:2], "--drop", "x",
+                      *shlex.split(call), "--max-epochs", "0", "--pretrain-epochs", "0"])  # fmt: skip
+    assert again.exit_code == 0, again.output
+    invalid = run(app, ["train", str(path), "--out", str(tmp_path / "o"), "--control-pattern", "("])
+    assert "--control-pattern ( is not a regular expression" in invalid.stderr
     assert "_gpjepa" not in said
 
 
@@ -135,6 +144,14 @@ def test_options_of_labels_are_those_of_set_up(cells, tmp_path):
         ("give overwrite=True", "give --overwrite"),
         ("context_key='x' is not a column", "--context-key x is not a column"),
         ("with control=...", "with --control"),
+        ("GPJEPA(adata, targets=[...])", "GPJEPA(adata, --targets)"),
+        (
+            "declare them with targets=['A', 'B C'].",
+            "declare them with --targets A --targets 'B C'.",
+        ),
+        ("perturbation_key=None pretrains", "perturbation_key=None pretrains"),
+        ("max_epochs=-1: expected", "--max-epochs -1: expected"),
+        ("--rename a=: expected", "--rename a=: expected"),
         ("n=3 cells", "n=3 cells"),
     ],
 )
@@ -142,15 +159,18 @@ def test_errors_speak_of_options(message, said):
     assert in_options(ValueError(message)) == said
 
 
-def test_a_failed_download_is_told_once(monkeypatch, tmp_path):
+def test_a_failed_download_is_told_once(monkeypatch, tmp_path, request):
     def fail(url, *args, **kwargs):
-        request = requests.Request("GET", url)
-        raise requests.exceptions.ConnectionError("no network", request=request)
+        asked = requests.Request("GET", url)
+        raise requests.exceptions.ConnectionError("no network", request=asked)
 
     monkeypatch.setattr("requests.head", fail)
     monkeypatch.setattr("requests.get", fail)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    before, sc.settings.datasetdir = sc.settings.datasetdir, tmp_path
+    request.addfinalizer(
+        lambda before=sc.settings.datasetdir: setattr(sc.settings, "datasetdir", before)
+    )
+    sc.settings.datasetdir = tmp_path
     for name in ("norman_2019", "norman_mini"):
         result = run(app, ["train", name, "--out", str(tmp_path / "m")])
         assert result.exit_code == 1
@@ -161,7 +181,6 @@ def test_a_failed_download_is_told_once(monkeypatch, tmp_path):
         )  # where it is fetched from, and the error
         assert str(tmp_path) in result.stderr
         assert "https://" in result.stderr
-    sc.settings.datasetdir = before
 
 
 def test_target_that_exists_is_refused_before_training(cells, tmp_path):
@@ -179,6 +198,10 @@ def test_target_that_exists_is_refused_before_training(cells, tmp_path):
         (["predict", "nowhere", "A", "--out", "x.csv"], "must end in .h5ad"),
         (["predict", "nowhere", "A", "--effects", "x.h5ad"], "must end in .csv"),
         (["predict", "nowhere", "A"], "Say what to write"),
+        (
+            ["predict", "m", "A", "--effects", "x.csv", "--n-samples", "3"],
+            "are for predicted cells",
+        ),
         (["train", "x.h5ad", "--out", "m", "--rename", "a"], "expected OLD=NEW"),
         (
             ["train", "x.h5ad", "--out", "m", "--pretrained", "p"],

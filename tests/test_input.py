@@ -14,6 +14,7 @@ from helpers import train_quickly
 
 import gpjepa
 from gpjepa import GPJEPA
+from gpjepa.benchmark._methods import GPJEPAMethod
 from gpjepa.perturbations import Perturbation
 
 
@@ -292,8 +293,8 @@ def on_disk(cells, tmp_path):
         (lambda a, t: mudata.MuData({"rna": a}), TypeError, r"MuData .*mdata\['rna'\]"),
         (lambda a, t: "cells.h5ad", TypeError, "got the path 'cells.h5ad'.*read_h5ad"),
         (lambda a, t: a.to_df(), TypeError, "Expected an AnnData, got DataFrame"),
-        (lambda a, t: nameless(a), ValueError, "1 genes have no name"),
-        (lambda a, t: repeated(a), ValueError, "names of cells occur more than once"),
+        (lambda a, t: nameless(a), ValueError, "Genes without a name: 1"),
+        (lambda a, t: repeated(a), ValueError, "Names of cells occur more than once"),
         (lambda a, t: a[:, :1].copy(), ValueError, "holds 1 gene; at least 2"),
         (lambda a, t: a[:0].copy(), ValueError, "holds no cells: the selection is empty"),
         (lambda a, t: a[:, :0].copy(), ValueError, "holds no genes: the selection is empty"),
@@ -342,3 +343,161 @@ def test_a_library_size_of_the_whole_cell_is_proposed(cells, column):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GPJEPA.setup_anndata(cells, library_size_key=column)
+
+
+# Data that were changed after set-up, in other ways
+
+
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("guide", lambda o: o["guide"].to_numpy()[::-1]),
+        ("line", lambda o: o["line"].to_numpy()[::-1]),
+        ("total", lambda o: o["total"] + 1),
+        ("guide", None),
+    ],
+)
+def test_columns_that_were_changed_after_set_up_are_refused(screen, column, change):
+    adata = relabelled(screen, line=np.arange(400) // 2 % 2)
+    adata.obs["guide"] = adata.obs["perturbation"]
+    adata.obs["total"] = np.asarray(adata.X.sum(1)).ravel() * 2
+    fitted = quick(adata, perturbation_key="guide", context_key="line", library_size_key="total")
+    if change is None:
+        del fitted.adata.obs[column]
+    else:
+        fitted.adata.obs[column] = change(fitted.adata.obs)
+    with pytest.raises(ValueError, match=rf"obs\['{column}'\] was changed or removed"):
+        fitted.predict_perturbation(None, "A")
+
+
+def test_counts_that_were_dealt_out_to_other_cells_are_refused(screen):
+    fitted = quick(screen)
+    fitted.adata.X = fitted.adata.X[::-1].copy()
+    with pytest.raises(ValueError, match="X was changed"):
+        fitted.get_latent_representation()
+
+
+def test_set_up_that_fails_leaves_the_data_as_they_were(screen):
+    adata = relabelled(screen)
+    adata.obs["line"] = np.where(adata.obs["perturbation"] == "control", "x", "y")
+    columns, uns = list(adata.obs), list(adata.uns)
+    with pytest.raises(ValueError, match="No control cells in context 'y'"):
+        GPJEPA.setup_anndata(adata, context_key="line")
+    assert (list(adata.obs), list(adata.uns)) == (columns, uns)
+
+
+@pytest.mark.parametrize("make", ["simulate", "prepare"])
+def test_data_of_the_package_can_be_normalised(screen, make):
+    adata = gpjepa.datasets.simulate(300, 30, n_targets=3, n_combinations=1)
+    if make == "prepare":
+        adata = gpjepa.datasets.prepare(adata, min_counts=1)
+    sc.pp.normalize_total(adata)
+    sc.pp.log1p(adata)
+    GPJEPA.setup_anndata(adata)
+
+
+# After loading with data
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_loaded_model_keeps_spelling_and_names(screen, tmp_path, attached):
+    adata = relabelled(screen, {"A": "NAD+"})
+    adata = adata[~adata.obs["perturbation"].str.contains(r"A\+|\+A")].copy()
+    pair = next((p for p in adata.obs["perturbation"] if re.fullmatch(r"\w\+\w", p)), None)
+    if pair is not None:
+        swapped = "+".join(reversed(pair.split("+")))
+        adata.obs["perturbation"] = adata.obs["perturbation"].replace({pair: swapped})
+    fitted = quick(adata)
+    fitted.save(tmp_path / "model")
+    again = GPJEPA.load(tmp_path / "model", adata.copy() if attached else False)
+    again.save(tmp_path / "again")
+    again = GPJEPA.load(tmp_path / "again", adata=False)
+    for label in ["NAD+", *([swapped] if pair else [])]:
+        assert set(again.predict_effects(label)["perturbation"]) == {label}
+    named = again.predict_effects("NAD++B")
+    assert set(named["perturbation"]) == {"NAD++B"}
+    assert set(named["regime"]) == {"seen2"}
+    assert again.vocabulary.perturbed == fitted.vocabulary.perturbed
+
+
+def test_a_model_is_loaded_with_batches_and_labels_that_are_new(screen, tmp_path):
+    adata = relabelled(screen, batch=np.arange(400) % 2)
+    quick(adata, batch_key="batch").save(tmp_path / "model")
+    other = adata.copy()
+    other.obs["batch"] = other.obs["batch"] + 1
+    other.obs["perturbation"] = other.obs["perturbation"].replace({"B": "C+D+E"})
+    again = GPJEPA.load(tmp_path / "model", other)
+    assert again.n_batches == 2
+    assert "E" not in again.vocabulary.perturbed
+    assert again.predict_perturbation(None, "B").n_obs == again.control_cells().n_obs
+
+
+def test_contexts_may_come_in_any_sequence(screen):
+    fitted = quick(relabelled(screen))
+    for contexts in (["all"], np.array(["all"]), pd.Index(["all"]), ("all",)):
+        assert len(fitted.predict_effects("A", contexts)) == 30
+    with pytest.raises(ValueError, match="n_samples=1.5"):
+        fitted.predict_perturbation(None, "A", n_samples=1.5)
+
+
+# In a comparison and in the benchmark
+
+FAST = {"max_epochs": 1, "pretrain_epochs": 1, "enable_progress_bar": False}
+
+
+def test_a_comparison_uses_the_labels_of_the_data_and_leaves_empty_cells_out(screen):
+    adata = relabelled(screen, line=np.arange(400) % 2 / 1.0)
+    adata.obs["perturbation"] = adata.obs["perturbation"].str.replace("+", ";")
+    pair = next(p for p in adata.obs["perturbation"] if ";" in p)
+    swapped = ";".join(reversed(pair.split(";")))
+    adata.obs["perturbation"] = adata.obs["perturbation"].replace({pair: swapped})
+    empty = np.flatnonzero(adata.obs["perturbation"] == swapped)[:10]
+    lost = sp.lil_matrix(adata.X)
+    lost[empty] = 0
+    emptied = adata.copy()
+    emptied.X = sp.csr_matrix(lost)
+    setup = {"separator": ";", "context_key": "line"}
+    with pytest.warns(UserWarning) as caught:
+        result = gpjepa.benchmark.compare(emptied, [swapped], setup=setup, train=FAST)
+    assert not [w for w in caught if "look like controls" in str(w.message)]
+    assert {p for _, p in result.rows} == {swapped} == set(result.predicted.obs["perturbation"])
+    assert {c for c, _ in result.rows} == {"0", "1"}
+    assert set(result.scores["perturbation"]) == {swapped}
+    keep = np.ones(400, bool)
+    keep[empty] = False
+    other = gpjepa.benchmark.compare(adata[keep].copy(), [swapped], setup=setup, train=FAST)
+    np.testing.assert_allclose(result.effects["measured"], other.effects["measured"])
+    assert result.model.predict_effects(result.rows[0][1])["perturbation"].iloc[0] == swapped
+
+
+@pytest.mark.parametrize(
+    ("hold_out", "error", "message"),
+    [("A", TypeError, "is one label"), (["control"], ValueError, "Cannot hold out the control")],
+)
+def test_what_cannot_be_held_out(screen, hold_out, error, message):
+    with pytest.raises(error, match=message):
+        gpjepa.benchmark.compare(relabelled(screen), hold_out, train=FAST)
+
+
+def test_the_benchmarks_model_gets_perturbations_not_labels(screen):
+    """Declared names that look like something else, and names with the separator."""
+    adata = relabelled(screen, {"A": "negative", "B": "A+x"})
+    adata.obs["perturbation"] = [
+        p if p == "A+x" else p.replace("+", ";").replace("A;", "negative;")
+        for p in adata.obs["perturbation"]
+    ]
+    cells = gpjepa.benchmark.standard_cells(adata, separator=";", targets=["negative"])
+    rows = [("all", Perturbation.parse(p)) for p in sorted(set(cells.obs["perturbation"]))]
+    test = [row for row in rows if len(row[1].targets) > 1][:1]
+    train = [row for row in rows if row not in test and not row[1].is_control]
+    split = gpjepa.splits.Split("one", "own", tuple(train), tuple(test))
+    method = GPJEPAMethod(
+        gates=(0,), model={"n_latent": 4, "n_hidden": 8}, train={k: FAST[k] for k in FAST}
+    )
+    kept = cells[cells.obs["perturbation"] != str(test[0][1])].copy()
+    method.fit(kept, split)
+    assert {"negative", "A+x"} <= set(method.model_.vocabulary.perturbed)
+    control = cells[cells.obs["perturbation"] == "control"].copy()
+    (found,) = method.predict([str(test[0][1])], control).values()
+    assert set(found.obs["perturbation"]) == {str(test[0][1])}
+    assert list(found.uns["effect"].index) == [str(test[0][1])]

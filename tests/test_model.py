@@ -169,18 +169,18 @@ def test_saved_model_predicts_the_same(model, simulated, held_out, tmp_path):
 
 @pytest.mark.parametrize("gate", [0, 1])
 def test_cells_do_not_depend_on_threads_or_mini_batches(
-    model, simulated, held_out, monkeypatch, gate
+    model, simulated, held_out, monkeypatch, request, gate
 ):
     """Another number of threads moves states in single precision by 4e-6."""
     reference = model.predict_perturbation(simulated, held_out, gate=gate)
     threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     for size, n in ((3, threads), (512, 1), (1, 1)):
         monkeypatch.setattr("gpjepa.model._embedding._ENCODE", size)
         torch.set_num_threads(n)
         again = model.predict_perturbation(simulated, held_out, gate=gate)
         assert (reference.X != again.X).nnz == 0
         np.testing.assert_allclose(again.layers["expected"], reference.layers["expected"], 1e-6)
-    torch.set_num_threads(threads)
     assert next(model.module.parameters()).dtype == torch.float32
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,26 @@ def check_anndata(adata: Any) -> None:
         raise TypeError(f"Expected an AnnData, got {type(adata).__name__}.")
     if adata.isbacked:
         raise ValueError(
-            f"The AnnData is backed by {adata.filename}, and its counts are not in memory: call "
-            "adata = adata.to_memory() first, of the genes and cells that you need."
+            f"The AnnData is backed by {adata.filename}, and its counts are not in memory: "
+            "subset it to the genes and cells that you need, then call .to_memory()."
         )
     if adata.n_obs == 0 or adata.n_vars == 0:
         nothing = "genes" if adata.n_obs else "cells"
         raise ValueError(f"The AnnData holds no {nothing}: the selection is empty.")
     check_cell_names(adata.obs_names)
     check_gene_names(adata.var_names)
+
+
+@contextmanager
+def unchanged_on_error(adata: AnnData) -> Iterator[None]:
+    """Take back what scvi-tools and our fields write to ``obs`` and ``uns``, if set-up fails."""
+    obs, uns = adata.obs.copy(), dict(adata.uns)
+    try:
+        yield
+    except Exception:
+        adata.obs = obs
+        adata.uns = uns
+        raise
 
 
 def check_columns(adata: AnnData, columns: Mapping[str, Any]) -> None:
@@ -58,9 +71,9 @@ def check_columns(adata: AnnData, columns: Mapping[str, Any]) -> None:
 
 
 def count_sums(matrix: Any) -> tuple[float, ...]:
-    """Number of values that are not 0, their sum and sum of squares: exact for counts.
+    """Number of values that are not 0, sum, sum of squares, and sum weighted by the cell's place.
 
-    Any normalisation changes them; the order of cells, the type and the format do not.
+    Exact for counts. Any normalisation changes them, other types and formats do not.
     """
     values = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
     values = values.reshape(-1)
@@ -68,7 +81,9 @@ def count_sums(matrix: Any) -> tuple[float, ...]:
     for start in range(0, values.size, _CHUNK):
         part = values[start : start + _CHUNK].astype(float)
         sums += np.count_nonzero(part), part.sum(), part @ part
-    return tuple(sums.tolist())
+    total = np.asarray(matrix.sum(1), float).ravel()
+    by_place = float(total @ np.arange(1, len(total) + 1))
+    return (*sums.tolist(), by_place)
 
 
 def same_values(adata: AnnData, layer: str | None) -> bool:
@@ -127,8 +142,18 @@ def check_counts(matrix: Any, where: str) -> None:
             odd = part[part != np.rint(part)][0]
             raise ValueError(
                 f"{where} holds values that are not integers, such as {odd:g}: it looks "
-                "normalised. Give the layer with raw counts, e.g. layer='counts'."
+                "normalised. Name the layer with raw counts in layer=."
             )
+
+
+def text_of(column: pd.Series) -> pd.Series:
+    """Values as text, whole numbers without a decimal point: batch 0 and batch 0.0 are one."""
+    if column.dtype == object or isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(object).infer_objects()
+    if pd.api.types.is_float_dtype(column) and np.isfinite(column).all():
+        if (column == column.round()).all():
+            column = column.astype(int)
+    return column.astype(str)
 
 
 def check_layer(adata: AnnData, layer: str | None) -> None:
@@ -168,11 +193,11 @@ def check_library(library: np.ndarray, counts: sp.csr_matrix | np.ndarray, where
 
 
 def check_cell_names(names: pd.Index) -> None:
-    """Refuse duplicate cell names: random streams belong to cells by name."""
+    """Refuse duplicate cell names: random numbers belong to cells by name."""
     if not names.is_unique:
         repeats = names[names.duplicated()].unique()
         raise ValueError(
-            f"{len(repeats)} names of cells occur more than once, such as {list(repeats[:3])}; "
+            f"Names of cells occur more than once, such as {list(repeats[:3])}; "
             "call adata.obs_names_make_unique() first."
         )
 
@@ -182,7 +207,7 @@ def check_gene_names(names: pd.Index) -> None:
     missing = names.isna() | (names.astype(str) == "") | (names.astype(str) == "nan")
     if missing.any():
         raise ValueError(
-            f"{int(missing.sum())} genes have no name: remove them, adata[:, "
+            f"Genes without a name: {int(missing.sum())}. Remove them, adata[:, "
             "adata.var_names.notna()], or take another column of var as names."
         )
     if not names.is_unique:

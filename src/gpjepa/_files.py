@@ -12,7 +12,9 @@ from pathlib import Path
 def check_free(path: Path, overwrite: bool) -> None:
     """Refuse a target that exists, before any long work."""
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} already exists. Choose another --out, or pass --overwrite.")
+        raise FileExistsError(
+            f"{path} already exists. Choose another name, or replace it with --overwrite."
+        )
 
 
 @contextmanager

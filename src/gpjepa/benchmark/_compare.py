@@ -12,7 +12,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from gpjepa._checks import check_columns
+from gpjepa._checks import check_anndata, check_columns, text_of
 from gpjepa.effects import (
     Additive,
     EffectTable,
@@ -22,7 +22,7 @@ from gpjepa.effects import (
     effect_table,
     noise_corrected_error,
 )
-from gpjepa.perturbations import LabelReader, Perturbation
+from gpjepa.perturbations import LabelReader, LabelWarning, Perturbation
 
 from ._measures import correlation, r2_top
 
@@ -144,14 +144,19 @@ def compare(
     from gpjepa.model import GPJEPA
 
     setup = setup or {}
-    adata, labels, contexts, reader = _labels(adata, setup)
+    if isinstance(hold_out, str):
+        raise TypeError(f"hold_out={hold_out!r} is one label; give a list of labels.")
+    check_anndata(adata)
+    adata, labels, contexts, reader, said = _labels(adata, setup)
     setup = {**setup, "targets": sorted(reader.declared)}  # also those that only test cells have
-    test = _held_out(labels, contexts, reader, hold_out, hold_out_context)
+    test = _held_out(labels, contexts, reader, hold_out, hold_out_context, said)
     rng = np.random.default_rng(seed)
     kept, other = _control_halves(labels, contexts, rng)
     scvi.settings.seed = seed
     trained = adata[~test & ~other].copy()
-    GPJEPA.setup_anndata(trained, **setup)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LabelWarning)  # the whole data were warned of
+        GPJEPA.setup_anndata(trained, **setup)
     fitted = GPJEPA(trained, **(model or {}))
     wanted = sorted({labels[i] for i in np.flatnonzero(test)})
     for perturbation in wanted:
@@ -171,34 +176,39 @@ def compare(
     effects, sd = _predictions(fitted, measured)
     effects[REPLICATE], replicate = _replicate(fitted, cells, measured, rng)
     predicted = fitted.predict_perturbation(
-        adata[kept].copy(), wanted, context=held_contexts, seed=seed
+        adata[kept].copy(), [said[p] for p in wanted], context=held_contexts, seed=seed
     )
     return Comparison(
-        fitted, predicted, _scores(fitted, effects, measured, replicate),
+        fitted, predicted, _scores(fitted, effects, measured, replicate, said),
         {**effects, "measured": measured.effect["mean_log1p"]}, sd,
-        [(c, str(p)) for c, p in measured.rows], fitted.genes,
+        [(c, said[p]) for c, p in measured.rows], fitted.genes,
     )  # fmt: skip
 
 
 def _labels(
     adata: ad.AnnData, setup: dict
-) -> tuple[ad.AnnData, list[Perturbation], list[str], LabelReader]:
-    """The cells that have a perturbation, their perturbations and contexts, and what read them."""
+) -> tuple[ad.AnnData, list[Perturbation], list[str], LabelReader, dict[Perturbation, str]]:
+    """The cells that can be used, their perturbations and contexts, and what reads and says them."""
     key, context = setup.get("perturbation_key", "perturbation"), setup.get("context_key")
     dosage = setup.get("dosage_key")
     check_columns(adata, {"perturbation_key": key, "context_key": context, "dosage_key": dosage})
     reader = LabelReader.from_setup(setup).checked(adata.obs[key], genes=adata.var_names)
     read = reader.read_cells(adata.obs[key], None if dosage is None else adata.obs[dosage])
-    labels = [p for p in read if p is not None]
-    if len(labels) < len(read):
-        adata = adata[[p is not None for p in read]]
-    contexts = ["all"] * adata.n_obs if context is None else adata.obs[context].astype(str).tolist()
-    return adata, labels, contexts, reader
+    use = np.array([p is not None for p in read])
+    if setup.get("library_size_key") is None:
+        layer = setup.get("layer") or ("counts" if "counts" in adata.layers else None)
+        total = np.asarray((adata.X if layer is None else adata.layers[layer]).sum(1)).ravel()
+        use &= total > 0  # as set-up does, which tells of them
+    said = reader.spellings(adata.obs[key], None if dosage is None else adata.obs[dosage])
+    adata = adata if use.all() else adata[use]
+    labels = [p for p, keep in zip(read, use, strict=True) if p is not None and keep]
+    contexts = ["all"] * adata.n_obs if context is None else text_of(adata.obs[context]).tolist()
+    return adata, labels, contexts, reader, said
 
 
 def _held_out(
     labels: list[Perturbation], contexts: list[str], reader: LabelReader,
-    hold_out: Sequence[str] | None, context: str | None,
+    hold_out: Sequence[str] | None, context: str | None, said: dict[Perturbation, str],
 ) -> np.ndarray:  # fmt: skip
     if (not hold_out) == (context is None):
         raise ValueError("Say what to hold out: either perturbations or one context.")
@@ -210,13 +220,17 @@ def _held_out(
                 f"No perturbed cells in context {context!r}; contexts are {sorted(set(contexts))}."
             )
     else:
-        wanted = {reader.read(label) for label in hold_out or ()}
-        missing = sorted(str(p) for p in wanted - set(labels))
+        by_text = {text: p for p, text in said.items()}
+        asked = {label: by_text.get(label) or reader.read(label) for label in hold_out or ()}
+        wanted = set(asked.values())
+        missing = [label for label, p in asked.items() if p not in set(labels)]
         if missing:
             raise ValueError(f"Cannot hold out {missing}: no cell has that perturbation.")
+        if any(p is None or p.is_control for p in wanted):
+            raise ValueError("Cannot hold out the control: every effect is measured against it.")
         test = np.array([p in wanted for p in labels])
     n_cells = Counter((labels[i], contexts[i]) for i in np.flatnonzero(test))
-    lone = sorted(f"{p} in {c}" for (p, c), n in n_cells.items() if n < 2)
+    lone = sorted(f"{said[p]} in {c}" for (p, c), n in n_cells.items() if n < 2)
     if lone:
         raise ValueError(f"Cannot hold out {lone}: a single cell shows no sampling error.")
     if not (perturbed & ~test).any():
@@ -279,7 +293,11 @@ def _replicate(
 
 
 def _scores(
-    model: GPJEPA, effects: dict[str, np.ndarray], measured: EffectTable, replicate: EffectTable
+    model: GPJEPA,
+    effects: dict[str, np.ndarray],
+    measured: EffectTable,
+    replicate: EffectTable,
+    said: dict[Perturbation, str],
 ) -> pd.DataFrame:
     scale: Scale = "mean_log1p"
     rows = []
@@ -294,7 +312,7 @@ def _scores(
             control = truth.control[scale][context][scored]
             rows.append(
                 {
-                    "method": method, "context": context, "perturbation": str(perturbation),
+                    "method": method, "context": context, "perturbation": said[perturbation],
                     "regime": model.anchor.regime(perturbation, context),
                     "squared_error": float(error[0]), "pearson_delta": correlation(own, true),
                     "r2_top20": r2_top(own, true, sampling, control),

@@ -237,6 +237,8 @@ class GPJEPAMethod:
         cells, features = train.copy(), self.features
         if self.permute_features:
             features = [f.permuted(self.seed) for f in features]
+        # Values, not labels to be read again: names may hold anything.
+        cells.obs["perturbation"] = [_read(p) for p in cells.obs["perturbation"]]
         GPJEPA.setup_anndata(cells, context_key="context", library_size_key="library_size")
         self.model_ = GPJEPA(
             cells, target_features=features, missing_features="mean",
@@ -249,12 +251,13 @@ class GPJEPAMethod:
     def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> dict[str, ad.AnnData]:
         """Cells with each gate, and their mean effects."""
         context = str(control.obs["context"].iloc[0])
+        wanted = [_read(p) for p in perturbations]
         found = {}
         for gate in self.gates:
             cells = self.model_.predict_perturbation(
-                control, perturbations, context=context, seed=self.seed, gate=gate
+                control, wanted, context=context, seed=self.seed, gate=gate
             )
-            tidy = self.model_.predict_effects(perturbations, context, gate=gate)
+            tidy = self.model_.predict_effects(wanted, context, gate=gate)
             wide = {column: tidy.pivot(index="perturbation", columns="gene", values=column)
                     for column in ("effect", "sd")}  # fmt: skip
             cells.uns = {"scale": "counts", "effect": wide["effect"], "effect_sd": wide["sd"]}

@@ -345,7 +345,7 @@ def _scored(
             "n_cells": truth.table.n_cells,
             "target_measured": on_targets(truth.table.effect[SCALE]),
             "target_predicted": on_targets(predicted.effect),
-            "e_test": np.where(task.e_test < 0.05, "differs", "not told from control"),
+            "e_test": np.where(task.e_test < 0.05, "differs", "not significantly different from control"),
             "refused": False if predicted.refused is None else predicted.refused,
             "uncertainty": np.nan if sd is None else np.where(task.scored, sd**2, 0).sum(1),
         }

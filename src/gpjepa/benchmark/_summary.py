@@ -177,7 +177,7 @@ def _unscaled(metric: str, found: dict[str, Resampled]) -> str:
     low, high = interval(goodness(metric, ceiling.draws) - goodness(metric, floor.draws))
     if high < 0:
         return values.format("is worse than")
-    return "" if low > 0 else values.format("cannot be told from")
+    return "" if low > 0 else values.format("is not significantly different from")
 
 
 def verdicts(

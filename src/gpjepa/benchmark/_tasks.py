@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from gpjepa._checks import check_counts, check_gene_names, check_library
+from gpjepa._checks import check_counts, check_gene_names, check_library, text_of
 from gpjepa.datasets import prepare
 from gpjepa.effects import EffectAnchor, EffectTable, MeanEffect, Scale, effect_table, log1p_rates
 from gpjepa.perturbations import LabelReader, Perturbation
@@ -87,7 +87,7 @@ def standard_cells(
     if library_size_key is not None:
         library = adata.obs[library_size_key].to_numpy(float)
         check_library(library, counts, f"obs[{library_size_key!r}]")
-    context = ["all"] * adata.n_obs if context_key is None else adata.obs[context_key].astype(str)
+    context = ["all"] * adata.n_obs if context_key is None else text_of(adata.obs[context_key])
     obs = pd.DataFrame(
         {"perturbation": [str(p) for p in read], "context": list(context), "library_size": library},
         index=adata.obs_names.astype(str),

@@ -13,7 +13,7 @@ from ._common import command, output, records
 @command
 def run_benchmark(
     config: Annotated[str, typer.Argument(help="A preset by name, or a YAML file.")],
-    out: Annotated[Path, typer.Option(help="Directory; a run that was stopped goes on there.")],
+    out: Annotated[Path, typer.Option(help="Directory; an interrupted run resumes there.")],
     data: Annotated[
         Path | None, typer.Option(help="Folder of the files that it names; by default beside it.")
     ] = None,
@@ -29,9 +29,10 @@ def run_benchmark(
 
     read = benchmark.BenchmarkConfig.read(config, data)
     if check:
-        for each in read.data:
-            n = len(each.make_splits(*each.load_joined()).splits)
-            output.say(f"{each.name}: {n} splits, {len(read.methods)} methods.")
+        splits = {d.name: len(d.make_splits(*d.load_joined()).splits) for d in read.data}
+        for name, n in splits.items():
+            output.say(f"{name}: {n} splits, {len(read.methods)} methods.")
+        output.result({"splits": splits, "methods": len(read.methods)})
         return
     result = benchmark.run(read, out, envs=envs)
     n = int((result.runs["status"] != "run").sum())

@@ -11,7 +11,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -24,7 +24,17 @@ GeneSets = Annotated[
     typer.Option(help="GMT file with gene sets, from which targets that were never perturbed are "
                       "predicted; can be repeated."),
 ]  # fmt: skip
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.", min=0)]
+BatchSize = Annotated[int, typer.Option(help="Cells in a mini-batch.")]
+Encoder = Annotated[
+    Literal["mlp", "perceiver", "transformer", "components"],
+    typer.Option(help="Kind of encoder of cell states."),
+]
+WORDS = (
+    "Words: the anchor is the closed-form part, in which simple baselines (experts) are weighted; the "
+    "network corrects it as far as the gate is open. Stage A learns cell states, stages B and C "
+    "responses and counts. All: https://gpjepa.readthedocs.io/en/latest/glossary.html"
+)
 Accelerator = Annotated[str, typer.Option(help="Where to compute: auto, cpu, gpu or mps.")]
 
 _LABELS: dict[str, tuple[Any, Any]] = {
@@ -78,7 +88,10 @@ _LABELS: dict[str, tuple[Any, Any]] = {
                                                 "for doses inside labels.")], None,
     ),
 }  # fmt: skip
-_ARGUMENTS = {*_LABELS, "overwrite", "context", "gate", "n_samples", "batch_size"}
+_ARGUMENTS = {
+    *_LABELS, "overwrite", "context", "gate", "n_samples", "batch_size", "max_epochs",
+    "pretrain_epochs", "encoder", "pretrained", "accelerator", "seed",
+}  # fmt: skip
 
 
 class Output:
@@ -114,7 +127,7 @@ def records(frame: Any) -> list[dict[str, Any]]:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command: the parameter ``setup`` becomes the options that say how data are written.
 
-    What the user can mend is told in a sentence, instead of a traceback.
+    Errors that the user can fix are a sentence, not a traceback.
     """
     signature = inspect.signature(function, eval_str=True)
     own = [p for name, p in signature.parameters.items() if name != "setup"]
@@ -175,7 +188,7 @@ def in_options(message: Any) -> str:
         text = message.args[0] if getattr(message, "args", None) else message
         return _translated(str(text if isinstance(message, KeyError | Warning) else message))
     call = " ".join(option for name, value in changes.items() for option in _options(name, value))
-    parts = message.said, f"add {call}" if call else "", message.otherwise
+    parts = message.said, f"add {call}." if call else "", message.otherwise
     return " ".join(filter(None, [_translated(parts[0]), parts[1], _translated(parts[2])]))
 
 
@@ -197,21 +210,31 @@ def _translated(text: str) -> str:
     names = "|".join(sorted(_ARGUMENTS, key=len, reverse=True))
 
     def option(match: re.Match[str]) -> str:
+        bare = f"--{match[1].replace('_', '-')}"
         try:
             value = ast.literal_eval(match[2])
         except (ValueError, SyntaxError):
-            return f"--{match[1].replace('_', '-')}"
-        if isinstance(value, bool) or value is Ellipsis:
-            return f"--{match[1].replace('_', '-')}"
-        return " ".join(_options(match[1], value))
+            return bare
+        if value is None:
+            return match[0]  # no option has such a value
+        whole = isinstance(value, bool) or value in (Ellipsis, [Ellipsis])
+        return bare if whole else " ".join(_options(match[1], value))
 
-    text = re.sub(rf"\b({names})=(\[[^\]]*\]|'[^']*'|\"[^\"]*\"|\.\.\.|[^\s,;.:)]*)", option, text)
+    value = r"\[[^\]]*\]|'[^']*'|\"[^\"]*\"|\.\.\.|-?\d+(?:\.\d+)?|None|True|"
+    text = re.sub(rf"(?<!-)\b({names})=({value})", option, text)
     return re.sub(r"call with (?=--)", "add ", text)
 
 
 def _setup(given: dict[str, Any]) -> dict[str, Any]:
     """The options as arguments of ``GPJEPA.setup_anndata``."""
-    patterns = [re.compile(p) for p in given.pop("control_pattern") or ()]
+    patterns = []
+    for pattern in given.pop("control_pattern") or ():
+        try:
+            patterns.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(
+                f"--control-pattern {pattern} is not a regular expression: {error}."
+            ) from error
     control = [*(given["control"] or ()), *patterns] or ["control"]
     renamed = [pair.partition("=") for pair in given["rename"] or ()]
     wrong = [old for old, equals, new in renamed if not (equals and old and new)]

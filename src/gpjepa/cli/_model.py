@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ._common import (
+    WORDS,
     Accelerator,
+    BatchSize,
     Data,
+    Encoder,
     GeneSets,
     Overwrite,
     Seed,
@@ -37,6 +41,9 @@ def demo(
     ] = None,
     hold_out_context: Annotated[str | None, typer.Option(help="Context to hold out.")] = None,
     setup: Any = None,
+    encoder: Encoder = "mlp",
+    batch_size: BatchSize = 256,
+    accelerator: Accelerator = "auto",
     gene_sets: GeneSets = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -50,15 +57,17 @@ def demo(
         raise ValueError(
             "Say what to hold out of your data: --hold-out A+B, or --hold-out-context."
         )
-    model = model_arguments(gene_sets)
+    model = {"encoder": encoder, **model_arguments(gene_sets)}
+    training = {"batch_size": batch_size, "accelerator": accelerator}
     adata = None if data is None else load(data)
     results = []
     for seed in range(seeds):
         output.say(f"[bold]Run {seed + 1} of {seeds}[/] (seed {seed})")
-        results.append(_compared(adata, hold_out, hold_out_context, setup, model, seed))
+        results.append(_compared(adata, hold_out, hold_out_context, setup, model, training, seed))
         output.say(_compared_table([results[-1]], f"Seed {seed}"))
         output.say("[bold]What training measured on perturbations of its own:[/]")
         output.say(results[-1].model.summary())
+    output.say(WORDS)
     if seeds > 1:
         output.say(_compared_table(results, f"Mean over {seeds} seeds"))
     with written_whole(out) as draft:
@@ -67,14 +76,14 @@ def demo(
     label = results[0].rows[0][1]
     output.say(
         f"Wrote {out}/: table.csv, scores.csv, predicted.h5ad, model/, three figures. Next: "
-        f"gpjepa predict {out / 'model'} {label} --out cells.h5ad"
+        f"gpjepa predict {out / 'model'} {shlex.quote(label)} --out cells.h5ad"
     )
     output.result({"out": out, "table": records(_means(results))})
 
 
 def _compared(
     adata: Any, hold_out: list[str] | None, hold_out_context: str | None, setup: dict, model: dict,
-    seed: int,
+    training: dict, seed: int,
 ) -> Comparison:  # fmt: skip
     from gpjepa import benchmark, datasets
 
@@ -86,7 +95,7 @@ def _compared(
         setup = {}
     return benchmark.compare(
         adata, hold_out, hold_out_context=hold_out_context, seed=seed, setup=setup, model=model,
-        train={"enable_progress_bar": output.shown},
+        train={"enable_progress_bar": output.shown, **training},
     )  # fmt: skip
 
 
@@ -136,16 +145,13 @@ def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Directory for the model.")],
     setup: Any = None,
-    encoder: Annotated[
-        Literal["mlp", "perceiver", "transformer", "components"],
-        typer.Option(help="Kind of encoder of cell states."),
-    ] = "mlp",
+    encoder: Encoder = "mlp",
     pretrained: Annotated[
         Path | None, typer.Option(help="Directory of a saved model whose encoder to start from.")
     ] = None,
     max_epochs: Annotated[int | None, typer.Option(help="Epochs of stages B and C.")] = None,
     pretrain_epochs: Annotated[int | None, typer.Option(help="Epochs of stage A.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Cells in a mini-batch.")] = 256,
+    batch_size: BatchSize = 256,
     accelerator: Accelerator = "auto",
     gene_sets: GeneSets = None,
     seed: Seed = 0,
@@ -173,8 +179,9 @@ def train(
     with written_whole(out) as draft:
         _save(model, draft)
     output.say(model.summary())
-    label = model.predict_effects(model.anchor.effects_.perturbations[0])["perturbation"].iloc[0]
-    output.say(f"Wrote {out}/. Next: gpjepa predict {out} '{label}' --out cells.h5ad")
+    output.say(WORDS)
+    label = shlex.quote(model._label(model.anchor.effects_.perturbations[0]))
+    output.say(f"Wrote {out}/. Next: gpjepa predict {out} {label} --out cells.h5ad")
     errors = None if model.held_out_ is None or model.held_out_.errors is None else records(
         model.held_out_.relative().reset_index()
     )  # fmt: skip
@@ -206,15 +213,20 @@ def predict(
         Literal["auto", "0", "1"],
         typer.Option(help="Share of the network: 0 is the closed-form anchor alone, 1 all of it."),
     ] = "auto",
-    n_samples: Annotated[int | None, typer.Option(help="Cells per perturbation.")] = None,
+    n_samples: Annotated[
+        int | None, typer.Option(help="Cells per perturbation and context.", min=1)
+    ] = None,
+    accelerator: Accelerator = "auto",
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Predict mean effects of perturbations, and the cells that they make of control cells."""
+    """Predict mean effects of perturbations, and the perturbed cells."""
     from gpjepa._files import check_free, written_whole
 
     if out is None and effects is None:
         raise ValueError("Say what to write: --out FILE.h5ad (cells), --effects FILE.csv, or both.")
+    if out is None and (data is not None or n_samples is not None):
+        raise ValueError("--data and --n-samples are for predicted cells: add --out FILE.h5ad.")
     for path, suffix, option in ((out, ".h5ad", "--out"), (effects, ".csv", "--effects")):
         if path is not None:
             check_free(path, overwrite)
@@ -227,7 +239,7 @@ def predict(
     from gpjepa import GPJEPA
     from gpjepa.model import REGIMES
 
-    model = GPJEPA.load(str(model_dir), adata=False)
+    model = GPJEPA.load(str(model_dir), adata=False, accelerator=accelerator)
     chosen: Literal["auto", 0, 1] = "auto" if gate == "auto" else 1 if gate == "1" else 0
     frame = model.predict_effects(perturbations, context or None, gate=chosen)
     written = []

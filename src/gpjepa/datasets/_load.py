@@ -71,13 +71,18 @@ def available() -> list[str]:
 def _read(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    if path.suffix == ".h5ad":
-        return ad.read_h5ad(path)
-    if path.suffix == ".zarr":
-        return ad.read_zarr(path)
-    import mudata
+    try:
+        if path.suffix == ".h5ad":
+            return ad.read_h5ad(path)
+        if path.suffix == ".zarr":
+            return ad.read_zarr(path)
+        import mudata
 
-    return mudata.read_h5mu(path)
+        return mudata.read_h5mu(path)
+    except (OSError, KeyError, ValueError) as error:
+        raise OSError(
+            f"{path} cannot be read: it is truncated, or no {path.suffix} file ({error})."
+        ) from error
 
 
 def _from_pertpy(name: str) -> ad.AnnData:
@@ -156,4 +161,4 @@ def _norman_mini() -> ad.AnnData:
     )
     matrix = sp.csr_matrix(scaled, dtype=np.float32)
     var = pd.DataFrame(index=adata.var_names)
-    return ad.AnnData(matrix, obs=obs, var=var, layers={"counts": matrix})
+    return ad.AnnData(matrix, obs=obs, var=var, layers={"counts": matrix.copy()})

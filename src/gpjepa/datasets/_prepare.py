@@ -97,4 +97,4 @@ def prepare(
     obs = adata.obs.iloc[where].copy()
     obs["library_size"] = library[where]
     var = adata.var.loc[keep].copy()
-    return ad.AnnData(counts, obs=obs, var=var, layers={"counts": counts})
+    return ad.AnnData(counts, obs=obs, var=var, layers={"counts": counts.copy()})

@@ -77,7 +77,10 @@ class Recipe:
                 f"obs[{self.column!r}]: the file is not as this recipe expects it."
             )
         adata.obs["perturbation"] = pd.Categorical(labels)
-        adata.layers["counts"] = adata.X if self.counts is None else adata.layers[self.counts]
+        if self.counts != "counts":  # a copy, so that X can be normalised
+            adata.layers["counts"] = (
+                adata.X if self.counts is None else adata.layers[self.counts]
+            ).copy()
         return adata
 
 

@@ -293,7 +293,7 @@ def simulate(
     Returns
     -------
     anndata.AnnData
-        Counts in ``X`` and ``layers["counts"]`` (one matrix, CSR); ``obs`` has ``perturbation``,
+        Counts in ``X`` and ``layers["counts"]`` (CSR); ``obs`` has ``perturbation``,
         ``context``, ``batch`` and the mean ``efficiency`` of the cell's perturbation;
         ``uns["simulation"]`` has the settings, the network, and the truth: ``rows`` (context,
         perturbation, kind of interaction), and per scale ``effect`` and ``interaction``, shape
@@ -413,4 +413,4 @@ def _draw_cells(
         },
         index=[f"cell{i:06d}" for i in range(n_cells)],
     )
-    return ad.AnnData(counts, obs=obs, layers={"counts": counts})
+    return ad.AnnData(counts, obs=obs, layers={"counts": counts.copy()})

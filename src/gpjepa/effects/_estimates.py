@@ -74,7 +74,7 @@ class ScaleFit:
     def _spread(self) -> np.ndarray:
         """Noise-corrected mean square of the effects per gene: how large an effect may be.
 
-        At least the noise of the controls: less than that cannot be told from no effect.
+        At least the noise of the controls: less than that is not significantly different from no effect.
         """
         floor = np.full(self.values.shape[1], self.variance[len(self.row) :].mean())
         if not len(self.values):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,6 +38,22 @@ _ADVICE = {
     "n_epochs": "max_epochs and pretrain_epochs are the numbers of epochs",
     "epochs": "max_epochs and pretrain_epochs are the numbers of epochs",
     **{name: _PLAN.format(name) for name in ("lr", "weight_decay")},
+    "enable_checkpointing": "the best epoch is kept in any case; model.save() writes it",
+    **dict.fromkeys(
+        (
+            "limit_val_batches",
+            "limit_test_batches",
+            "limit_predict_batches",
+            "val_check_interval",
+            "num_sanity_val_steps",
+            "check_val_every_n_epoch",
+            "overfit_batches",
+        ),
+        _STOPPING,
+    ),
+    **dict.fromkeys(
+        ("simple_progress_bar", "progress_bar_refresh_rate"), "enable_progress_bar=False hides bars"
+    ),
     "n_epochs_kl_warmup": "there is no warm-up; plan_kwargs={'kl_weight': ...} sets the weight",
 }
 _TRAINER = {
@@ -70,9 +87,23 @@ def check_training(
         if name not in _TRAINER:
             refuse_unknown(where, [name], [*parameters, *sorted(_TRAINER)])
     for name, value in numbers.items():
-        least = 0 if name.endswith("epochs") else 1
-        if value is not None and (isinstance(value, bool) or value != int(value) or value < least):
+        epochs = name.endswith("epochs")
+        least = 0 if epochs else 1
+        whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+        if not whole and not (epochs and value is None):
             raise ValueError(
                 f"{name}={value!r}: expected a whole number from {least}"
-                + (", or None for the default." if least == 0 else ".")
+                + (", or None for the default." if epochs else ".")
             )
+
+
+def check_plan(plan: type, given: Mapping[str, Any] | None, *more: str) -> None:
+    """Refuse options that a stage does not have; ``more`` are known besides its own."""
+    own = [p.name for p in inspect.signature(plan).parameters.values()
+           if p.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
+    wrong = [option for option in given or () if option not in (*own, *more)]
+    if wrong:
+        raise TypeError(
+            f"{plan.__name__} has no option {', '.join(map(repr, wrong))}; its options are "
+            f"{', '.join([*own, *more])}."
+        )

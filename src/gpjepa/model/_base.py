@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,10 +17,15 @@ import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
-from scvi.data.fields import NumericalObsField
 from scvi.model.base import BaseModelClass
 
-from gpjepa._checks import check_anndata, check_columns, check_library, propose_library
+from gpjepa._checks import (
+    check_anndata,
+    check_columns,
+    check_library,
+    propose_library,
+    unchanged_on_error,
+)
 from gpjepa._files import written_whole
 from gpjepa.effects import EffectAnchor, EffectTable
 from gpjepa.nn import load_genes
@@ -32,10 +38,12 @@ from ._fields import (
     CONTEXT_KEY,
     DATASET_KEY,
     LIBRARY_KEY,
+    N_KNOWN,
     PERTURBATION_KEY,
     CountsField,
     DatasetField,
     LabelField,
+    LibraryField,
     PerturbationField,
 )
 from ._held_out import HeldOut
@@ -71,7 +79,10 @@ class Registered(BaseModelClass):
         if isinstance(targets, str):
             raise TypeError(f"targets={targets!r} is one name; give a list of names.")
         if encoder == "components" and not components:
-            raise ValueError("encoder='components' is nothing without components=True.")
+            raise ValueError("encoder='components' needs components=True.")
+        for name, size in (("n_latent", n_latent), ("n_hidden", n_hidden)):
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+                raise ValueError(f"{name}={size!r}: expected a whole number from 1.")
         super().__init__(adata, registry)
         if not isinstance(target_features, TargetFeatures):
             target_features = tuple(target_features)
@@ -86,7 +97,8 @@ class Registered(BaseModelClass):
         fields = self.registry_["field_registries"]
         self.genes = np.asarray(fields[REGISTRY_KEYS.X_KEY]["state_registry"]["column_names"])
         self.labelled = PERTURBATION_KEY in fields
-        self.n_batches = len(fields[BATCH_KEY]["state_registry"]["values"])
+        batches = fields[BATCH_KEY]["state_registry"]
+        self.n_batches = batches.get(N_KNOWN, len(batches["values"]))
         known = self._trained_perturbations() if self.labelled else []
         featured = [t for f in self.new_anchor().features for t in f.targets]
         self.vocabulary = Vocabulary(
@@ -119,8 +131,8 @@ class Registered(BaseModelClass):
         self.init_params_ = self._get_init_params(locals())
 
     def _trained_perturbations(self) -> list[Perturbation]:
-        values = self.get_state_registry(PERTURBATION_KEY)["values"]
-        return [Perturbation(tuple(t), tuple(d)) for t, d in values]
+        state = self.get_state_registry(PERTURBATION_KEY)
+        return [Perturbation.of(t, d) for t, d in state["values"][: state.get(N_KNOWN)]]
 
     # Data
 
@@ -216,11 +228,12 @@ class Registered(BaseModelClass):
         manager = AnnDataManager(
             fields=cls._fields(layer, arguments), setup_method_args=setup_method_args
         )
-        manager.register_fields(adata, source_registry, **kwargs)
-        if source_registry is None:
-            cls._check_cells(manager)
-            if perturbation_key is not None:
-                cls._check_groups(manager)
+        with unchanged_on_error(adata):
+            manager.register_fields(adata, source_registry, **kwargs)
+            if source_registry is None:
+                cls._check_cells(manager)
+                if perturbation_key is not None:
+                    cls._check_groups(manager)
         cls.register_manager(manager)
 
     @staticmethod
@@ -239,7 +252,7 @@ class Registered(BaseModelClass):
                                  "(dosage_key): give one of them.")  # fmt: skip
             fields.append(PerturbationField(arguments["perturbation_key"], reader, dosage_key))
         if arguments["library_size_key"] is not None:
-            fields.append(NumericalObsField(LIBRARY_KEY, arguments["library_size_key"]))
+            fields.append(LibraryField(LIBRARY_KEY, arguments["library_size_key"]))
         if arguments["dataset_key"] is not None:
             fields.append(DatasetField(DATASET_KEY, arguments["dataset_key"]))
         return fields
@@ -314,16 +327,15 @@ class Registered(BaseModelClass):
                 "needed, better 50. Add control cells or remove the context."
             )
         n = np.bincount(code, minlength=len(values))
+        spelling = manager.get_state_registry(PERTURBATION_KEY)["spelling"]
         small = [
-            f"{Perturbation(tuple(t), tuple(d))} ({n[i]})"
-            for i, (t, d) in enumerate(values)
-            if t and n[i] < MIN_CELLS
+            f"{spelling[i]} ({n[i]})" for i, (t, _) in enumerate(values) if t and n[i] < MIN_CELLS
         ]
         few = [f"control of {contexts[c]} ({m})" for c, m in enumerate(n_control) if m < MIN_CELLS]
         small = [*few, *small]
         if small:
             warnings.warn(
-                f"{len(small)} groups of cells have fewer than {MIN_CELLS} cells and weigh little: "
+                f"Groups of fewer than {MIN_CELLS} cells, which weigh little: {len(small)}, namely "
                 f"{', '.join(small[:20])}{' ...' if len(small) > 20 else ''}.",
                 UserWarning,
                 stacklevel=4,
@@ -409,8 +421,8 @@ class Registered(BaseModelClass):
         if self.adata is None:
             raise ValueError("The model was loaded without data: give an AnnData.")
         manager = self.adata_manager
-        (field,) = (f for f in manager.fields if isinstance(f, CountsField))
-        field.check_unchanged(self.adata, manager.get_state_registry(field.registry_key))
+        for field in manager.fields:
+            field.check_unchanged(self.adata, manager.get_state_registry(field.registry_key))
         self._validate_anndata(self.adata)
         return self._read(manager, self._visible)
 
@@ -425,7 +437,7 @@ class Registered(BaseModelClass):
     def _query_cells(self, adata: AnnData | None, *, decodes: bool = False) -> Cells:
         """Cells of any AnnData, aligned by gene name; the AnnData stays as it is.
 
-        With ``decodes``, a batch that training has not seen is told.
+        With ``decodes``, a warning names batches that training has not seen.
         """
         adata = self.adata if adata is None else adata
         if adata is None:

@@ -189,13 +189,14 @@ def read_cells(
     perturbations = labels = None
     if PERTURBATION_KEY in has:
         state = manager.get_state_registry(PERTURBATION_KEY)
-        table = [Perturbation(tuple(t), tuple(d)) for t, d in state["values"]]
+        table = [Perturbation.of(t, d) for t, d in state["values"]]
         code = _codes(manager, PERTURBATION_KEY)
         perturbations = [None if i < 0 else table[i] for i in code]
         control = np.isin(code, [i for i, p in enumerate(table) if p.is_control])
         labels = np.full(len(code), "", dtype=object)
-        written = adata.obs[state["obs_key"]].astype(str)[control]
-        labels[control] = written.map({w: reader.spelling(w) for w in written.unique()})
+        written = adata.obs[state["obs_key"]].astype(object)[control]
+        said = {w: reader.spelling(str(w)) for w in written.unique()}
+        labels[control] = [said[w] for w in written]
     contexts = manager.get_state_registry(CONTEXT_KEY)["values"]
     return Cells(
         counts,

@@ -127,20 +127,24 @@ class Embedding(Registered):
         self._check_if_trained(warn=True)
         cells = self._query_cells(adata, decodes=True)
         where = _positions(len(cells), indices)
-        draws = []
-        for k in range(n_samples):
-            parts = []
-            for start in range(0, len(where), batch_size or _ENCODE):
-                part = where[start : start + (batch_size or _ENCODE)]
-                with self._double_precision():
-                    share = self._decode(self._encode(cells, part).numpy(), cells.batch[part])
-                mean, theta = share * cells.library[part, None], self._dispersion
-                counts = _random.gamma_poisson(
-                    theta, mean / theta, cells.names[part], np.full(len(part), k), "posterior"
-                )
-                parts.append(sparse.GCXS.from_numpy(counts))
-            draws.append(sparse.concatenate(parts))
+        with self._double_precision():
+            draws = [self._draw(cells, where, k, batch_size or _ENCODE) for k in range(n_samples)]
         return draws[0] if n_samples == 1 else sparse.stack(draws, axis=2)
+
+    def _draw(self, cells: Cells, where: np.ndarray, k: int, size: int) -> Any:
+        """Counts of one draw from each cell's own state."""
+        import sparse
+
+        parts = []
+        for start in range(0, len(where), size):
+            part = where[start : start + size]
+            share = self._decode(self._encode(cells, part).numpy(), cells.batch[part])
+            mean, theta = share * cells.library[part, None], self._dispersion
+            counts = _random.gamma_poisson(
+                theta, mean / theta, cells.names[part], np.full(len(part), k), "posterior"
+            )
+            parts.append(sparse.GCXS.from_numpy(counts))
+        return sparse.concatenate(parts)
 
 
 def _positions(n_cells: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:

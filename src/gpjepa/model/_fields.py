@@ -13,9 +13,16 @@ import numpy as np
 import pandas as pd
 import rich.table
 from anndata import AnnData
-from scvi.data.fields import BaseAnnDataField, LayerField
+from scvi.data.fields import BaseAnnDataField, LayerField, NumericalObsField
 
-from gpjepa._checks import check_columns, check_counts, check_layer, count_sums, same_values
+from gpjepa._checks import (
+    check_columns,
+    check_counts,
+    check_layer,
+    count_sums,
+    same_values,
+    text_of,
+)
 from gpjepa.perturbations import LabelReader, Perturbation
 
 PERTURBATION_KEY = "perturbation"
@@ -25,6 +32,7 @@ LIBRARY_KEY = "library_size"
 DATASET_KEY = "dataset"
 MEASURED = "measured"
 """Where ``varm`` says which data set measured which gene."""
+N_KNOWN, HASH = "n_known", "hash"
 NO_VALUE = -1
 """Code of a cell without a perturbation."""
 _SHARED = (
@@ -72,8 +80,37 @@ class CountsField(LayerField):
         )  # fmt: skip
         raise ValueError(
             f"{self.where} was changed after setup_anndata: it no longer holds the registered "
-            f"counts. {shared} Put the raw counts back, or call setup_anndata and make a model anew."
+            f"counts. {shared} Put the raw counts back, or call setup_anndata and create a new model."
         )
+
+
+def _hash(column: pd.Series) -> str:
+    """Tells whether a column was changed; depends on the order of cells."""
+    place = np.arange(1, len(column) + 1, dtype=np.uint64)
+    text = column.astype(object).astype(str).to_numpy(dtype=object)
+    return hex(int((pd.util.hash_array(text) * place).sum(dtype=np.uint64)))
+
+
+def _check_column(adata: AnnData, column: str, state_registry: dict) -> None:
+    registered = state_registry.get(HASH)  # models of older versions have none
+    if registered is None or (column in adata.obs and _hash(adata.obs[column]) == registered):
+        return
+    raise ValueError(
+        f"obs[{column!r}] was changed or removed after setup_anndata. Put the column back, or call "
+        "setup_anndata and create a new model."
+    )
+
+
+class LibraryField(NumericalObsField):
+    """Library sizes, which must not change after they were registered."""
+
+    def register_field(self, adata: AnnData) -> dict:
+        """Remember a hash of the column."""
+        return {**super().register_field(adata), HASH: _hash(adata.obs[self.attr_key])}
+
+    def check_unchanged(self, adata: AnnData, state_registry: dict) -> None:
+        """Refuse a column that was changed since it was registered."""
+        _check_column(adata, self.attr_key, state_registry)
 
 
 class _CodesField(BaseAnnDataField):
@@ -117,22 +154,32 @@ class _CodesField(BaseAnnDataField):
     def register_field(self, adata: AnnData) -> dict:
         """List the values in sorted order and write their codes."""
         values = self._read(adata, training=True)
-        return self._write(adata, values, sorted(set(values) - {None}))
+        order = sorted(set(values) - {None})
+        return self._write(adata, values, order, len(order))
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         """Keep the codes of known values and append new ones."""
         values = self._read(adata_target, training=False)
         known = [self._restore(v) for v in state_registry["values"]]
         new = sorted(set(values) - {None, *known})
-        return self._write(adata_target, values, [*known, *new])
+        n_known = state_registry.get(N_KNOWN, len(known))
+        return self._write(adata_target, values, [*known, *new], n_known)
 
     def _restore(self, described: Any) -> Any:
         return described
 
-    def _write(self, adata: AnnData, values: list[Any], order: list[Any]) -> dict:
+    def _write(self, adata: AnnData, values: list[Any], order: list[Any], n_known: int) -> dict:
         code = {None: NO_VALUE} | {value: i for i, value in enumerate(order)}
         adata.obs[self.attr_key] = np.fromiter((code[v] for v in values), np.int64, len(values))
-        return {"values": [self._describe(v) for v in order], "obs_key": self.obs_key}
+        return {
+            "values": [self._describe(v) for v in order], N_KNOWN: n_known,
+            "obs_key": self.obs_key, HASH: None if self.obs_key is None else _hash(adata.obs[self.obs_key]),
+        }  # fmt: skip
+
+    def check_unchanged(self, adata: AnnData, state_registry: dict) -> None:
+        """Refuse a column that was changed since it was registered."""
+        if self.obs_key is not None:
+            _check_column(adata, self.obs_key, state_registry)
 
     def get_summary_stats(self, state_registry: dict) -> dict:
         """Number of values."""
@@ -161,11 +208,7 @@ class LabelField(_CodesField):
                 f"{int(column.isna().sum())} cells have no value in obs[{self.obs_key!r}]; "
                 "label or remove them."
             )
-        if column.dtype == object or isinstance(column.dtype, pd.CategoricalDtype):
-            column = column.astype(object).infer_objects()
-        if pd.api.types.is_float_dtype(column) and (column == column.round()).all():
-            column = column.astype(int)  # batch 0 and batch 0.0 are one
-        return column.astype(str).tolist()
+        return text_of(column).tolist()
 
 
 class DatasetField(LabelField):
@@ -194,10 +237,11 @@ class PerturbationField(_CodesField):
         self.dosage_key = dosage_key
 
     def _doses(self, adata: AnnData) -> pd.Series | None:
-        check_columns(adata, {"dosage_key": self.dosage_key})
         return None if self.dosage_key is None else adata.obs[self.dosage_key]
 
     def _read(self, adata: AnnData, training: bool) -> list[Perturbation | None]:
+        if not training and self.dosage_key not in adata.obs:  # control cells need no dose
+            return self.reader.read_cells(self._column(adata), unreadable=None)
         column, doses = self._column(adata), self._doses(adata)
         if training:
             self.reader = self.reader.checked(column, genes=adata.var_names)
@@ -211,16 +255,18 @@ class PerturbationField(_CodesField):
         return {
             **state,
             "spelling": [said[self._restore(v)] for v in state["values"]],
-            "targets": sorted(self.reader.targets),
+            "targets": sorted(self.reader.declared),
         }
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
-        """As training read them."""
-        self.reader = replace(self.reader, targets=state_registry.get("targets", ()))
-        return super().transfer_field(state_registry, adata_target, **kwargs)
+        """As training read them, with what training called them."""
+        kept = {k: state_registry[k] for k in ("spelling", "targets") if k in state_registry}
+        self.reader = replace(self.reader, targets=kept.get("targets", ()))
+        return {**super().transfer_field(state_registry, adata_target, **kwargs), **kept}
 
     def _describe(self, value: Perturbation) -> tuple:
         return (value.targets, value.doses)
 
     def _restore(self, described: Any) -> Perturbation:
-        return Perturbation(tuple(described[0]), tuple(described[1]))
+        targets, doses = described
+        return Perturbation.of(targets, doses) if targets else Perturbation()

@@ -57,8 +57,8 @@ class HeldOut:
         if self.errors is None:
             return (
                 f"Held out: {self.what}.\n"
-                "So nothing says yet how well new perturbations are predicted, and the network "
-                "takes no part.\n"
+                "There is therefore no estimate yet of how well new perturbations are predicted, and "
+                "the network is switched off.\n"
                 "Predictions come from the closed-form anchor; to measure them, hold some "
                 "perturbations out yourself: gpjepa.benchmark.compare, or gpjepa demo DATA --hold-out."
             )
@@ -66,7 +66,7 @@ class HeldOut:
         shown = ", ".join(f"{m} {_number(relative.loc['all', m])}" for m in METHODS)
         return (
             f"Held out: {self.what} and half of the control cells.\n"
-            f"Squared error there over that of predicting no change (0 is perfect): {shown}.\n"
+            f"Squared error on them, relative to predicting no change (0 is perfect): {shown}.\n"
             f"What to expect: {self._expected(relative)}"
         )
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -85,7 +86,7 @@ class Predicting(Embedding):
         if not asked_for:
             raise ValueError("No perturbation was given.")
         said = self._spellings()
-        known = {text: p for p, text in said.items()}
+        known = {str(p): p for p in said} | {text: p for p, text in said.items()}
         # `strip` is for guide names in the data; a target is asked for by its own name.
         reader = replace(self._label_reader(), strip=None, drop=())
         reader = replace(reader, control=(*reader.controls, "control"))
@@ -101,8 +102,7 @@ class Predicting(Embedding):
             if read is None:
                 read = reader.read(asked)
                 assert read is not None  # nothing is dropped here
-            text = asked.strip() if isinstance(asked, str) else reader.write(asked)
-            wanted.setdefault(read, said.get(read, text))
+            wanted.setdefault(read, said.get(read, str(asked).strip()))
         for p in wanted:
             self.vocabulary.check(p)
         anchor.check(list(wanted))
@@ -112,20 +112,21 @@ class Predicting(Embedding):
         """What the training data call each of their perturbations."""
         state = self.get_state_registry(PERTURBATION_KEY)
         found = self._trained_perturbations()
-        return dict(zip(found, state.get("spelling", map(str, found)), strict=True))
+        said = state.get("spelling", [str(p) for p in found])  # models of older versions have none
+        return dict(zip(found, said, strict=True))
 
     def _label(self, perturbation: Perturbation) -> str:
         """What results call a perturbation that nobody wrote down."""
-        return self._spellings().get(perturbation) or self._label_reader().write(perturbation)
+        return self._spellings().get(perturbation, str(perturbation))
 
     def _contexts(self, wanted: str | Sequence[str] | None, present: Sequence[str]) -> list[str]:
         known = self.anchor.effects_.contexts
-        if isinstance(wanted, bool) or not isinstance(wanted, str | Sequence | None):
+        if wanted is not None and not isinstance(wanted, Iterable):
             raise TypeError(f"context={wanted!r}: expected the name of a context, such as {known}.")
         chosen = (
-            list(present) if wanted is None else [wanted] if isinstance(wanted, str) else wanted
+            [wanted] if isinstance(wanted, str) else list(present if wanted is None else wanted)
         )
-        if not len(chosen):
+        if not chosen:
             raise ValueError(f"No context was given; known are {known}.")
         unknown = [c for c in chosen if c not in known]
         if unknown:
@@ -133,7 +134,7 @@ class Predicting(Embedding):
                 f"Unknown context {', '.join(map(repr, unknown))}; known are {known}. A context is "
                 "known once its control cells are in the training data."
             )
-        return list(chosen)
+        return chosen
 
     def _gate(self, perturbation: Perturbation, regime: str, gate: Gate) -> float:
         if gate != "auto":
@@ -435,8 +436,8 @@ class Predicting(Embedding):
             If ``adata`` has no control cells of a wanted context.
         """
         wanted = self._parse(perturbation)
-        if n_samples is not None and n_samples < 1:
-            raise ValueError(f"n_samples={n_samples}: expected at least 1, or None.")
+        if n_samples is not None and not (isinstance(n_samples, Integral) and n_samples > 0):
+            raise ValueError(f"n_samples={n_samples}: expected a whole number from 1, or None.")
         _check_gate(gate)
         cells = self._query_cells(adata, decodes=True)
         if cells.perturbations is None:
@@ -522,7 +523,8 @@ class Predicting(Embedding):
         """
         perturbations = self.anchor.effects_.perturbations
         embedding = self._action(perturbations).cpu().numpy()
-        return pd.DataFrame(embedding, index=[self._label(p) for p in perturbations])
+        said = self._spellings()
+        return pd.DataFrame(embedding, index=[said[p] for p in perturbations])
 
 
 def _check_gate(gate: Gate) -> None:

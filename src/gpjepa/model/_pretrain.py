@@ -33,6 +33,7 @@ REGULARISERS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = 
     "sigreg": (sigreg, 5.0),
 }
 MASKS = ("random", "gene_sets", "regulons", "adversarial")
+MASK_OPTIONS = ("masks", "gene_sets", "regulons")
 GeneSets = str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]]
 
 _MIN_RANK, _MIN_SPREAD, _MIN_RATIO = 2.0, 0.05, 0.02

@@ -33,14 +33,14 @@ from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
-from ._arguments import check_training
+from ._arguments import check_plan, check_training
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
 from ._components import fit_components, worth_keeping
 from ._held_out import HeldOut
 from ._module import MATCHINGS
 from ._plans import ActionPlan, finish_on_interrupt
 from ._prediction import Predicting
-from ._pretrain import PretrainPlan, masked_genes
+from ._pretrain import MASK_OPTIONS, PretrainPlan, masked_genes
 from ._progress import ANCHOR, STAGE_A, STAGES_BC, Stage, StageBar, quiet
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class Trainable(Predicting):
         **trainer_kwargs
             Options of :class:`scvi.train.Trainer`.
         """
+        check_plan(PretrainPlan, plan_kwargs, *MASK_OPTIONS)
         check_training(
             "pretrain", trainer_kwargs, inspect.signature(self.pretrain).parameters,
             max_epochs=max_epochs, batch_size=batch_size,
@@ -146,6 +147,8 @@ class Trainable(Predicting):
         **trainer_kwargs
             Options of :class:`scvi.train.Trainer`.
         """
+        check_plan(ActionPlan, plan_kwargs)
+        check_plan(PretrainPlan, pretrain_kwargs, *MASK_OPTIONS)
         check_training(
             "train", trainer_kwargs, inspect.signature(self.train).parameters,
             max_epochs=max_epochs, pretrain_epochs=pretrain_epochs, batch_size=batch_size,
@@ -198,10 +201,13 @@ class Trainable(Predicting):
             if plan.best is not None:
                 self.module.load_state_dict(plan.best[1])
             self.module.eval()
-            self.gate_ = stage.gates()
-            if self.gate_:
+            if stage.independent:
+                network = stage.networks("mean_log1p")
+                self.gate_ = stage.gates(network)
                 gates = {regime: found["gate"] for regime, found in self.gate_.items()}
-                self.held_out_ = HeldOut(holdout.reason, stage.errors(gates), gates)
+                self.held_out_ = HeldOut(holdout.reason, stage.errors(network, gates), gates)
+            else:
+                self.gate_ = {}
         self.library_shifts_ = library_shifts(
             cells.library, cells.each_perturbation, cells.contexts
         )
@@ -222,7 +228,11 @@ class Trainable(Predicting):
             Three lines.
         """
         if self.held_out_ is None:
-            raise NotFittedError("The model is not trained on perturbations yet: call train().")
+            raise NotFittedError(
+                "The model was saved by an older version, which did not keep what was held out."
+                if self.effects_ is not None
+                else "The model is not trained on perturbations yet: call train()."
+            )
         return self.held_out_.text()
 
     def _run(
@@ -263,8 +273,8 @@ class Trainable(Predicting):
         groups = [where[mine] for _, mine in cells.by_dataset(where)]
         if min(map(len, groups)) < 2:
             raise ValueError(
-                "A single cell, or the only one of its data set, has nothing to differ from: at "
-                "least 2 are needed, better 50. Add cells or remove it."
+                "A single cell, or the only one of its data set, cannot be compared with anything: "
+                "at least 2 are needed, better 50. Add cells or remove it."
             )
         sampler: RandomBatches | SetBatches = RandomBatches(groups, batch_size)
         if plan.set_size:
@@ -478,7 +488,7 @@ class _ActionStage:
         )  # fmt: skip
         return Batches(self.cells, sampler, self.state)
 
-    def _networks(self, scale: Scale) -> np.ndarray:
+    def networks(self, scale: Scale) -> np.ndarray:
         """N of the held-out rows, shape (n_rows, n_genes)."""
         rows = zip(self.outside.rows, self.predicted["mean_log1p"].mean, strict=True)
         added = [self.model._network_effect(p, c, a, [scale])[scale] for (c, p), a in rows]
@@ -487,15 +497,13 @@ class _ActionStage:
     def error(self) -> float:
         """Squared error of the network on the held-out rows, over that of no change."""
         measured = self.outside.effect["log1p_mean"]
-        wrong = ((self._networks("log1p_mean") - measured) ** 2)[self.scored].sum()
+        wrong = ((self.networks("log1p_mean") - measured) ** 2)[self.scored].sum()
         return float(wrong / max((measured**2)[self.scored].sum(), 1e-12))
 
-    def gates(self) -> dict[str, dict[str, Any]]:
+    def gates(self, network: np.ndarray) -> dict[str, dict[str, Any]]:
         """Gate of each regime, on held-out perturbations."""
-        if not self.independent:
-            return {}
         scale: Scale = "mean_log1p"
-        network, predicted = self._networks(scale), self.predicted[scale]
+        predicted = self.predicted[scale]
         control = self.outside.control_variance[scale]
         shared = np.array([control[c] for c, _ in self.outside.rows])
         regimes = np.array(predicted.regime)
@@ -510,10 +518,10 @@ class _ActionStage:
             gates[str(regime)] = asdict(gate)
         return gates
 
-    def errors(self, gates: dict[str, float]) -> pd.DataFrame:
+    def errors(self, network: np.ndarray, gates: dict[str, float]) -> pd.DataFrame:
         """Noise-corrected squared error of each method on the held-out rows, by regime."""
         scale: Scale = "mean_log1p"
-        table, anchor, network = self.outside, self.predicted[scale].mean, self._networks(scale)
+        table, anchor = self.outside, self.predicted[scale].mean
         regimes = self.predicted[scale].regime
         gate = np.array([gates[r] for r in regimes])[:, None]
         pairs = [p for _, p in table.rows], [c for c, _ in table.rows]

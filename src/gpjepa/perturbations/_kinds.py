@@ -220,30 +220,26 @@ def _unassigned(labels: Labels) -> Finding | None:
 def _doses_inside(labels: Labels) -> Finding | None:
     if labels.reader.dose_pattern:
         return None
-    found = [u for u in labels.kept if re.search(_TUPLE, u)]
-    pattern = _TUPLE
     names = {n for names in labels.parts.values() for n in names} - labels.genes
-    for pattern in () if found else _DOSES:
-        found = [n for n in names if (m := re.search(pattern, n)) and m[0] != n]
-        if found:
-            break
-    for pattern in () if found else _BARE_DOSES:
-        found = _bare_doses(pattern, names)
-        if found:
-            break
+    found_by = {
+        _TUPLE: [u for u in labels.kept if re.search(_TUPLE, u)],
+        **{p: [n for n in names if (m := re.search(p, n)) and m[0] != n] for p in _DOSES},
+        **{p: _bare_doses(p, names) for p in _BARE_DOSES},
+    }
+    pattern, found = next(((p, of) for p, of in found_by.items() if of), ("", []))
     if not found:
         return None
     return Finding(
         f"{_n(found, 'name')} with a dose inside, such as {min(found)!r}: each dose would be a "
         "target of its own. To read doses (in micromolar or micrograms, where units are given),",
-        {"dose_pattern": _TUPLE if found[0] in labels.kept and "('" in found[0] else pattern},
+        {"dose_pattern": pattern},
         "Doses in a column of obs are read by dosage_key. If these are names, declare them with "
         f"targets={_some(found)}.",
     )  # fmt: skip
 
 
 def _bare_doses(pattern: str, names: set[str]) -> list[str]:
-    """Names that end in numbers which are no numbers of guides: decimals, or steps such as 10, 100."""
+    """Names that end in numbers that do not count guides: decimals, or steps such as 10, 100."""
     found = {n: m for n in names if (m := re.search(pattern, n)) and m.start()}
     bases: dict[str, set[float]] = defaultdict(set)
     for name, match in found.items():
@@ -275,7 +271,7 @@ def _guides(labels: Labels) -> Finding | None:
     positions = [u for u in labels.kept
                  if re.search(_POSITION, u) and not (strip and re.search(strip, u))]  # fmt: skip
     if positions:
-        return _guide_finding(_POSITION, {u for u in labels.kept if u in positions}, labels)
+        return _guide_finding(_POSITION, set(positions), labels)
     names = {n for names in labels.parts.values() for n in names}
     names = {n for n in names if n and n not in labels.genes and n not in labels.reader.declared}
     others = {n for n in names if not control_like(n) and not labels.reader.is_control(n)}

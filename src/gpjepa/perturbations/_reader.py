@@ -322,9 +322,9 @@ class LabelReader:
 
         With ``unreadable=None``, a label that cannot be read is one in ``drop``.
         """
-        keys = list(
-            zip(_text(labels), [None] * len(labels) if doses is None else doses, strict=True)
-        )
+        keys = self._keys(labels, doses)
+        if unreadable == "error":
+            self._check_doses(keys, doses)
         read: dict[tuple, Perturbation | None] = {}
         for key in set(keys):
             try:

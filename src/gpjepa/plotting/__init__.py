@@ -1,4 +1,4 @@
-"""Figures over frames and arrays. Each draws into ``ax`` if given, and returns a figure."""
+"""Figures over frames and arrays. Those with one panel draw into ``ax`` if it is given."""
 
 from ._benchmark import benchmark_scores, calibration, scaling
 from ._effects import (

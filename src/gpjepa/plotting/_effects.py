@@ -221,7 +221,7 @@ def effect_heatmap(
     wide = wide.loc[wide.abs().max(axis=1).sort_values(ascending=False).index[:n_genes]]
     wide = wide.iloc[_similar(wide.to_numpy()), _similar(wide.to_numpy().T)]
     axes = axes_of(ax, 2.2 + 0.32 * wide.shape[1], 1.2 + 0.17 * wide.shape[0])
-    limit = float(np.abs(wide.to_numpy()).max()) or 1.0
+    limit = float(np.nanmax(np.abs(wide.to_numpy()))) or 1.0
     shown = axes.imshow(wide.to_numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto",
                         interpolation="nearest")  # fmt: skip
     axes.set_xticks(range(wide.shape[1]), wide.columns, rotation=60, ha="right", fontsize=8)
@@ -330,4 +330,5 @@ def _similar(rows: np.ndarray) -> np.ndarray:
     """An order in which similar rows are neighbours."""
     from scipy.cluster.hierarchy import leaves_list, linkage
 
-    return leaves_list(linkage(rows, "average")) if len(rows) > 2 else np.arange(len(rows))
+    known = np.nan_to_num(rows)
+    return leaves_list(linkage(known, "average")) if len(rows) > 2 else np.arange(len(rows))
