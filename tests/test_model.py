@@ -339,12 +339,11 @@ def _stage(fitted):
 
 
 @pytest.mark.parametrize("helps", [True, False])
-def test_the_gate_opens_only_where_the_network_helps_on_five_units(model, monkeypatch, helps):
+def test_the_gate_opens_only_where_the_network_helps_on_five_units(model, helps):
     stage = _stage(model)
     truth = stage.outside.effect["mean_log1p"]
     network = truth if helps else truth + 9
-    monkeypatch.setattr(stage, "_networks", lambda scale: network)
-    gates = stage.gates()
+    gates = stage.gates(network)
     assert gates
     regimes = {}
     for (_, p), regime in zip(
@@ -374,21 +373,22 @@ def test_the_gate_is_judged_by_controls_that_the_network_has_not_seen(model):
         np.testing.assert_array_equal(outside[context], halves[1])
 
 
-def test_the_gate_does_not_count_targeted_genes(model, monkeypatch):
+def test_the_gate_does_not_count_targeted_genes(model):
     stage = _stage(model)
     network = stage.predicted["mean_log1p"].mean.copy()
     for i, (_, p) in enumerate(stage.outside.rows):
         network[i, np.isin(model.genes, p.targets)] += 100
-    monkeypatch.setattr(stage, "_networks", lambda scale: network)
-    for gate in stage.gates().values():
+    for gate in stage.gates(network).values():
         assert gate["error_network"] == pytest.approx(gate["error_anchor"])
 
 
 def test_the_gate_knows_no_library_sizes_of_held_out_cells(simulated, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        _ActionStage, "gates", lambda self: seen.append(dict(self.model.library_shifts_)) or {}
-    )
+        _ActionStage, "gates",
+        lambda self, network: seen.append(dict(self.model.library_shifts_)) or {},
+    )  # fmt: skip
+    monkeypatch.setattr(_ActionStage, "errors", lambda *arguments: None)
     fitted = train_quickly(simulated, train={"max_epochs": 1})
     holdout, _ = fitted._hold_out(fitted._training_cells())
     assert holdout.kind == "perturbations"
