@@ -354,26 +354,45 @@ def test_a_library_size_of_the_whole_cell_is_proposed(cells, column):
         ("guide", lambda o: o["guide"].to_numpy()[::-1]),
         ("line", lambda o: o["line"].to_numpy()[::-1]),
         ("total", lambda o: o["total"] + 1),
+        ("dose", lambda o: o["dose"] * 1000),
         ("guide", None),
+        ("dose", None),
     ],
 )
 def test_columns_that_were_changed_after_set_up_are_refused(screen, column, change):
     adata = relabelled(screen, line=np.arange(400) // 2 % 2)
     adata.obs["guide"] = adata.obs["perturbation"]
     adata.obs["total"] = np.asarray(adata.X.sum(1)).ravel() * 2
-    fitted = quick(adata, perturbation_key="guide", context_key="line", library_size_key="total")
+    adata.obs["dose"] = 0.5
+    fitted = quick(
+        adata, perturbation_key="guide", context_key="line", library_size_key="total",
+        dosage_key="dose",
+    )  # fmt: skip
+    fitted.adata.obs["line"] = fitted.adata.obs["line"].astype(float)  # the same values
+    assert len(fitted._attached_cells()) == 400
     if change is None:
         del fitted.adata.obs[column]
     else:
         fitted.adata.obs[column] = change(fitted.adata.obs)
     with pytest.raises(ValueError, match=rf"obs\['{column}'\] was changed or removed"):
-        fitted.predict_perturbation(None, "A")
+        fitted.predict_perturbation(None, "A@0.5")
 
 
 def test_counts_that_were_dealt_out_to_other_cells_are_refused(screen):
     fitted = quick(screen)
     fitted.adata.X = fitted.adata.X[::-1].copy()
     with pytest.raises(ValueError, match="X was changed"):
+        fitted.get_latent_representation()
+
+
+@pytest.mark.parametrize("change", ["order", "names"])
+def test_genes_that_were_changed_after_set_up_are_refused(screen, change):
+    fitted = quick(screen)
+    if change == "order":
+        fitted.adata._inplace_subset_var(np.arange(30)[::-1])
+    else:
+        fitted.adata.var_names = [f"other{i}" for i in range(30)]
+    with pytest.raises(ValueError, match="genes of the AnnData were changed"):
         fitted.get_latent_representation()
 
 
@@ -430,6 +449,8 @@ def test_a_model_is_loaded_with_batches_and_labels_that_are_new(screen, tmp_path
     assert again.n_batches == 2
     assert "E" not in again.vocabulary.perturbed
     assert again.predict_perturbation(None, "B").n_obs == again.control_cells().n_obs
+    with pytest.raises(gpjepa.perturbations.UnknownTargetError, match="'E'"):
+        again.train(max_epochs=1)
 
 
 def test_contexts_may_come_in_any_sequence(screen):

@@ -71,7 +71,7 @@ def check_columns(adata: AnnData, columns: Mapping[str, Any]) -> None:
 
 
 def count_sums(matrix: Any) -> tuple[float, ...]:
-    """Number of values that are not 0, sum, sum of squares, and sum weighted by the cell's place.
+    """Number of values that are not 0, sum, sum of squares, and sums weighted by place.
 
     Exact for counts. Any normalisation changes them, other types and formats do not.
     """
@@ -81,9 +81,11 @@ def count_sums(matrix: Any) -> tuple[float, ...]:
     for start in range(0, values.size, _CHUNK):
         part = values[start : start + _CHUNK].astype(float)
         sums += np.count_nonzero(part), part.sum(), part @ part
-    total = np.asarray(matrix.sum(1), float).ravel()
-    by_place = float(total @ np.arange(1, len(total) + 1))
-    return (*sums.tolist(), by_place)
+    by_place = []
+    for axis in (0, 1):
+        total = np.asarray(matrix.sum(axis), float).ravel()
+        by_place.append(float(total @ np.arange(1, len(total) + 1)))
+    return (*sums.tolist(), *by_place)
 
 
 def same_values(adata: AnnData, layer: str | None) -> bool:

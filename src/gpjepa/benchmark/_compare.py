@@ -12,7 +12,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from gpjepa._checks import check_anndata, check_columns, text_of
+from gpjepa._checks import check_anndata, check_columns, check_layer, text_of
 from gpjepa.effects import (
     Additive,
     EffectTable,
@@ -146,7 +146,9 @@ def compare(
     setup = setup or {}
     if isinstance(hold_out, str):
         raise TypeError(f"hold_out={hold_out!r} is one label; give a list of labels.")
+    hold_out = None if hold_out is None else list(hold_out)
     check_anndata(adata)
+    check_layer(adata, setup.get("layer"))
     adata, labels, contexts, reader, said = _labels(adata, setup)
     setup = {**setup, "targets": sorted(reader.declared)}  # also those that only test cells have
     test = _held_out(labels, contexts, reader, hold_out, hold_out_context, said)
@@ -190,6 +192,8 @@ def _labels(
 ) -> tuple[ad.AnnData, list[Perturbation], list[str], LabelReader, dict[Perturbation, str]]:
     """The cells that can be used, their perturbations and contexts, and what reads and says them."""
     key, context = setup.get("perturbation_key", "perturbation"), setup.get("context_key")
+    if key is None:
+        raise ValueError("A comparison needs perturbations: perturbation_key=None has none.")
     dosage = setup.get("dosage_key")
     check_columns(adata, {"perturbation_key": key, "context_key": context, "dosage_key": dosage})
     reader = LabelReader.from_setup(setup).checked(adata.obs[key], genes=adata.var_names)
@@ -214,7 +218,7 @@ def _held_out(
         raise ValueError("Say what to hold out: either perturbations or one context.")
     perturbed = np.array([not p.is_control for p in labels])
     if context is not None:
-        test = perturbed & np.array([c == context for c in contexts])
+        test = perturbed & np.array([c == str(context) for c in contexts])
         if not test.any():
             raise ValueError(
                 f"No perturbed cells in context {context!r}; contexts are {sorted(set(contexts))}."

@@ -211,6 +211,9 @@ def _translated(text: str) -> str:
 
     def option(match: re.Match[str]) -> str:
         bare = f"--{match[1].replace('_', '-')}"
+        if match[2].startswith("re.compile("):
+            pattern = match[2].removeprefix("re.compile(").removesuffix(")")
+            return f"{bare}-pattern {pattern.removeprefix('r')}"
         try:
             value = ast.literal_eval(match[2])
         except (ValueError, SyntaxError):
@@ -220,7 +223,11 @@ def _translated(text: str) -> str:
         whole = isinstance(value, bool) or value in (Ellipsis, [Ellipsis])
         return bare if whole else " ".join(_options(match[1], value))
 
-    value = r"\[[^\]]*\]|'[^']*'|\"[^\"]*\"|\.\.\.|-?\d+(?:\.\d+)?|None|True|"
+    quoted = r"'[^']*'|\"[^\"]*\""
+    value = (
+        rf"\[(?:{quoted}|[^\]'\"])*\]|{quoted}|re\.compile\(r?(?:{quoted})\)|\.\.\.|"
+        r"-?\d+(?:\.\d+)?|None|True|(?=[\s.,;:)]|$)"
+    )
     text = re.sub(rf"(?<!-)\b({names})=({value})", option, text)
     return re.sub(r"call with (?=--)", "add ", text)
 

@@ -32,7 +32,7 @@ LIBRARY_KEY = "library_size"
 DATASET_KEY = "dataset"
 MEASURED = "measured"
 """Where ``varm`` says which data set measured which gene."""
-N_KNOWN, HASH = "n_known", "hash"
+N_KNOWN, HASH, DOSE_HASH = "n_known", "hash", "dose_hash"
 NO_VALUE = -1
 """Code of a cell without a perturbation."""
 _SHARED = (
@@ -72,6 +72,12 @@ class CountsField(LayerField):
 
     def check_unchanged(self, adata: AnnData, state_registry: dict) -> None:
         """Refuse counts that were normalised or replaced since they were registered."""
+        names = np.asarray(state_registry[self.COLUMN_NAMES_KEY])
+        if not np.array_equal(adata.var_names.to_numpy().astype(str), names.astype(str)):
+            raise ValueError(
+                "The genes of the AnnData were changed, renamed or put in another order after "
+                "setup_anndata. Put them back, or call setup_anndata and create a new model."
+            )
         registered = state_registry.get(self.SUMS)  # models of older versions have none
         if registered is None or count_sums(self.get_field_data(adata)) == tuple(registered):
             return
@@ -87,7 +93,7 @@ class CountsField(LayerField):
 def _hash(column: pd.Series) -> str:
     """Tells whether a column was changed; depends on the order of cells."""
     place = np.arange(1, len(column) + 1, dtype=np.uint64)
-    text = column.astype(object).astype(str).to_numpy(dtype=object)
+    text = text_of(column).to_numpy(dtype=object)
     return hex(int((pd.util.hash_array(text) * place).sum(dtype=np.uint64)))
 
 
@@ -251,6 +257,8 @@ class PerturbationField(_CodesField):
     def register_field(self, adata: AnnData) -> dict:
         """Also what the data call each perturbation, and names that hold the separator."""
         state = super().register_field(adata)
+        if self.dosage_key is not None:
+            state[DOSE_HASH] = _hash(adata.obs[self.dosage_key])
         said = self.reader.spellings(self._column(adata), self._doses(adata))
         return {
             **state,
@@ -262,7 +270,16 @@ class PerturbationField(_CodesField):
         """As training read them, with what training called them."""
         kept = {k: state_registry[k] for k in ("spelling", "targets") if k in state_registry}
         self.reader = replace(self.reader, targets=kept.get("targets", ()))
-        return {**super().transfer_field(state_registry, adata_target, **kwargs), **kept}
+        state = super().transfer_field(state_registry, adata_target, **kwargs)
+        if self.dosage_key in adata_target.obs:
+            kept[DOSE_HASH] = _hash(adata_target.obs[self.dosage_key])
+        return {**state, **kept}
+
+    def check_unchanged(self, adata: AnnData, state_registry: dict) -> None:
+        """Refuse labels or doses that were changed since they were registered."""
+        super().check_unchanged(adata, state_registry)
+        if self.dosage_key is not None:
+            _check_column(adata, self.dosage_key, {HASH: state_registry.get(DOSE_HASH)})
 
     def _describe(self, value: Perturbation) -> tuple:
         return (value.targets, value.doses)

@@ -524,7 +524,7 @@ class Predicting(Embedding):
         perturbations = self.anchor.effects_.perturbations
         embedding = self._action(perturbations).cpu().numpy()
         said = self._spellings()
-        return pd.DataFrame(embedding, index=[said[p] for p in perturbations])
+        return pd.DataFrame(embedding, index=[said.get(p, str(p)) for p in perturbations])
 
 
 def _check_gate(gate: Gate) -> None:

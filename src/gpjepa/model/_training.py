@@ -168,6 +168,8 @@ class Trainable(Predicting):
                 "trained on. Save this model, and start from it with one data set: "
                 "GPJEPA(adata, pretrained=PATH)."
             )
+        for perturbation in set(cells.each_perturbation):  # data that were loaded may hold new ones
+            self.vocabulary.check(perturbation)
         trainer_kwargs |= {"accelerator": accelerator, "devices": devices}
         shown = trainer_kwargs.get("enable_progress_bar", True)
         holdout, out = self._hold_out(cells)

@@ -29,6 +29,7 @@ _CONTROL = re.compile(
     r"vehicle|dmso(tf)?|pbs|unperturbed|untreated|untransduced|wt|wildtype|none|aavs1|rosa26|e?gfp|"
     r"lacz|luciferase|emptyvector|nosite)"
 )
+_GENES_WITH_A_NUMBER = {"wt", "nc", "neg", "gfp", "egfp", "safe"}  # WT1
 _NUMBERED = re.compile(r"(.*?)([\s_.#-]*(?:sg|g|guide|sgrna|grna)?)(\d+)")
 _SEPARATORS = ("__", "+", "＋", "_", ";", "|", ",", "&", "/", ":", "-", " ")
 _ALWAYS = {"＋", ";", "|", "&"}
@@ -40,7 +41,7 @@ _GUIDES = (
     r"[_-](sg|g|guide|sgRNA|gRNA)[_-]?\d+$", r"g\d+$", r"_\d{1,5}$", r"-\d{1,5}$", r"\.\d{1,2}$",
     r"#\d+$", r" \d{1,2}$",
 )  # fmt: skip
-_NUMBER = r"(?P<dose>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+_NUMBER = r"(?P<dose>\d+(?:[.,]\d+)?(?:[eE][-+]?\d+)?)"
 _UNIT = r"(?P<unit>[pnuµμm][Mg](?:/m[lL])?)"
 _DOSES = (
     rf"[_ @-]{_NUMBER} ?{_UNIT}$",
@@ -174,6 +175,8 @@ def _control_guide(name: str) -> re.Pattern[str] | None:
     match = _NUMBERED.fullmatch(name)
     if match is None or not control_like(match[1]) or control_like(name):
         return None
+    if not match[2] and _plain(match[1]) in _GENES_WITH_A_NUMBER:
+        return None
     return re.compile(
         "".join(re.escape(m).replace(r"\-", "-") for m in match.groups()[:2]) + r"\d+"
     )
@@ -233,7 +236,7 @@ def _doses_inside(labels: Labels) -> Finding | None:
         f"{_n(found, 'name')} with a dose inside, such as {min(found)!r}: each dose would be a "
         "target of its own. To read doses (in micromolar or micrograms, where units are given),",
         {"dose_pattern": pattern},
-        "Doses in a column of obs are read by dosage_key. If these are names, declare them with "
+        "Doses in a column of obs are read by dosage_key=. If these are names, declare them with "
         f"targets={_some(found)}.",
     )  # fmt: skip
 
@@ -241,16 +244,17 @@ def _doses_inside(labels: Labels) -> Finding | None:
 def _bare_doses(pattern: str, names: set[str]) -> list[str]:
     """Names that end in numbers that do not count guides: decimals, or steps such as 10, 100."""
     found = {n: m for n in names if (m := re.search(pattern, n)) and m.start()}
-    bases: dict[str, set[float]] = defaultdict(set)
+    bases: dict[str, set[str]] = defaultdict(set)
     for name, match in found.items():
-        bases[name[: match.start()]].add(float(match["dose"]))
-    values = {v for of in bases.values() for v in of}
+        bases[name[: match.start()]].add(match["dose"])
+    counts = Counter(v for of in bases.values() for v in of)
+    decimals = any("." in v or "," in v for v in counts)
+    steps = max((float(v) for v in counts if v.isdecimal()), default=0) > 20 and len(counts) <= 12
+    # Doses are shared by compounds; numbers of compounds are not.
+    shared = 2 * sum(n > 1 for n in counts.values()) >= len(counts) > 1
     several = sum(len(of) > 1 for of in bases.values())
-    steps = any("." in m["dose"] for m in found.values()) or (
-        len(values) <= 12 and max(values, default=0) > 20
-    )
     alike = 2 * len(found) >= len(names) and len(found) > 1 and 2 * several >= len(bases)
-    return [*found] if steps and alike else []
+    return [*found] if alike and (decimals or (steps and shared)) else []
 
 
 def _twice(labels: Labels) -> Finding | None:
@@ -310,16 +314,17 @@ def _is_guide(suffix: str, names: set[str], labels: Labels) -> bool:
     found = sum(map(len, bases.values()))
     if not found or 2 * found < len(others):
         return False
-    known = sum(b in labels.genes or b in labels.alone - names for b in bases)
-    # Guides are numbered anew for every target: ABT-737 and NKX2-1 are names.
-    anew = sum(len(of) > 1 and max(of) - min(of) == len(of) - 1 and min(of) <= 1
-               for of in bases.values())  # fmt: skip
-    explicit = suffix == _GUIDES[0]
     if suffix == r"g\d+$" and not all(b.isupper() or b[-1:].isdigit() for b in bases):
         return False  # Atg5 and Atg7 are genes
-    if explicit or suffix in (r"g\d+$", r"_\d{1,5}$", r"#\d+$"):
-        return 2 * known >= len(bases) or 2 * anew >= len(bases)
-    return 2 * known >= len(bases) or (len(bases) > 2 and 3 * anew >= 2 * len(bases))
+    known = sum(b in labels.genes or b in labels.alone - names for b in bases)
+    if suffix == _GUIDES[0] or 2 * known >= len(bases):
+        return True
+    if suffix not in (r"g\d+$", r"_\d{1,5}$", r"#\d+$"):
+        return False  # IL-2 and NKX2-1 are names
+    # Guides are numbered anew for every target, and their controls as they are.
+    anew = sum(len(of) > 1 and max(of) <= 12 for of in bases.values())
+    controls = any((m := re.search(suffix, n)) and control_like(n[: m.start()]) for n in names)
+    return len(bases) > 1 and (2 * anew >= len(bases) or (controls and found == len(others)))
 
 
 def _undeclared_control_parts(labels: Labels) -> Finding | None:
@@ -327,13 +332,15 @@ def _undeclared_control_parts(labels: Labels) -> Finding | None:
     strings: set[str] = set()
     patterns: dict[str, re.Pattern[str]] = {}
     seen: set[str] = set()
+    others: set[str] = set()
     for label, names in labels.parts.items():
         for name in names:
-            if labels.reader.is_control(name):
+            if labels.reader.is_control(name) or name in labels.genes | labels.reader.declared:
                 continue
             guide = _control_guide(name)
             if guide is not None:
                 patterns[guide.pattern] = guide
+                others.add(name)
                 seen.add(label)
             elif control_like(name) and len(names) > 1:
                 strings.add(name)
@@ -344,7 +351,7 @@ def _undeclared_control_parts(labels: Labels) -> Finding | None:
         f"{_n(seen, 'label')} with controls that were not declared, such as {min(seen)!r}. "
         "To read them as control,",
         {"control": [*_present(labels), *sorted(strings), *patterns.values()]},
-        f"If they are targets, declare them with targets={_some([*strings] or sorted(seen))}.",
+        f"If they are targets, declare them with targets={_some(strings | others)}.",
     )  # fmt: skip
 
 
@@ -364,7 +371,8 @@ def _other_separator(labels: Labels) -> Finding | None:
         split = {n: [_bare(p.strip()) for p in n.split(other)] for n in sorted(singles)}
         counts = Counter(p for parts in split.values() for p in set(parts))
         often = {p for p, n in counts.items() if n > 1} if other in _ALWAYS else set()
-        hits = [n for n, parts in split.items() if _joins(parts, alone, often, labels)]
+        hits = [n for n, parts in split.items() if _joins(parts, alone, often, labels)
+                or _two_guides(n.split(other), parts)]  # fmt: skip
         if not hits:
             continue
         found = {p for n in hits for p in split[n] if not labels.reader.is_control(p)}
@@ -394,7 +402,21 @@ def _joins(parts: list[str], alone: set[str], often: set[str], labels: Labels) -
     ):
         return True
     guide = re.fullmatch(r"(sg|g|guide|sgRNA|gRNA)?[_-]?\d+", rest[0])
-    return len(parts) == 2 and len(control) == 1 and guide is None and rest[0][0].isalpha()
+    if len(parts) != 2 or len(control) != 1 or guide or not rest[0][0].isalpha():
+        return False
+    # The control stands alone somewhere, or numbered: NTC_ACGT is a guide.
+    return control[0] in labels.kept or _control_guide(control[0]) is not None
+
+
+def _two_guides(pieces: list[str], parts: list[str]) -> bool:
+    """``KLF1_1|KLF1_2``: two guides of one target."""
+    pieces = [p.strip() for p in pieces]
+    return (
+        len(parts) > 1
+        and len(set(parts)) == 1
+        and len(set(pieces)) > 1
+        and bool(all(piece.startswith(parts[0]) for piece in pieces) and len(parts[0]) > 1)
+    )
 
 
 def _is_short_control(name: str) -> bool:
@@ -405,6 +427,7 @@ def _no_control(labels: Labels) -> Finding | None:
     if not labels.need_control or any(labels.reader.is_control(u) for u in labels.kept):
         return None
     names = sorted({names[0] for names in labels.parts.values() if len(names) == 1})
+    names = [n for n in names if n not in labels.genes]
     likely = [n for n in names if control_like(n)]
     guides = {g.pattern: g for n in names if (g := _control_guide(n))}
     shown = ", ".join(map(repr, labels.kept[:8])) + (" ..." if len(labels.kept) > 8 else "")
@@ -447,6 +470,7 @@ def _cut_names(labels: Labels) -> Finding | None:
 def _other_controls(labels: Labels) -> Finding | None:
     found = [u for u in labels.kept
              if len(labels.parts[u]) == 1 and control_like(labels.parts[u][0])
+             and (u not in labels.genes or u in ("AAVS1", "GFP", "LacZ"))
              and not labels.reader.is_control(u)]  # fmt: skip
     if not found:
         return None

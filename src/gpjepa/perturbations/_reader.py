@@ -306,9 +306,11 @@ class LabelReader:
         """
         from ._kinds import check_labels
 
-        counts = Counter(label for label in _text(labels) if isinstance(label, str))
+        values = _text(labels)
+        counts = Counter(label for label in values if isinstance(label, str))
         if not counts:
             return self  # perturbations, not labels
+        need_control &= Perturbation() not in values
         names = check_labels(
             self, str(labels.name), counts, frozenset(map(str, genes)), need_control
         )
