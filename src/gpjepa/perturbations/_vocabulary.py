@@ -52,6 +52,6 @@ class Vocabulary:
         raise UnknownTargetError(
             f"Unknown target {', '.join(said)} in {str(perturbation)!r}. Known are the "
             f"{len(self.perturbed)} targets perturbed in training and "
-            f"{len(self) - len(self.perturbed)} measured genes and targets with features. A name that is right all the same: "
-            "GPJEPA(adata, targets=[...])."
+            f"{len(self) - len(self.perturbed)} measured genes and targets with "
+            "features. If the name is correct, declare it: GPJEPA(adata, targets=[...])."
         )
