@@ -102,15 +102,24 @@ def _from_pertpy(name: str) -> ad.AnnData:
     return adata
 
 
+def _pertpy_logger() -> logging.Logger:
+    try:
+        from lamin_utils import logger  # pertpy before 1.4, that is on Python 3.11
+
+        return logger
+    except ImportError:
+        return logging.getLogger("pertpy.data")
+
+
 @contextmanager
 def _told_once(name: str) -> Iterator[None]:
     """One sentence when a download fails, in the place of a line for every try."""
     import scanpy as sc
-    from lamin_utils import logger
     from requests.exceptions import RequestException
 
+    logger = _pertpy_logger()  # it writes a line for each of its tries
     level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)  # pertpy tells each of its tries
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     except RequestException as error:
