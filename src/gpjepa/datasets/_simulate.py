@@ -400,6 +400,7 @@ def _draw_cells(
         chunks.append(_negative_binomial(rng, mean, s.inverse_dispersion))
         efficiencies.append(active.sum(1) / np.maximum(member[which[cells]].sum(1), 1))
     counts = sp.vstack(chunks, format="csr")
+    del chunks  # or the counts would be in memory three times below
     obs = pd.DataFrame(
         {
             "perturbation": pd.Categorical.from_codes(which, labels),
