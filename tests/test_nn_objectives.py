@@ -286,7 +286,7 @@ def test_action_embedding_is_a_set_function_with_doses():
     a = encoder(torch.tensor([[0, -1]]), doses)
     torch.testing.assert_close(a, encoder(torch.tensor([[0]]), doses[:, :1]))
     assert not torch.allclose(a, encoder(torch.tensor([[0, -1]]), 3 * doses))
-    # Unperturbed targets 3 and 4 are told apart by their features alone.
+    # Unperturbed targets 3 and 4 differ in their features alone.
     assert not torch.allclose(encoder(torch.tensor([[3]]), doses[:, :1]),
                               encoder(torch.tensor([[4]]), doses[:, :1]))  # fmt: skip
 

@@ -50,7 +50,7 @@ def unchanged_on_error(adata: AnnData) -> Iterator[None]:
     obs, uns = adata.obs.copy(), dict(adata.uns)
     try:
         yield
-    except Exception:
+    except Exception:  # whatever it was: it is raised again
         adata.obs = obs
         adata.uns = uns
         raise

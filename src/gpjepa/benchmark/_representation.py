@@ -11,7 +11,7 @@ from ._scoring import Scoring
 from ._tasks import SCALE
 
 N_NEIGHBOURS, N_NEIGHBOURS_OF = 10, 100  # neighbours, and cells of a perturbation at most
-N_TYPED = 2_000  # cells whose types are told apart, at most
+N_TYPED = 2_000  # cells on which cell types are compared, at most
 MIN_PROBE = 5  # training rows that a probe learns from
 
 
