@@ -1,6 +1,7 @@
 """Records what our side writes for a published method and what the method answers.
 
-Usage: ``python tests/exchanges/record.py NAME PYTHON``, with the interpreter of its environment.
+Usage: ``python tests/exchanges/record.py NAME [PYTHON]``, with the interpreter of an environment that
+is there, or without for ``uv`` to make it.
 The tests replay it, so that the adapter is exercised where the method cannot be installed. Networks
 are tiny and hardly trained: what is recorded is the form of the answers, not how good they are.
 """
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import gpjepa
 from gpjepa import splits
-from gpjepa.benchmark import PEERS, Task, standard_cells
-from gpjepa.benchmark._peers import FOLDER, Peer
-from gpjepa.benchmark._tasks import measured_rows
+from gpjepa.benchmark import Task, standard_cells
+from gpjepa.benchmark.methods import Peer
+from gpjepa.benchmark.tasks import measured_rows
 
 HERE = Path(__file__).parent
+PEERS = HERE.parents[1] / "peers"
 FILES = ("task.json", "wanted.json", "prediction.h5ad")
 SHARED = ("train.h5ad", "control.h5ad")  # the same for every method
 OPTIONS = {
@@ -54,14 +56,15 @@ def exchange_task() -> Task:
     return Task.of(cells, splits.doubles(measured_rows(cells), seed=0))
 
 
-def record(name: str, python: Path) -> None:
-    task, script = exchange_task(), FOLDER / f"run_{PEERS[name].script}.py"
+def record(name: str, python: Path | None) -> None:
+    task, script = exchange_task(), PEERS / f"run_{name.lower()}.py"
     options = dict(OPTIONS[name])
     with tempfile.TemporaryDirectory() as weights:
         if "weights" in options:
-            subprocess.run([python, "-c", WEIGHTS, weights, *task.genes], cwd=FOLDER, check=True)
+            assert python is not None, "random weights are made with the interpreter of scGPT"
+            subprocess.run([python, "-c", WEIGHTS, weights, *task.genes], cwd=PEERS, check=True)
             options["weights"] = weights
-        _record(name, task, Peer(script, python, 0, options))
+        _record(name, task, Peer(script, options=options, python=python))
     text = (HERE / name / "task.json").read_text()
     (HERE / name / "task.json").write_text(text.replace(weights, "weights"))
 
@@ -83,4 +86,4 @@ def _record(name: str, task: Task, peer: Peer) -> None:
 
 
 if __name__ == "__main__":
-    record(sys.argv[1], Path(sys.argv[2]).absolute())
+    record(sys.argv[1], Path(sys.argv[2]).absolute() if len(sys.argv) > 2 else None)

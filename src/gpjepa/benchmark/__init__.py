@@ -2,14 +2,12 @@
 
 from ._compare import COMPARED, Comparison, compare
 from ._config import BenchmarkConfig, presets
-from ._measures import energy_distance_unbiased, risk_coverage
-from ._methods import METHODS, NEGATIVE, ORACLES, Method
-from ._metrics import INTERVALS, METRICS, Metric, score
-from ._peers import PEERS, make_environment
-from ._runner import BenchmarkResult, run
-from ._scoring import Prediction, Scoring
-from ._summary import calibration, summarise, verdicts
-from ._tasks import CellSet, Task, Truth, moved, standard_cells
+from ._result import BenchmarkResult
+from ._runner import run
+from ._statistics import calibration, risk_coverage, summarise, verdicts
+from .methods import METHODS, NEGATIVE, ORACLES, Method, Prediction
+from .metrics import INTERVALS, METRICS, Metric, Scoring, energy_distance_unbiased, score
+from .tasks import CellSet, Task, Truth, calibrated, standard_cells
 
 __all__ = [
     "COMPARED",
@@ -18,7 +16,6 @@ __all__ = [
     "METRICS",
     "NEGATIVE",
     "ORACLES",
-    "PEERS",
     "BenchmarkConfig",
     "BenchmarkResult",
     "CellSet",
@@ -29,11 +26,10 @@ __all__ = [
     "Scoring",
     "Task",
     "Truth",
+    "calibrated",
     "calibration",
     "compare",
     "energy_distance_unbiased",
-    "make_environment",
-    "moved",
     "presets",
     "risk_coverage",
     "run",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,25 +10,18 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from gpjepa._checks import check_anndata, check_columns, check_layer, text_of
-from gpjepa.effects import (
-    Additive,
-    EffectTable,
-    MeanEffect,
-    NoChange,
-    Scale,
-    effect_table,
-    noise_corrected_error,
-)
-from gpjepa.perturbations import LabelReader, LabelWarning, Perturbation
+from gpjepa.perturbations import LabelReader, Perturbation
+from gpjepa.splits import Row, Split
 
-from ._measures import correlation, r2_top
+from .methods import METHODS, Prediction, make_method, oracle, predict_rows
+from .metrics import Scoring, score
+from .tasks import MIN_CELLS, Task, measured_rows, standard_cells
 
 if TYPE_CHECKING:
     from gpjepa.model import GPJEPA
 
-REPLICATE = "replicate"
-MODEL = "GP-JEPA"
+MODEL, REPLICATE = "GP-JEPA", "replicate"
+BASELINES = ("additive", "mean", "no change")
 COMPARED = ("pearson_delta", "r2_top20")
 """Metrics beside the squared error; their declarations are in ``METRICS``."""
 
@@ -46,7 +37,8 @@ class Comparison:
     predicted
         Predicted cells of the held-out perturbations.
     scores
-        One row per method × context × held-out perturbation, with every metric.
+        One row per method × context × held-out perturbation, with every metric: the mean over both
+        halves of the held-out cells.
     effects
         Per method, predicted effects, shape (n_rows, n_genes); ``"measured"`` is the truth.
     sd
@@ -109,9 +101,8 @@ def compare(
 ) -> Comparison:
     """Train without some perturbations, predict them, and set simple baselines beside it.
 
-    Control cells are split in half: training sees one half, what was measured is a difference
-    from the other, so that no method is rewarded for knowing the noise of the controls. Targeted
-    genes are left out of the scores.
+    One split of the benchmark, with its protocol: half of the control cells are for training, a
+    quarter for each half of the held-out cells, and targeted genes do not count.
 
     Parameters
     ----------
@@ -137,189 +128,114 @@ def compare(
     Raises
     ------
     ValueError
-        If a label or the context does not occur, or nothing is left to train on.
+        If a label or the context does not occur, too few cells are held out, or nothing is left to
+        train on.
     """
-    import scvi
-
-    from gpjepa.model import GPJEPA
-
     setup = setup or {}
     if isinstance(hold_out, str):
         raise TypeError(f"hold_out={hold_out!r} is one label; give a list of labels.")
-    hold_out = None if hold_out is None else list(hold_out)
-    check_anndata(adata)
-    check_layer(adata, setup.get("layer"))
-    adata, labels, contexts, reader, said = _labels(adata, setup)
-    setup = {**setup, "targets": sorted(reader.declared)}  # also those that only test cells have
-    test = _held_out(labels, contexts, reader, hold_out, hold_out_context, said)
-    rng = np.random.default_rng(seed)
-    kept, other = _control_halves(labels, contexts, rng)
-    scvi.settings.seed = seed
-    trained = adata[~test & ~other].copy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LabelWarning)  # the whole data were warned of
-        GPJEPA.setup_anndata(trained, **setup)
-    fitted = GPJEPA(trained, **(model or {}))
-    wanted = sorted({labels[i] for i in np.flatnonzero(test)})
-    for perturbation in wanted:
-        fitted.vocabulary.check(perturbation)
-    alone = {p.targets[0] for p, out in zip(labels, test, strict=True)
-             if len(p.targets) == 1 and not out}  # fmt: skip
-    fitted.new_anchor().check(wanted, alone)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        fitted.train(**(train or {}))
-
-    held_contexts = sorted({contexts[i] for i in np.flatnonzero(test)})
-    cells = adata[test | other].copy()
-    measured = _table(fitted, cells)
-    keep = np.array([(c in held_contexts and p in set(wanted)) for c, p in measured.rows])
-    measured = measured.subset(keep)
-    effects, sd = _predictions(fitted, measured)
-    effects[REPLICATE], replicate = _replicate(fitted, cells, measured, rng)
-    predicted = fitted.predict_perturbation(
-        adata[kept].copy(), [said[p] for p in wanted], context=held_contexts, seed=seed
-    )
-    return Comparison(
-        fitted, predicted, _scores(fitted, effects, measured, replicate, said),
-        {**effects, "measured": measured.effect["mean_log1p"]}, sd,
-        [(c, said[p]) for c, p in measured.rows], fitted.genes,
-    )  # fmt: skip
-
-
-def _labels(
-    adata: ad.AnnData, setup: dict
-) -> tuple[ad.AnnData, list[Perturbation], list[str], LabelReader, dict[Perturbation, str]]:
-    """The cells that can be used, their perturbations and contexts, and what reads and says them."""
-    key, context = setup.get("perturbation_key", "perturbation"), setup.get("context_key")
-    if key is None:
+    if setup.get("perturbation_key", "perturbation") is None:
         raise ValueError("A comparison needs perturbations: perturbation_key=None has none.")
-    dosage = setup.get("dosage_key")
-    check_columns(adata, {"perturbation_key": key, "context_key": context, "dosage_key": dosage})
-    reader = LabelReader.from_setup(setup).checked(adata.obs[key], genes=adata.var_names)
-    read = reader.read_cells(adata.obs[key], None if dosage is None else adata.obs[dosage])
-    use = np.array([p is not None for p in read])
-    if setup.get("library_size_key") is None:
-        layer = setup.get("layer") or ("counts" if "counts" in adata.layers else None)
-        total = np.asarray((adata.X if layer is None else adata.layers[layer]).sum(1)).ravel()
-        use &= total > 0  # as set-up does, which tells of them
-    said = reader.spellings(adata.obs[key], None if dosage is None else adata.obs[dosage])
-    adata = adata if use.all() else adata[use]
-    labels = [p for p, keep in zip(read, use, strict=True) if p is not None and keep]
-    contexts = ["all"] * adata.n_obs if context is None else text_of(adata.obs[context]).tolist()
-    return adata, labels, contexts, reader, said
+    cells = standard_cells(adata, **setup)
+    task = Task.of(cells, _split(adata, cells, setup, hold_out, hold_out_context, seed))
+    _check_size(task)
+    fitted = make_method(MODEL, (), seed, {"gates": ["auto"], "model": model, "train": train})
+    fitted.fit(task.train.copy(), task.split)
+    found = {MODEL: predict_rows(fitted, task, MODEL)[MODEL]}
+    for name in BASELINES:
+        method = METHODS[name].make((), seed, {})
+        method.fit(task.train, task.split)
+        found[name] = predict_rows(method, task, name)[name]
+    halves = {name: (one, one) for name, one in found.items()}
+    halves[REPLICATE] = (oracle(REPLICATE, task, 0), oracle(REPLICATE, task, 1))
+    inner: GPJEPA = fitted.model_  # type: ignore[attr-defined]
+    predicted = inner.predict_perturbation(
+        task.control,
+        sorted({p for _, p in task.rows}),
+        context=sorted({c for c, _ in task.rows}),
+        seed=seed,
+    )
+    effects = {name: each[0].effect for name, each in halves.items()}
+    sd = found[MODEL].sd
+    assert sd is not None
+    return Comparison(
+        inner,
+        predicted,
+        _scores(task, halves),
+        {**effects, "measured": _measured(task)},
+        sd,
+        [(c, str(p)) for c, p in task.rows],
+        task.genes,
+    )
 
 
-def _held_out(
-    labels: list[Perturbation], contexts: list[str], reader: LabelReader,
-    hold_out: Sequence[str] | None, context: str | None, said: dict[Perturbation, str],
-) -> np.ndarray:  # fmt: skip
+def _split(
+    adata: ad.AnnData,
+    cells: ad.AnnData,
+    setup: dict[str, Any],
+    hold_out: Sequence[str] | None,
+    context: str | None,
+    seed: int,
+) -> Split:
+    """What is asked to be held out, as a split of the benchmark."""
     if (not hold_out) == (context is None):
         raise ValueError("Say what to hold out: either perturbations or one context.")
-    perturbed = np.array([not p.is_control for p in labels])
+    rows = list(measured_rows(cells))
     if context is not None:
-        test = perturbed & np.array([c == str(context) for c in contexts])
-        if not test.any():
-            raise ValueError(
-                f"No perturbed cells in context {context!r}; contexts are {sorted(set(contexts))}."
-            )
+        test = [r for r in rows if r[0] == str(context)]
+        if not test:
+            known = sorted(cells.obs["context"].unique())
+            raise ValueError(f"No perturbed cells in context {context!r}; contexts are {known}.")
     else:
-        by_text = {text: p for p, text in said.items()}
-        asked = {label: by_text.get(label) or reader.read(label) for label in hold_out or ()}
-        wanted = set(asked.values())
-        missing = [label for label, p in asked.items() if p not in set(labels)]
-        if missing:
-            raise ValueError(f"Cannot hold out {missing}: no cell has that perturbation.")
-        if any(p is None or p.is_control for p in wanted):
-            raise ValueError("Cannot hold out the control: every effect is measured against it.")
-        test = np.array([p in wanted for p in labels])
-    n_cells = Counter((labels[i], contexts[i]) for i in np.flatnonzero(test))
-    lone = sorted(f"{said[p]} in {c}" for (p, c), n in n_cells.items() if n < 2)
-    if lone:
-        raise ValueError(f"Cannot hold out {lone}: a single cell shows no sampling error.")
-    if not (perturbed & ~test).any():
+        wanted = _wanted(adata, setup, list(hold_out or ()), rows)
+        test = [r for r in rows if r[1] in wanted]
+    train = [r for r in rows if r not in set(test)]
+    if not train:
         raise ValueError("Nothing is left to train on: every perturbed cell is held out.")
-    return test
+    return Split("compared", "compared", tuple(train), tuple(test), seed)
 
 
-def _control_halves(
-    labels: list[Perturbation], contexts: list[str], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Masks of the control cells that training sees, and of those it does not."""
-    halves = np.zeros((2, len(labels)), bool)
-    control = np.array([p.is_control for p in labels])
-    context = np.array(contexts, dtype=object)
-    for name in sorted(set(contexts)):
-        mine = rng.permutation(np.flatnonzero(control & (context == name)))
-        if len(mine) < 4:
-            raise ValueError(f"Context {name!r} has {len(mine)} control cells; at least 4 needed.")
-        halves[0, mine[: len(mine) // 2]] = True
-        halves[1, mine[len(mine) // 2 :]] = True
-    return halves[0], halves[1]
+def _wanted(
+    adata: ad.AnnData, setup: dict[str, Any], labels: list[str], rows: list[Row]
+) -> set[Perturbation]:
+    """The perturbations of labels, as the data or we write them."""
+    column = adata.obs[setup.get("perturbation_key", "perturbation")]
+    reader = LabelReader.from_setup(setup).checked(column, genes=adata.var_names)
+    known, found = {p for _, p in rows}, {}
+    for label in labels:
+        read = reader.read(label)
+        found[label] = read if read in known or read is None else Perturbation.parse(label)
+        if found[label] is None or (read is not None and read.is_control):
+            raise ValueError("Cannot hold out the control: every effect is measured against it.")
+    missing = [label for label, p in found.items() if p not in known]
+    if missing:
+        raise ValueError(f"Cannot hold out {missing}: no cell has that perturbation.")
+    return {p for p in found.values() if p is not None}
 
 
-def _table(model: GPJEPA, cells: ad.AnnData) -> EffectTable:
-    read = model._query_cells(cells)
-    return effect_table(
-        read.counts, read.library, read.each_perturbation, read.contexts, model.genes
-    )
-
-
-def _predictions(model: GPJEPA, measured: EffectTable) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    contexts, perturbations = [c for c, _ in measured.rows], [p for _, p in measured.rows]
-    training = model.anchor.effects_
-    own = [model.predict_effects(p, c) for c, p in measured.rows]
-    effects = {MODEL: np.stack([frame["effect"].to_numpy() for frame in own])}
-    for name, baseline in (
-        ("additive", Additive()), ("mean", MeanEffect()), ("no change", NoChange())
-    ):  # fmt: skip
-        effects[name] = baseline.fit(training).predict(perturbations, contexts)
-    return effects, np.stack([frame["sd"].to_numpy() for frame in own])
-
-
-def _replicate(
-    model: GPJEPA, cells: ad.AnnData, measured: EffectTable, rng: np.random.Generator
-) -> tuple[np.ndarray, EffectTable]:
-    """Half of the held-out cells as a prediction of the other half."""
-    read = model._query_cells(cells)
-    perturbations = read.each_perturbation
-    keys = pd.Series(list(zip(read.contexts, perturbations, strict=True)))
-    order = rng.permutation(len(keys))
-    rank = keys.iloc[order].groupby(keys.iloc[order]).cumcount().sort_index().to_numpy()
-    tables = []
-    for half in (0, 1):
-        table = effect_table(
-            read.counts, read.library, perturbations, read.contexts, model.genes, rank % 2 == half
+def _check_size(task: Task) -> None:
+    if task.dropped:
+        few = [f"{p} in {c} ({n} cells)" for (c, p), n in sorted(task.dropped.items())]
+        raise ValueError(
+            f"Cannot hold out {few}: at least {MIN_CELLS} cells are needed, as each half of them "
+            "is held against a prediction."
         )
-        where = {row: i for i, row in enumerate(table.rows)}
-        tables.append(table.subset(np.array([where[row] for row in measured.rows])))
-    return tables[0].effect["mean_log1p"], tables[1]
 
 
-def _scores(
-    model: GPJEPA,
-    effects: dict[str, np.ndarray],
-    measured: EffectTable,
-    replicate: EffectTable,
-    said: dict[Perturbation, str],
-) -> pd.DataFrame:
-    scale: Scale = "mean_log1p"
-    rows = []
-    for method, predicted in effects.items():
-        truth = replicate if method == REPLICATE else measured
-        noise = truth.noise(scale)
-        for i, (context, perturbation) in enumerate(truth.rows):
-            scored = ~np.isin(model.genes, perturbation.targets)
-            own, true = predicted[i][scored], truth.effect[scale][i][scored]
-            sampling = noise[i][scored]
-            error = noise_corrected_error(own[None], true[None], sampling[None])
-            control = truth.control[scale][context][scored]
-            rows.append(
-                {
-                    "method": method, "context": context, "perturbation": said[perturbation],
-                    "regime": model.anchor.regime(perturbation, context),
-                    "squared_error": float(error[0]), "pearson_delta": correlation(own, true),
-                    "r2_top20": r2_top(own, true, sampling, control),
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+def _measured(task: Task) -> np.ndarray:
+    """Effects of all held-out cells: those of the two halves, weighted by their cells."""
+    n = np.stack([t.table.n_cells for t in task.truths]).astype(float)
+    return np.einsum("hr,hrg->rg", n / n.sum(0), np.stack([t.effect for t in task.truths]))
+
+
+def _scores(task: Task, halves: dict[str, tuple[Prediction, Prediction]]) -> pd.DataFrame:
+    frames = []
+    for name, each in halves.items():
+        both = [
+            score(Scoring(task, truth, predicted), ("squared_error", *COMPARED))
+            for truth, predicted in zip(task.truths, each, strict=True)
+        ]
+        about = {"method": name, "context": [c for c, _ in task.rows]}
+        about |= {"perturbation": [str(p) for _, p in task.rows], "regime": task.regimes}
+        frames.append(pd.concat([pd.DataFrame(about), (both[0] + both[1]) / 2], axis=1))
+    return pd.concat(frames, ignore_index=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,11 +15,23 @@ from gpjepa import datasets, splits
 from gpjepa.perturbations import TargetFeatures, read_gmt
 from gpjepa.splits import Manifest, Row, Split
 
-from ._methods import METHODS, ORACLES, imported
-from ._metrics import METRICS
-from ._peers import PEERS
 from ._published import NORMAN_DOUBLES, published_splits
-from ._tasks import data_hash, measured_rows, standard_cells
+from .methods import (
+    CEILING,
+    FLOOR,
+    METHODS,
+    ORACLES,
+    Isolated,
+    Peer,
+    Role,
+    check_options,
+    check_peer,
+    imported,
+    is_seeded,
+    role_of,
+)
+from .metrics import METRICS
+from .tasks import data_hash, measured_rows, standard_cells
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -95,8 +108,11 @@ class FewShot(_Strict):
     seeds: list[int] = [0]
 
     def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
-        return [s for seed in self.seeds
-                for s in splits.few_shot_context(rows, known=self.known, seed=seed)]  # fmt: skip
+        return [
+            s
+            for seed in self.seeds
+            for s in splits.few_shot_context(rows, known=self.known, seed=seed)
+        ]
 
 
 class CrossDataset(_Strict):
@@ -126,10 +142,16 @@ class Published(_Strict):
 
 
 AnySplit = Annotated[
-    UnseenSingles | GearsSimulation | Doubles | HeldOutContext | FewShot | CrossDataset
-    | OwnManifest | Published,
+    UnseenSingles
+    | GearsSimulation
+    | Doubles
+    | HeldOutContext
+    | FewShot
+    | CrossDataset
+    | OwnManifest
+    | Published,
     Field(discriminator="kind"),
-]  # fmt: skip
+]
 
 
 class Features(_Strict):
@@ -167,12 +189,16 @@ class _Cells(_Strict):
     layer: str | None = None
     perturbation_key: str = "perturbation"
     control: str | list[str] = "control"
+    control_pattern: str | None = Field(None, description="Regular expression of control labels.")
     context_key: str | None = None
+    batch_key: str | None = None
+    dosage_key: str | None = None
     library_size_key: str | None = None
     cell_type_key: str | None = Field(None, description="Column of cell types, for avg_bio.")
     separator: str | None = "+"
     strip: str | None = None
     drop: list[str] = []
+    drop_pattern: str | None = Field(None, description="Regular expression of labels to drop.")
     rename: dict[str, str] = {}
     targets: list[str] = []
     dose_pattern: str | None = None
@@ -185,9 +211,13 @@ class _Cells(_Strict):
             adata = datasets.load(str(self.source))
         if not isinstance(adata, ad.AnnData):
             raise TypeError(f"{self.source} holds {type(adata).__name__}; give an AnnData.")
-        setup = {
-            k: getattr(self, k) for k in _Cells.model_fields if k not in ("source", "simulate")
-        }
+        elsewhere = {"source", "simulate", "control_pattern", "drop_pattern"}
+        setup = {k: getattr(self, k) for k in _Cells.model_fields if k not in elsewhere}
+        for key in ("control", "drop"):
+            pattern = getattr(self, f"{key}_pattern")
+            if pattern is not None:
+                given = [setup[key]] if isinstance(setup[key], str) else setup[key]
+                setup[key] = [*given, re.compile(pattern)]
         if self.simulate is not None and setup["context_key"] is None:
             setup["context_key"] = "context" if "context" in adata.obs else None
         return standard_cells(adata, **setup)
@@ -243,6 +273,10 @@ class Data(_Cells):
         # Counts of genes that others lack are part of the library size still.
         return joined[joined.obs_names.argsort()].copy(), origin
 
+    def missing(self) -> list[Path]:
+        """Files that it names and that are not there."""
+        return sorted({p for p in _paths(self) if not p.exists()})
+
     def read_gene_sets(self) -> dict[str, set[str]] | None:
         """Genes by set, of all files; None without a file."""
         found = {f"{p.stem}: {k}": v for p in self.gene_sets for k, v in read_gmt(p).items()}
@@ -275,7 +309,8 @@ class MethodConfig(_Strict):
     name: str
     label: str | None = Field(None, description="What tables call it; its name by default.")
     options: dict[str, Any] = {}
-    python: Path | None = Field(None, description="Interpreter of a published method.")
+    script: Path | None = Field(None, description="Script of a method in its own environment.")
+    python: Path | None = Field(None, description="Interpreter for the script, instead of uv.")
     data: list[str] | None = Field(None, description="Data sets it runs on; all by default.")
     not_run: str | None = Field(None, description="Why it is left out, for the report to say.")
 
@@ -286,19 +321,50 @@ class MethodConfig(_Strict):
 
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
-        known = [*METHODS, *PEERS, *ORACLES]
+        if self.script is not None or self.not_run is not None:
+            return self
+        known = [*METHODS, *ORACLES]
         if ":" in self.name:
             imported(self.name)
         elif self.name not in known:
             raise ValueError(
-                f"{self.name!r} is not a method; known are {', '.join(known)}, and yours as "
-                "'package.module:Class'"
+                f"{self.name!r} is not a method; known are {', '.join(known)}, yours as "
+                "'package.module:Class', and others with the `script` that runs them"
             )
         return self
 
     @property
     def title(self) -> str:
         return self.label or self.name
+
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed changes it."""
+        if self.not_run is not None:
+            return False
+        return self.script is not None or is_seeded(self.name)
+
+    def start(self, features: list[TargetFeatures], seed: int) -> Isolated | Peer:
+        """The method in a process of its own."""
+        if self.script is not None:
+            return Peer(self.script, features, seed, self.options, self.python)
+        return Isolated(self.name, features, seed, self.options)
+
+    def given(self, features: list[TargetFeatures]) -> str:
+        """What it gets besides the training cells."""
+        takes = self.name not in METHODS or METHODS[self.name].takes_features
+        return ", ".join(f.name for f in features) if features and takes else "nothing else"
+
+    def problem(self) -> str | None:
+        """What keeps it from being run, as far as that can be seen before."""
+        try:
+            if self.not_run is None and self.script is not None:
+                check_peer(self.script, self.python)
+            elif self.not_run is None:
+                check_options(self.name, self.options)
+        except ValueError as error:
+            return f"{self.title}: {error}"
+        return None
 
 
 class BenchmarkConfig(_Strict):
@@ -333,10 +399,70 @@ class BenchmarkConfig(_Strict):
         if named:
             raise ValueError(f"methods: {sorted(named)} are none of the data sets")
         # What scaled values are made of is always run.
-        missing = [n for n in ("mean", "replicate") if n not in {m.name for m in self.methods}]
+        missing = [n for n in (FLOOR, CEILING) if n not in {m.name for m in self.methods}]
         if missing:
             raise ValueError(f"methods: floor and ceiling of scaled values are missing: {missing}")
         return self
+
+    def roles(self) -> dict[str, Role]:
+        """The part of each method by title; only the first mean is the floor."""
+        found: dict[str, Role] = {}
+        for method in self.methods:
+            role = "method" if method.script else role_of(method.name)
+            once = role in ("floor", "ceiling") and role in found.values()
+            found[method.title] = role if not once else "negative" if role == "floor" else "oracle"
+        return found
+
+    def on(self, data: Data) -> list[tuple[MethodConfig, int]]:
+        """The methods that run on a data set, each with its seeds: one where it has no use."""
+        mine = [m for m in self.methods if data.name in (m.data or [data.name])]
+        return [(m, s) for m in mine for s in (self.seeds if m.seeded else self.seeds[:1])]
+
+    def narrowed(
+        self, methods: Sequence[str] | None = None, n_seeds: int | None = None
+    ) -> BenchmarkConfig:
+        """The same with some of the methods, and with seeds 0, 1, ...
+
+        Parameters
+        ----------
+        methods
+            Titles of methods; floor and ceiling of scaled values always stay.
+        n_seeds
+            Number of seeds.
+
+        Raises
+        ------
+        ValueError
+            If a method is not among them.
+        """
+        unknown = sorted(set(methods or ()) - {m.title for m in self.methods})
+        if unknown:
+            known = [m.title for m in self.methods]
+            raise ValueError(f"{unknown} are none of the methods, which are {', '.join(known)}.")
+        roles = self.roles()
+        keep = [
+            m
+            for m in self.methods
+            if not methods or m.title in methods or roles[m.title] in ("floor", "ceiling")
+        ]
+        focus = self.focus if self.focus in {m.title for m in keep} else None
+        seeds = self.seeds if n_seeds is None else list(range(n_seeds))
+        return self.model_copy(update={"methods": keep, "focus": focus, "seeds": seeds})
+
+    def check(self) -> None:
+        """Find files that are missing and options that no method has, before anything is loaded.
+
+        A script that cannot be run is no error here: the report says why it was not.
+
+        Raises
+        ------
+        ValueError
+            With a line for each.
+        """
+        found = [f"{d.name}: there is no file {p}" for d in self.data for p in d.missing()]
+        found += [p for m in self.methods if m.script is None and (p := m.problem())]
+        if found:
+            raise ValueError("The benchmark cannot be run:\n" + "\n".join(f"  {x}" for x in found))
 
     @classmethod
     def read(
@@ -349,7 +475,7 @@ class BenchmarkConfig(_Strict):
         source
             The preset, file or dict.
         folder
-            Where files are that it names; by default beside it.
+            Where files are that it names, if they are not beside it.
 
         Raises
         ------
@@ -358,13 +484,14 @@ class BenchmarkConfig(_Strict):
         """
         import yaml
 
-        name = "the configuration"
+        name, folders = "the configuration", [Path(folder)] if folder is not None else []
         if isinstance(source, dict):
             content = source
         else:
             path = PRESETS / f"{source}.yaml"
             if not path.exists():
-                path, folder = Path(source), folder or Path(source).parent
+                path = Path(source)
+                folders.append(path.parent)
             if not path.is_file():
                 raise ValueError(
                     f"{source!r} is neither a file nor a preset; presets are {', '.join(presets())}."
@@ -378,9 +505,9 @@ class BenchmarkConfig(_Strict):
             config = cls.model_validate(content)
         except ValidationError as error:
             raise ValueError(f"{name} is not a benchmark:\n{_told(error)}") from error
-        if folder is None:
+        if not folders:
             return config
-        found = cls.model_validate(_anchored(content, Path(folder)))
+        found = cls.model_validate(_anchored(content, folders))
         found._given = config
         return found
 
@@ -409,7 +536,7 @@ def _told(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-_PATHS = {
+_PATHS = (
     "source",
     "path",
     "regulons",
@@ -418,16 +545,30 @@ _PATHS = {
     "blocks",
     "gene_sets",
     "python",
+    "script",
     "weights",
-}
+)
 
 
-def _anchored(value: Any, folder: Path, key: str = "") -> Any:
-    """Paths made relative to the folder of the file that holds them."""
+def _paths(value: Any) -> Iterator[Path]:
+    """All paths in a part of the configuration."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from _paths([getattr(value, name) for name in type(value).model_fields])
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _paths(part)
+
+
+def _anchored(value: Any, folders: Sequence[Path], key: str = "") -> Any:
+    """Paths made absolute: in the first of the folders that holds them."""
     if isinstance(value, dict):
-        return {k: _anchored(v, folder, k) for k, v in value.items()}
+        return {k: _anchored(v, folders, k) for k, v in value.items()}
     if isinstance(value, list):
-        return [_anchored(v, folder, key) for v in value]
-    if key in _PATHS and isinstance(value, str) and (folder / value).exists():
-        return str((folder / value).absolute())
+        return [_anchored(v, folders, key) for v in value]
+    if key in _PATHS and isinstance(value, str):
+        for folder in folders:
+            if (folder / value).exists():
+                return str((folder / value).absolute())
     return value

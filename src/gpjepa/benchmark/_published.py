@@ -11,8 +11,8 @@ import pandas as pd
 from gpjepa.perturbations import Perturbation
 from gpjepa.splits import Row, Split
 
-from ._measures import N_HIGHEST, correlation
-from ._tasks import SCALE, Task
+from .metrics import N_HIGHEST, correlation
+from .tasks import SCALE, Task
 
 KIND = "published"
 NORMAN_DOUBLES = Path(__file__).parent / "presets" / "ahlmann-eltze-2025-norman-doubles.csv"

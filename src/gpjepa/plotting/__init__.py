@@ -1,6 +1,6 @@
 """Figures over frames and arrays. Those with one panel draw into ``ax`` if it is given."""
 
-from ._benchmark import benchmark_scores, calibration, scaling
+from ._benchmark import benchmark_overview, benchmark_scores, calibration, scaling
 from ._effects import (
     effect_heatmap,
     effect_scatter,
@@ -12,6 +12,7 @@ from ._effects import (
 )
 
 __all__ = [
+    "benchmark_overview",
     "benchmark_scores",
     "calibration",
     "effect_heatmap",

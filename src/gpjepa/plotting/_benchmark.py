@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from ._style import COLORS, OTHER, PALETTE, new_figure
+from ._style import COLORS, OTHER, PALETTE, axes_of, finished, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+BETTER = {"higher": "more is better", "lower": "less is better", "closest": "closest is best"}
 
 
 def benchmark_scores(table: pd.DataFrame, metric: str = "squared_error") -> Figure:
@@ -46,17 +49,19 @@ def benchmark_scores(table: pd.DataFrame, metric: str = "squared_error") -> Figu
             axes.plot(row["value"], y, "o", color=color, markersize=5)
         axes.set_yticks(range(len(group)), group["method"])
         axes.axvline(best, color="black", linewidth=0.8)
-        axes.set_title(f"{name[0]}: {name[1]} ({group['n_rows'].iloc[0]} rows)", loc="left",
-                       fontsize=10)  # fmt: skip
+        axes.set_title(
+            f"{name[0]}: {name[1]} ({int(group['n_rows'].iloc[0])} rows)", loc="left", fontsize=10
+        )
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.25)
         # One method that fails by far would squeeze the others into a line.
-        ends = group[["low", "high"]].to_numpy()
-        far = np.nanquantile(ends, 0.9) + 1.5 * np.nanstd(ends[ends <= np.nanquantile(ends, 0.9)])
-        if direction == "lower" and np.nanmax(ends) > 2 * far > 0:
+        ends = group[["value", "low", "high"]].to_numpy()
+        ends = ends[np.isfinite(ends)]
+        most = np.quantile(ends, 0.9)
+        far = most + 1.5 * ends[ends <= most].std()
+        if direction == "lower" and ends.max() > 2 * far > 0:
             axes.set_xlim(right=far)
-    better = {"higher": "more is better", "lower": "less is better", "closest": "closest is best"}
-    panels[-1].set_xlabel(f"{label} ({better[direction]}; line: perfect)")
+    panels[-1].set_xlabel(f"{label} ({BETTER[direction]}; line: perfect)")
     return figure
 
 
@@ -91,9 +96,16 @@ def scaling(table: pd.DataFrame, runs: pd.DataFrame, metric: str = "squared_erro
         group = group.sort_values("parameters")
         spread = [group["value"] - group["low"], group["high"] - group["value"]]
         # Intervals of several data sets would lie on each other.
-        axes.errorbar(group["parameters"] * 1.03**i, group["value"], np.clip(spread, 0, None),
-                      fmt="o-", color=PALETTE[i % len(PALETTE)], capsize=2, markersize=4,
-                      label=f"{name[0]}: {name[1]}")  # fmt: skip
+        axes.errorbar(
+            group["parameters"] * 1.03**i,
+            group["value"],
+            np.clip(spread, 0, None),
+            fmt="o-",
+            color=PALETTE[i % len(PALETTE)],
+            capsize=2,
+            markersize=4,
+            label=f"{name[0]}: {name[1]}",
+        )
     axes.set(xscale="log", xlabel="parameters", ylabel=part["label"].iloc[0])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -136,3 +148,107 @@ def calibration(table: pd.DataFrame) -> Figure:
     handles = [panels[0].plot([], [], "o-", color=color[m], label=m)[0] for m in methods]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
+
+
+def benchmark_overview(
+    table: pd.DataFrame,
+    focus: str,
+    metric: str = "squared_error",
+    *,
+    ax: Axes | None = None,
+    return_fig: bool = True,
+) -> Any:
+    """One method beside the best other one, the mean response and a replicate, a line per data set.
+
+    Parameters
+    ----------
+    table
+        :meth:`gpjepa.benchmark.BenchmarkResult.table`.
+    focus
+        The method.
+    metric
+        A metric of it.
+    ax
+        Where to draw; a figure of its own by default.
+    return_fig
+        Return the figure; else the axes.
+
+    Raises
+    ------
+    ValueError
+        If the table does not hold the metric, or the method.
+    """
+    part = table[table["metric"] == metric]
+    if part.empty or focus not in set(part["method"]):
+        raise ValueError(f"The table has no values of {metric!r} for {focus!r}.")
+    label, direction, best = part[["label", "direction", "best"]].iloc[0]
+    sign = 1 if direction == "higher" else -1
+    groups = list(part.groupby(["data", "kind"], sort=False))[::-1]
+    axes = axes_of(ax, 5.8, 0.46 * len(groups) + 1.0)
+    limit = _far(part[part["method"] == focus][["value", "low", "high"]].to_numpy(), best)
+    named: dict[str, Any] = {}
+    for y, (_, group) in enumerate(groups):
+        rows = group.set_index("method")
+        others = rows[~rows["role"].isin(["ceiling", "oracle"])]
+        others = others[others["entry"] != focus]
+        best_other = (sign * others["value"]).nlargest(1).index
+        marks = {
+            "mean response": (rows[rows["role"] == "floor"], "|", COLORS["mean"], 9),
+            "replicate": (rows[rows["role"] == "ceiling"], "|", COLORS["replicate"], 9),
+            "best other method": (
+                others.loc[best_other],
+                "D",
+                COLORS["additive"],
+                5,
+            ),
+            focus: (rows.loc[[m for m in rows.index if m == focus]], "o", COLORS["GP-JEPA"], 7),
+        }
+        for name, (found, marker, color, size) in marks.items():
+            for method, row in found.iterrows():
+                if name == focus:
+                    axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.6)
+                (drawn,) = axes.plot(
+                    min(row["value"], limit),
+                    y,
+                    marker,
+                    color=color,
+                    markersize=size,
+                    linestyle="",
+                    markeredgewidth=2 if marker == "|" else 0,
+                )
+                named[name] = drawn
+                if name == "best other method":
+                    axes.annotate(
+                        str(method),
+                        (min(row["value"], limit), y),
+                        xytext=(0, 6),
+                        fontsize=7,
+                        textcoords="offset points",
+                        ha="center",
+                        color="#555555",
+                    )
+    axes.set_yticks(range(len(groups)), [f"{n[0]}\n{n[1]}" for n, _ in groups], fontsize=8)
+    axes.set_ylim(-0.6, len(groups) - 0.3)
+    axes.axvline(best, color="black", linewidth=0.8)
+    if label.endswith("no change"):
+        axes.axvline(1, color=COLORS["no change"], linewidth=0.8, linestyle="--")
+    axes.set_xlim(right=limit * 1.03)
+    axes.set_xlabel(
+        f"{label} ({BETTER[direction]})\nsolid line: perfect; bars: 95% intervals", fontsize=8
+    )
+    order = [n for n in (focus, "best other method", "mean response", "replicate") if n in named]
+    axes.figure.legend(
+        [named[n] for n in order],
+        order,
+        loc="outside upper left",
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+    )
+    return finished(axes, return_fig)
+
+
+def _far(values: np.ndarray, best: float) -> float:
+    """Where the axis ends: one method that fails by far would squeeze the others into a line."""
+    ends = values[np.isfinite(values)]
+    return float(max(1.15, min(ends.max(initial=best), 2.5)))

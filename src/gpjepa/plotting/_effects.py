@@ -50,8 +50,13 @@ def method_errors(scores: pd.DataFrame, *, ax: Axes | None = None, return_fig: b
         points = scores.loc[scores["method"] == method, "squared_error"] * n / base
         jitter = rng.uniform(-0.18, 0.18, len(points))
         axes.scatter(points, y + jitter, s=14, color=color, edgecolor="white", linewidth=0.4)
-        axes.text(1.01, y, f"{total[method] / base:.2f}", transform=axes.get_yaxis_transform(),
-                  va="center")  # fmt: skip
+        axes.text(
+            1.01,
+            y,
+            f"{total[method] / base:.2f}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+        )
     axes.set_yticks(range(len(order)), order)
     axes.axvline(1, color="#999999", linewidth=0.8, linestyle="--")
     axes.axvline(0, color="black", linewidth=0.8)
@@ -64,9 +69,12 @@ def method_errors(scores: pd.DataFrame, *, ax: Axes | None = None, return_fig: b
 
 
 def effect_scatter(
-    effects: pd.DataFrame, methods: Sequence[str] = ("GP-JEPA", "additive", "mean"), *,
-    title: str = "", n_labels: int = 5,
-) -> Any:  # fmt: skip
+    effects: pd.DataFrame,
+    methods: Sequence[str] = ("GP-JEPA", "additive", "mean"),
+    *,
+    title: str = "",
+    n_labels: int = 5,
+) -> Any:
     """Predicted against measured effect: a dot per gene, a panel per method.
 
     Parameters
@@ -107,9 +115,13 @@ def effect_scatter(
 
 
 def top_genes(
-    effects: pd.DataFrame, n: int = 20, *, title: str = "", ax: Axes | None = None,
+    effects: pd.DataFrame,
+    n: int = 20,
+    *,
+    title: str = "",
+    ax: Axes | None = None,
     return_fig: bool = True,
-) -> Any:  # fmt: skip
+) -> Any:
     """The genes that moved most: measured effect, prediction with its 95% interval, additive.
 
     Parameters
@@ -130,12 +142,22 @@ def top_genes(
         "measured", kind="stable"
     )
     x = np.arange(len(top))
-    axes.errorbar(x, top["GP-JEPA"], yerr=1.96 * top["sd"], fmt="o", markersize=5,
-                  color=COLORS["GP-JEPA"], elinewidth=1.2, label="GP-JEPA, 95% interval")  # fmt: skip
-    axes.scatter(x, top["additive"], marker="_", s=90, color=COLORS["additive"], label="additive",
-                 zorder=3)  # fmt: skip
-    axes.scatter(x, top["measured"], marker="D", s=22, color=COLORS["measured"], label="measured",
-                 zorder=4)  # fmt: skip
+    axes.errorbar(
+        x,
+        top["GP-JEPA"],
+        yerr=1.96 * top["sd"],
+        fmt="o",
+        markersize=5,
+        color=COLORS["GP-JEPA"],
+        elinewidth=1.2,
+        label="GP-JEPA, 95% interval",
+    )
+    axes.scatter(
+        x, top["additive"], marker="_", s=90, color=COLORS["additive"], label="additive", zorder=3
+    )
+    axes.scatter(
+        x, top["measured"], marker="D", s=22, color=COLORS["measured"], label="measured", zorder=4
+    )
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set_xticks(x, top["gene"], rotation=60, ha="right", fontsize=8)
     axes.set_ylabel(UNIT)
@@ -145,9 +167,13 @@ def top_genes(
 
 
 def volcano(
-    effects: pd.DataFrame, *, n_labels: int = 12, title: str | None = None, ax: Axes | None = None,
+    effects: pd.DataFrame,
+    *,
+    n_labels: int = 12,
+    title: str | None = None,
+    ax: Axes | None = None,
     return_fig: bool = True,
-) -> Any:  # fmt: skip
+) -> Any:
     """Predicted effect of each gene against how sure it is: a dot per gene.
 
     The height is the two-sided p-value of the mean effect over its standard deviation, so that
@@ -187,8 +213,9 @@ def volcano(
     up, down = int((sure & (effect > 0)).sum()), int((sure & (effect < 0)).sum())
     axes.set_title(
         f"{_title(frame) if title is None else title}\n{up} genes up, {down} down (95% intervals)",
-        loc="left", fontsize=10,
-    )  # fmt: skip
+        loc="left",
+        fontsize=10,
+    )
     top = np.flatnonzero(sure)
     top = top[np.argsort(-np.abs(effect[top]), kind="stable")[:n_labels]]
     label_points(axes, effect[top], height[top], frame["gene"].to_numpy()[top])
@@ -196,9 +223,13 @@ def volcano(
 
 
 def effect_heatmap(
-    effects: pd.DataFrame, *, n_genes: int = 40, title: str | None = None, ax: Axes | None = None,
+    effects: pd.DataFrame,
+    *,
+    n_genes: int = 40,
+    title: str | None = None,
+    ax: Axes | None = None,
     return_fig: bool = True,
-) -> Any:  # fmt: skip
+) -> Any:
     """Genes × perturbations: the effects of the genes that change most, similar ones together.
 
     Parameters
@@ -222,22 +253,33 @@ def effect_heatmap(
     wide = wide.iloc[_similar(wide.to_numpy()), _similar(wide.to_numpy().T)]
     axes = axes_of(ax, 2.2 + 0.32 * wide.shape[1], 1.2 + 0.17 * wide.shape[0])
     limit = float(np.nanmax(np.abs(wide.to_numpy()))) or 1.0
-    shown = axes.imshow(wide.to_numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto",
-                        interpolation="nearest")  # fmt: skip
+    shown = axes.imshow(
+        wide.to_numpy(),
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+        interpolation="nearest",
+    )
     axes.set_xticks(range(wide.shape[1]), wide.columns, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(wide.shape[0]), wide.index, fontsize=7)
     axes.set_title(
-        f"The {wide.shape[0]} genes that change most" if title is None else title, loc="left",
+        f"The {wide.shape[0]} genes that change most" if title is None else title,
+        loc="left",
         fontsize=10,
-    )  # fmt: skip
+    )
     axes.figure.colorbar(shown, ax=axes, label=UNIT, shrink=0.6)
     return finished(axes, return_fig)
 
 
 def enrichment(
-    table: pd.DataFrame, *, n_sets: int = 15, title: str | None = None, ax: Axes | None = None,
+    table: pd.DataFrame,
+    *,
+    n_sets: int = 15,
+    title: str | None = None,
+    ax: Axes | None = None,
     return_fig: bool = True,
-) -> Any:  # fmt: skip
+) -> Any:
     """Gene sets that a predicted effect raises or lowers: a bar per set.
 
     Parameters
@@ -266,9 +308,15 @@ def enrichment(
 
 
 def explanation(
-    contributions: pd.DataFrame, mean: pd.Series, sd: pd.Series, *, n_genes: int = 15,
-    title: str = "", ax: Axes | None = None, return_fig: bool = True,
-) -> Any:  # fmt: skip
+    contributions: pd.DataFrame,
+    mean: pd.Series,
+    sd: pd.Series,
+    *,
+    n_genes: int = 15,
+    title: str = "",
+    ax: Axes | None = None,
+    return_fig: bool = True,
+) -> Any:
     """What each part of a prediction adds to the genes that are predicted to change most.
 
     Parameters
@@ -296,8 +344,16 @@ def explanation(
             x, part, bottom=bottom, width=0.7, color=PALETTE[i % len(PALETTE)], label=str(name)
         )
         above, below = above + np.maximum(part, 0), below + np.minimum(part, 0)
-    axes.errorbar(x, mean[top], yerr=1.96 * sd[top], fmt="o", color="black", markersize=4,
-                  elinewidth=1, label="prediction, 95% interval")  # fmt: skip
+    axes.errorbar(
+        x,
+        mean[top],
+        yerr=1.96 * sd[top],
+        fmt="o",
+        color="black",
+        markersize=4,
+        elinewidth=1,
+        label="prediction, 95% interval",
+    )
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set_xticks(x, top, rotation=60, ha="right", fontsize=8)
     axes.set_ylabel(UNIT)

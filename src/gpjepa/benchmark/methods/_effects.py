@@ -1,0 +1,137 @@
+"""Methods that predict mean effects: the baselines, the anchor and negative controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from gpjepa.benchmark.tasks import SCALE
+from gpjepa.effects import (
+    Baseline,
+    EffectAnchor,
+    EffectTable,
+    LinearModel,
+    MeanEffect,
+    effect_table,
+)
+from gpjepa.perturbations import Perturbation, TargetFeatures
+from gpjepa.splits import Split
+
+Predicted = tuple[np.ndarray, np.ndarray | None]
+Predictor = Callable[[EffectTable, list[Perturbation], list[str]], Predicted]
+
+
+@dataclass
+class EffectMethod:
+    """A method that predicts mean effects from the table of training effects.
+
+    Parameters
+    ----------
+    predictor
+        From the effects of the training cells, perturbations and contexts to mean effects, and
+        their standard deviations or None.
+    can
+        Whether it predicts a perturbation; others are left out. All of them by default.
+    """
+
+    predictor: Predictor
+    can: Callable[[EffectTable, Perturbation], bool] = lambda effects, perturbation: True
+
+    def fit(self, train: ad.AnnData, split: Split) -> None:
+        """Make the table of training effects."""
+        read = {p: Perturbation.parse(p) for p in train.obs["perturbation"].unique()}
+        self.effects_ = effect_table(
+            train.X,
+            train.obs["library_size"].to_numpy(float),
+            [read[p] for p in train.obs["perturbation"]],
+            train.obs["context"].tolist(),
+            train.var_names,
+        )
+
+    def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> ad.AnnData:
+        """Mean profiles of the perturbations."""
+        context = str(control.obs["context"].iloc[0])
+        wanted = {p: Perturbation.parse(p) for p in perturbations}
+        wanted = {p: read for p, read in wanted.items() if self.can(self.effects_, read)}
+        if not wanted:
+            raise ValueError("It can predict none of the perturbations.")
+        names = list(wanted)
+        effect, sd = self.predictor(self.effects_, list(wanted.values()), [context] * len(wanted))
+        profile = self.effects_.control[SCALE][context] + effect
+        obs = pd.DataFrame({"perturbation": names}, index=names)
+        cells = ad.AnnData(np.maximum(profile, 0), obs, control.var[[]], uns={"scale": "log1p"})
+        cells.uns["effect"] = pd.DataFrame(effect, names, control.var_names)
+        if sd is not None:
+            cells.uns["effect_sd"] = pd.DataFrame(sd, names, control.var_names)
+        return cells
+
+
+def baseline(make: Callable[[], Baseline]) -> EffectMethod:
+    """A baseline of :mod:`gpjepa.effects`."""
+    return EffectMethod(lambda effects, p, c: (make().fit(effects).predict(p, c), None))
+
+
+def linear(**options: Any) -> EffectMethod:
+    """Ahlmann-Eltze's linear model, which knows single targets that are measured genes."""
+
+    def can(effects: EffectTable, perturbation: Perturbation) -> bool:
+        return len(perturbation.targets) == 1 and perturbation.targets[0] in effects.genes
+
+    return replace(baseline(lambda: LinearModel(**options)), can=can)
+
+
+def anchor(features: Sequence[TargetFeatures]) -> EffectMethod:
+    """The closed-form anchor of GP-JEPA."""
+
+    def predict(effects: EffectTable, wanted: list[Perturbation], contexts: list[str]) -> Predicted:
+        found = EffectAnchor(features, "mean").fit(effects).predict(wanted, contexts, SCALE)
+        return found.mean, np.sqrt(found.variance)
+
+    return EffectMethod(predict)
+
+
+# Negative controls
+
+
+def permuted_labels(features: Sequence[TargetFeatures], seed: int) -> EffectMethod:
+    """The anchor, of effects that were dealt out to other perturbations."""
+    inner = anchor(features)
+
+    def predict(effects: EffectTable, wanted: list[Perturbation], contexts: list[str]) -> Predicted:
+        order = np.arange(len(effects.rows))
+        rng = np.random.default_rng(seed)
+        for context in effects.contexts:
+            mine = np.flatnonzero([c == context for c, _ in effects.rows])
+            order[mine] = rng.permutation(mine)
+        dealt = replace(effects.subset(order), rows=effects.rows)
+        return inner.predictor(dealt, wanted, contexts)
+
+    return EffectMethod(predict)
+
+
+def random_features(seed: int) -> EffectMethod:
+    """The anchor, with features of targets that say nothing."""
+
+    def predict(effects: EffectTable, wanted: list[Perturbation], contexts: list[str]) -> Predicted:
+        targets = sorted({t for p in (*effects.perturbations, *wanted) for t in p.targets})
+        values = np.random.default_rng(seed).normal(size=(len(targets), 16))
+        features = [TargetFeatures(targets, values, "random")]
+        return anchor(features).predictor(effects, wanted, contexts)
+
+    return EffectMethod(predict)
+
+
+def noisy_mean(seed: int) -> EffectMethod:
+    """The mean effect, with noise of the size of a measured effect's, another for each row."""
+
+    def predict(effects: EffectTable, wanted: list[Perturbation], contexts: list[str]) -> Predicted:
+        mean = MeanEffect().fit(effects).predict(wanted, contexts)
+        sd = np.sqrt(np.median(effects.noise(SCALE), axis=0))
+        return mean + np.random.default_rng(seed).normal(size=mean.shape) * sd, None
+
+    return EffectMethod(predict)

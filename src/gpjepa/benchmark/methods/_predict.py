@@ -1,0 +1,185 @@
+"""From what a method returns to what is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from gpjepa.benchmark.tasks import CellSet, Task, calibrated
+
+from ._protocol import Method
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a method predicts for the rows of a task.
+
+    Attributes
+    ----------
+    effect
+        Mean effects, scale ``mean_log1p``, against the training control, shape (n_rows, n_genes).
+    cells
+        Predicted cells of the rows.
+    sd
+        Standard deviation of the mean effects, shape (n_rows, n_genes), or None.
+    refused
+        Rows that the method did not predict, scored as the mean response; None for none.
+    embed
+        The method's own states of cells, shape (n_cells, n_dimensions), or None.
+    known_states
+        Those of the task's cells, as far as they were asked for; several predictions of one training
+        share them.
+    """
+
+    effect: np.ndarray
+    cells: CellSet
+    sd: np.ndarray | None = None
+    refused: np.ndarray | None = None
+    embed: Callable[[ad.AnnData], np.ndarray] | None = None
+    known_states: dict[tuple, tuple[CellSet, np.ndarray]] = field(default_factory=dict, repr=False)
+
+
+def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]:
+    """Ask a fitted method for all rows of a task.
+
+    Returns
+    -------
+    dict
+        A prediction per name: ``name``, or ``name`` and what the method calls it.
+
+    Raises
+    ------
+    ValueError
+        If what it returns is not what :class:`Method` asks for.
+    """
+    answers: dict[str, dict[str, ad.AnnData]] = {}
+    for context in sorted({c for c, _ in task.rows}):
+        control = task.control[(task.control.obs["context"] == context).to_numpy()].copy()
+        wanted = [str(p) for c, p in task.rows if c == context]
+        found = method.predict(wanted, control)
+        for variant, cells in (found if isinstance(found, dict) else {"": found}).items():
+            label = f"{name} ({variant})" if variant else name
+            answers.setdefault(label, {})[context] = _checked(cells, wanted, task.genes, label)
+    embed = getattr(method, "embed", None)
+    shared: dict[tuple, tuple[CellSet, np.ndarray]] = {}
+    return {
+        label: replace(_assembled(task, parts), embed=embed, known_states=shared)
+        for label, parts in answers.items()
+    }
+
+
+def mean_prediction(task: Task) -> Prediction:
+    """The mean response for every row: what a row is scored as that a method did not predict."""
+    cells = [_moved(task, task.mean_response[i], i) for i in range(len(task.rows))]
+    refused = np.ones(len(task.rows), bool)
+    return Prediction(task.mean_response, CellSet.stacked(cells), refused=refused)
+
+
+def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: str) -> ad.AnnData:
+    if not isinstance(cells, ad.AnnData):
+        raise ValueError(f"{name} returned {type(cells).__name__}, not an AnnData.")
+    scale = cells.uns.get("scale")
+    if scale not in ("counts", "log1p"):
+        raise ValueError(f"{name}: uns['scale'] is {scale!r}; say 'counts' or 'log1p'.")
+    if "perturbation" not in cells.obs:
+        raise ValueError(f"{name}: its AnnData has no obs['perturbation'].")
+    given = cells.obs["perturbation"].astype(str)
+    if not set(wanted) & set(given):
+        raise ValueError(f"{name} predicts none of {wanted}.")
+    if not cells.var_names.is_unique or set(genes) - set(cells.var_names):
+        absent = sorted(set(genes) - set(cells.var_names))
+        raise ValueError(f"{name}: its genes repeat or lack {len(absent)}, such as {absent[:3]}.")
+    cells = cells[given.isin(wanted).to_numpy(), genes].copy()
+    values = cells.X.data if sp.issparse(cells.X) else np.asarray(cells.X)
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"{name} predicts values that are negative or not finite.")
+    if scale == "counts" and (np.abs(values - np.rint(values)) > 1e-3).any():
+        raise ValueError(f"{name}: uns['scale'] is 'counts', but its values are not integers.")
+    return cells
+
+
+def _assembled(task: Task, parts: Mapping[str, ad.AnnData]) -> Prediction:
+    effects, sets, sds, refused = [], [], [], []
+    for i, (context, perturbation) in enumerate(task.rows):
+        part, label = parts[context], str(perturbation)
+        mine = part[(part.obs["perturbation"].astype(str) == label).to_numpy()]
+        refused.append(mine.n_obs == 0)
+        stated, sd = (_stated(part.uns.get(k), label, task) for k in ("effect", "effect_sd"))
+        if refused[-1]:
+            effect, cells = task.mean_response[i], _moved(task, task.mean_response[i], i)
+            sd = None if sd is None else np.full(len(task.genes), np.nan)
+        else:
+            effect, cells = _row(task, mine, stated, i)
+        effects.append(effect)
+        sets.append(cells)
+        sds.append(sd)
+    known = [s for s in sds if s is not None]
+    return Prediction(
+        np.stack(effects),
+        CellSet.stacked(sets),
+        np.stack(known) if len(known) == len(sds) else None,
+        np.array(refused),
+    )
+
+
+def _stated(frame: pd.DataFrame | None, label: str, task: Task) -> np.ndarray | None:
+    """What a method states of a row; NaN for a row that it left out."""
+    if frame is None:
+        return None
+    return frame.reindex(index=[label], columns=task.genes).to_numpy(float)[0]
+
+
+def _row(
+    task: Task, mine: ad.AnnData, stated: np.ndarray | None, row: int
+) -> tuple[np.ndarray, CellSet]:
+    """Mean effect and cells of one row: cells with counts have the effect that is stated."""
+    control = task.control_profiles[row]
+    if mine.uns["scale"] == "counts":
+        cells = _cells(mine, _library(task, mine, row), row, task.rows[row][0], "counts")
+        if stated is not None:
+            return stated, calibrated(cells, control + stated)
+        return np.asarray(cells.log1p.mean(0)).ravel() - control, cells
+    values = sp.csr_matrix(mine.X, dtype=np.float32)
+    own = np.asarray(values.mean(0), float).ravel() - control
+    effect = own if stated is None else stated
+    if mine.n_obs == 1:
+        return effect, _moved(task, effect, row)
+    # Cells on the log1p scale are scored as they are: drawing counts anew would blur them.
+    return effect, _cells(mine, np.full(mine.n_obs, np.nan), row, task.rows[row][0], "values")
+
+
+def _library(task: Task, mine: ad.AnnData, row: int) -> np.ndarray:
+    """Counts of the whole predicted cells."""
+    if "library_size" in mine.obs:
+        library = mine.obs["library_size"].to_numpy(float)
+    else:
+        # A panel holds a part of a cell's counts: the same part as in the control cells.
+        base = task.controls.take(task.controls.context == task.rows[row][0])
+        assert base.counts is not None
+        library = np.asarray(mine.X.sum(1)).ravel() * base.library.sum() / base.counts.sum()
+    # A cell without counts has no rates; its expression is 0 whatever it is divided by.
+    return np.maximum(library, 1)
+
+
+def _moved(task: Task, effect: np.ndarray, row: int) -> CellSet:
+    """Control cells of the row's context with a mean effect."""
+    base = task.controls.take(task.controls.context == task.rows[row][0])
+    moved = calibrated(base, task.control_profiles[row] + effect)
+    return replace(moved, row=np.full(len(base.row), row))
+
+
+def _cells(mine: ad.AnnData, library: np.ndarray, row: int, context: str, kind: str) -> CellSet:
+    matrix = sp.csr_matrix(mine.X, dtype=np.float32)
+    n = mine.n_obs
+    return CellSet(
+        matrix if kind == "counts" else None,
+        library,
+        np.full(n, row),
+        np.full(n, context, dtype=object).astype(str),
+        values=matrix if kind == "values" else None,
+    )

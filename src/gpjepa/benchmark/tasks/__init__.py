@@ -1,0 +1,19 @@
+"""What a method may see of a split, and what its predictions are held against."""
+
+from ._calibrate import calibrated
+from ._cells import CellSet, data_hash, measured_rows, standard_cells
+from ._task import MIN_CELLS, SCALE, VERSION, Task, Truth, too_small
+
+__all__ = [
+    "MIN_CELLS",
+    "SCALE",
+    "VERSION",
+    "CellSet",
+    "Task",
+    "Truth",
+    "calibrated",
+    "data_hash",
+    "measured_rows",
+    "standard_cells",
+    "too_small",
+]

@@ -1,0 +1,532 @@
+"""Ways in which a benchmark flatters its authors, or punishes others; each was found once."""
+
+import json
+from dataclasses import replace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from benchmarks import QUICK, TINY, Stranger, Unchanged, fitted, one_split, scores
+from helpers import real_file
+
+import gpjepa
+from gpjepa import benchmark, datasets, splits
+from gpjepa.benchmark import METHODS, METRICS, Task, calibrated, standard_cells
+from gpjepa.benchmark._statistics import with_size
+from gpjepa.benchmark.methods import (
+    mean_prediction,
+    method_source,
+    oracle,
+    predict_rows,
+)
+from gpjepa.benchmark.methods._sources import package_source
+from gpjepa.benchmark.metrics import cell_eval_config
+from gpjepa.benchmark.report._page import contents
+from gpjepa.benchmark.report._tables import controls
+from gpjepa.benchmark.report._text import number
+from gpjepa.benchmark.tasks import measured_rows
+from gpjepa.perturbations import TargetFeatures
+
+OF_CELLS = [n for n, m in METRICS.items() if m.axis in ("cells", "embedding")]
+
+
+@pytest.fixture(scope="module")
+def cells():
+    adata = gpjepa.datasets.simulate(2_500, 80, n_targets=12, n_combinations=16, seed=2)
+    return standard_cells(adata, context_key="context")
+
+
+@pytest.fixture(scope="module")
+def task(cells):
+    return Task.of(cells, splits.doubles(measured_rows(cells), seed=1))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return benchmark.run(TINY, tmp_path_factory.mktemp("fair"), progress=False)
+
+
+# Cells have the effect that their method states
+
+
+def realised(task, predicted):
+    """Mean of the predicted cells of each row, and the stated mean, both floored at 0."""
+    means = [np.asarray(predicted.cells.log1p[predicted.cells.row == i].mean(0)).ravel()
+             for i in range(len(task.rows))]  # fmt: skip
+    return np.stack(means), np.maximum(task.control_profiles + predicted.effect, 0)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("GP-JEPA", "linear")])
+def test_cells_of_every_mean_effect_method_have_its_effect(task, name):
+    rng = np.random.default_rng(0)
+    names = sorted({t for _, p in (*task.split.train, *task.split.test) for t in p.targets})
+    features = [TargetFeatures(names, rng.normal(size=(len(names), 5)))]
+    predicted = fitted(name, task, features)
+    means, stated = realised(task, predicted)
+    # Exact up to a single molecule of one cell.
+    base = task.controls
+    molecule = np.log1p(1e4 / base.library.min()) / len(base.library)
+    np.testing.assert_allclose(means, stated, atol=1.1 * molecule)
+    counts = predicted.cells.counts
+    assert (counts.data == np.rint(counts.data)).all()
+    assert counts.min() >= 0
+
+
+def test_cells_of_gp_jepa_have_the_effect_that_it_states(task):
+    predicted = fitted("GP-JEPA", task, **QUICK)
+    means, stated = realised(task, predicted)
+    library = predicted.cells.library
+    n = min((predicted.cells.row == i).sum() for i in range(len(task.rows)))
+    np.testing.assert_allclose(means, stated, atol=1.1 * np.log1p(1e4 / library.min()) / n)
+
+
+def test_cells_of_real_patients_have_the_stated_effect():
+    """Ratios of expm1 of means are no ratios of rates: they gave 1.2 to 1.5 times the effect."""
+    found = standard_cells(
+        datasets.load(str(real_file("zhao_2021_mini.h5ad"))), context_key="patient"
+    )
+    for split in splits.leave_one_context_out(measured_rows(found))[:2]:
+        task = Task.of(found, split)
+        predicted = fitted("anchor", task)
+        means, stated = realised(task, predicted)
+        change = stated - task.control_profiles
+        slope = (change * (means - task.control_profiles)).sum() / (change**2).sum()
+        assert slope == pytest.approx(1, abs=1e-3)
+
+
+def test_calibration_thins_and_adds_and_leaves_the_rest_alone(task):
+    base = task.controls
+    profile = np.asarray(base.log1p.mean(0), float).ravel()
+    wanted = profile.copy()
+    wanted[:3] = profile[:3] * [0.5, 0, 2]
+    wanted[3] = np.log1p(2_000)  # more counts than single molecules can be drawn for
+    wanted[4] = -1
+    moved = calibrated(base, wanted)
+    after = np.asarray(moved.log1p.mean(0)).ravel()
+    np.testing.assert_allclose(after[:4], wanted[:4], atol=0.02)
+    assert after[1] == after[4] == 0
+    assert (moved.counts[:, 5:] != base.counts[:, 5:]).nnz == 0
+    assert (moved.counts[:, 0] > base.counts[:, 0]).nnz == 0
+    assert (moved.counts[:, 2] < base.counts[:, 2]).nnz == 0
+    assert calibrated(base, profile) is base
+    again = calibrated(base, wanted)
+    assert (again.counts != moved.counts).nnz == 0
+
+
+# What a method does not predict
+
+
+def test_a_split_on_which_a_method_fails_is_scored_as_the_mean_response(tmp_path):
+    methods = ["mean", "replicate", "no change", {"name": "benchmarks:Fails", "label": "fails"}]
+    found = benchmark.run({**TINY, "methods": methods, "focus": "fails"}, tmp_path, progress=False)
+    runs = found.runs[found.runs["method"] == "fails"].set_index("split")["status"]
+    assert list(runs) == ["run", "run", "failed"]
+    assert "does not converge" in found.runs["reason"].iloc[-1]
+    lost = found.scores[found.scores["split"] == runs.index[-1]].set_index("method")
+    assert lost.loc["fails", "refused"].all()
+    np.testing.assert_allclose(
+        lost.loc["fails", "squared_error"], lost.loc["mean", "squared_error"], rtol=1e-6
+    )
+    table = found.table(metrics=["squared_error"])
+    rows = table[table["kind"] == "unseen-singles"].set_index("method")["n_rows"]
+    assert rows.nunique() == 1, "methods are averaged over different rows"
+    as_mean = table.set_index(["kind", "method"])["n_as_mean"]
+    assert as_mean["unseen-singles", "fails"] == len(lost.loc["fails"]) / 2
+    assert as_mean["doubles", "fails"] == 0
+    assert len(found.failed()) == len(found.failed(focus_only=True)) == 1
+    text = (tmp_path / "report.md").read_text()
+    assert "| failed |" in text and "rows as mean" in text
+
+
+def test_a_method_that_always_fails_has_no_scores(tmp_path):
+    methods = ["mean", "replicate", {"name": "benchmarks:FailsAlways", "label": "never"}]
+    found = benchmark.run(one_split(methods=methods, focus=None), tmp_path, progress=False)
+    assert set(found.scores["method"]) == {"mean", "replicate"}
+    assert list(found.runs["status"]) == ["run", "run", "failed"]
+
+
+# Cells as they are predicted
+
+
+def test_cells_on_the_log1p_scale_are_scored_as_they_are(task):
+    replicate = oracle("replicate", task, 0).cells
+
+    class Measured(Stranger):
+        def predict(self, perturbations, control):
+            at = {str(p): i for i, (_, p) in enumerate(task.rows)}
+            which = np.concatenate([np.flatnonzero(replicate.row == at[p]) for p in perturbations])
+            labels = [str(task.rows[r][1]) for r in replicate.row[which]]
+            obs = pd.DataFrame({"perturbation": labels}, index=which.astype(str))
+            values = replicate.log1p[which]
+            return ad.AnnData(values, obs, control.var[[]], uns={"scale": "log1p"})
+
+    method = Measured()
+    method.fit(task.train, task.split)
+    (found,) = predict_rows(method, task, "x").values()
+    assert found.cells.counts is None
+    ours, theirs = (scores(task, p) for p in (found, oracle("replicate", task, 0)))
+    for name in ("variance_log_ratio", "gene_correlation_error", "energy_distance_unbiased"):
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
+    counted = [n for n, m in METRICS.items() if "counts" in m.needs]
+    assert len(counted) > 5
+    assert ours[counted].isna().all(None)
+    assert theirs["pds_cosine"].notna().all()
+
+
+def test_targeted_genes_count_in_no_metric(task):
+    """Neither in effects nor in cells, predicted or measured."""
+    base = replace(fitted("additive", task), embed=lambda c: np.sqrt(c.X.toarray()))
+    effect, counts = base.effect.copy(), base.cells.counts.toarray()
+    effect[~task.scored] += 3
+    for row in range(len(task.rows)):
+        mine = np.flatnonzero(base.cells.row == row)
+        counts[np.ix_(mine, np.flatnonzero(~task.scored[row]))] += 7
+    cheat = replace(
+        base, effect=effect, cells=replace(base.cells, counts=sp.csr_matrix(counts)),
+        known_states={},
+    )  # fmt: skip
+    names = [n for n in METRICS if METRICS[n].masked]
+    assert set(OF_CELLS) <= set(names)
+    pd.testing.assert_frame_equal(
+        scores(task, base, metrics=names), scores(task, cheat, metrics=names)
+    )
+
+
+def test_predicted_counts_are_of_whole_cells_not_of_the_panel(cells, tmp_path):
+    """Control cells as they are have no effect, also where the panel holds a part of the counts."""
+    split = splits.doubles(measured_rows(cells), seed=1)
+    part = Task.of(cells, split, n_genes=25)
+    assert part.controls.counts.sum() < 0.9 * part.controls.library.sum()
+    method = Unchanged()
+    method.fit(part.train, part.split)
+    (found,) = predict_rows(method, part, "x").values()
+    size = np.abs(part.truths[0].effect).mean()
+    assert np.abs(found.effect).mean() < 0.15 * size
+
+
+# Who is compared with whom
+
+
+def test_a_renamed_replicate_is_still_no_rival(tmp_path):
+    methods = ["additive", "anchor", {"name": "mean", "label": "average"},
+               {"name": "replicate", "label": "other half"}, {"name": "truth", "label": "best"}]  # fmt: skip
+    found = benchmark.run(one_split(methods=methods), tmp_path, progress=False)
+    assert found.rivals() == ["additive", "average"]
+    assert set(found.verdicts()["rival"]) <= {"additive", "average"}
+    scaled = found.table(metrics=["squared_error"]).set_index("method")["scaled"]
+    assert scaled["average"] == 0
+    assert scaled["other half"] == 1
+
+
+def test_two_means_have_one_floor():
+    methods = ["replicate", {"name": "mean", "label": "first"}, {"name": "mean", "label": "second"}]
+    config = benchmark.BenchmarkConfig.read(one_split(methods=methods, focus=None))
+    assert config.roles() == {"replicate": "ceiling", "first": "floor", "second": "negative"}
+
+
+def test_a_negative_control_does_not_beat_a_focus_that_is_better():
+    def table(value):
+        rows = [("focus", "method", value), ("mean", "floor", 0.5), ("other", "method", 0.9)]
+        frame = pd.DataFrame(rows, columns=["method", "role", "value"])
+        about = {"data": "d", "kind": "k", "metric": "squared_error", "unscaled": ""}
+        return frame.assign(**about)
+
+    assert len(controls(table(0.6))[0].frame) == 1
+    assert len(controls(table(0.4))[0].frame) == 0
+    assert "no negative control" in controls(table(0.4))[0].note
+    assert len(controls(table(0.5))[0].frame) == 0  # as good is not beaten
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_report_of_any_one_metric_can_be_written(result, name):
+    divide = METRICS[name].denominator
+    others = [m for m in METRICS if m != name]
+    kept = result.scores.drop(columns=others).drop(
+        columns=[c for c in ("squared_effect", "expr_distance_unbiased") if c != divide]
+    )
+    config = result.config.model_copy(update={"metrics": [name]})
+    page = contents(replace(result, config=config, scores=kept))
+    assert page["sections"]
+    if name != "squared_error":
+        assert page["short"] == []
+
+
+def test_an_interpolated_duplicate_is_half_replicate_half_mean(task):
+    found, replicate = (oracle(n, task, 0) for n in ("interpolated duplicate", "replicate"))
+    mean = mean_prediction(task)
+    np.testing.assert_allclose(found.effect, (replicate.effect + mean.effect) / 2, rtol=1e-5)
+    for row in range(len(task.rows)):
+        mine, theirs, average = (p.cells.take(p.cells.row == row) for p in (found, replicate, mean))
+        n = min(len(theirs.row), len(average.row))
+        assert len(mine.row) == 2 * n
+        known = {theirs.counts[i].toarray().tobytes() for i in range(len(theirs.row))}
+        from_truth = sum(mine.counts[i].toarray().tobytes() in known for i in range(2 * n))
+        assert from_truth == n
+
+
+# Compute
+
+
+def test_memory_is_that_of_a_method_alone(tmp_path):
+    methods = ["mean", "replicate", {"name": "benchmarks:Large", "label": "large"}, "no change"]
+    runs = benchmark.run(
+        one_split(methods=methods, focus=None, metrics=["squared_error"]), tmp_path, progress=False
+    ).runs.set_index("method")
+    memory = runs["peak_memory_gb"]
+    assert memory["large"] - memory["mean"] == pytest.approx(0.512, abs=0.1)
+    assert memory["no change"] == pytest.approx(memory["mean"], abs=0.05)
+    assert memory["mean"] > 0.05  # Python and its libraries are there as well
+    assert np.isnan(memory["replicate"])
+
+
+def test_a_method_that_is_killed_takes_nothing_with_it(tmp_path):
+    methods = ["mean", "replicate", {"name": "benchmarks:Dies", "label": "dies"}, "no change"]
+    found = benchmark.run(one_split(methods=methods, focus=None), tmp_path, progress=False)
+    status = found.runs.set_index("method")
+    assert status["status"].to_dict() == {
+        "mean": "run", "replicate": "run", "dies": "failed", "no change": "run"
+    }  # fmt: skip
+    assert "signal 9, as when memory runs out" in status.loc["dies", "reason"]
+
+
+def test_a_script_without_a_main_guard_can_run_a_benchmark(tmp_path):
+    """New processes must not run the user's script again."""
+    from helpers import python
+
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "print('once')\nfrom gpjepa import benchmark\n"
+        f"config = {one_split(methods=['mean', 'replicate'], focus=None, metrics=['squared_error'])!r}\n"
+        f"found = benchmark.run(config, {str(tmp_path / 'out')!r}, progress=False)\n"
+        "print(len(found.runs), 'runs')\n"
+    )
+    said = python(f"import runpy; runpy.run_path({str(file)!r}, run_name='__main__')")
+    assert said.split() == ["once", "2", "runs"]
+
+
+# Kept results
+
+
+def test_code_decides_what_is_kept_and_words_do_not(tmp_path, monkeypatch):
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inner.py").write_text("VALUE = 1\n")
+    (package / "other.py").write_text("VALUE = 1\n")
+    text = "def fit():\n    from .inner import VALUE\n    return VALUE\n"
+    (package / "method.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def now():
+        package_source.cache_clear()
+        return method_source("theirs.method:Theirs")
+
+    before = now()
+    (package / "inner.py").write_text('"""Words."""\nVALUE = 1  # a remark\n')
+    (package / "other.py").write_text("VALUE = 2\n")
+    (package / "method.py").write_text(text.replace("fit():\n", 'fit():\n    """Learn."""\n'))
+    assert now() == before
+    (package / "inner.py").write_text("VALUE = 2\n")
+    assert now() != before
+    script = tmp_path / "peer.py"
+    script.write_text("VALUE = 1\n")
+    first = method_source("peer", script)
+    script.write_text("# a remark\nVALUE = 1\n")
+    assert method_source("peer", script) == first
+
+
+def test_the_network_is_no_part_of_a_baselines_code(monkeypatch):
+    import gpjepa.benchmark.methods._sources as sources
+
+    def changed_when(module):
+        package_source.cache_clear()
+        plain = {n: method_source(n) for n in ("anchor", "GP-JEPA")}
+        package_source.cache_clear()
+        original = sources._code
+        source = sources._file(module).read_text()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                sources, "_code", lambda t: original(t) + ("changed" if t == source else "")
+            )
+            found = {n for n in plain if method_source(n) != plain[n]}
+        package_source.cache_clear()
+        return found
+
+    assert changed_when("gpjepa.nn._decoder" if sources._file("gpjepa.nn._decoder") else
+                        "gpjepa.model._gpjepa") == {"GP-JEPA"}  # fmt: skip
+    assert changed_when("gpjepa.effects._anchor") == {"anchor", "GP-JEPA"}
+
+
+# Splits
+
+
+def test_a_split_that_cannot_be_tested_does_not_end_the_run(result, tmp_path):
+    manifest = result.manifests["simulated"]
+    (config_data,) = result.config.data
+    cells, _ = config_data.load_joined()
+    whole = manifest.splits[0]
+    some = whole.test[0]
+    mine = np.flatnonzero(cells.obs["perturbation"] == str(some[1]))
+    few = cells[np.delete(np.arange(cells.n_obs), mine[4:])].copy()
+    few.write_h5ad(tmp_path / "few.h5ad")
+    lone = replace(whole, name="lone", test=(some,))
+    rest = replace(whole, name="rest", test=whole.test[1:], train=whole.train)
+    hashed = benchmark.tasks.data_hash(few)
+    replace(manifest, data_hash=hashed, splits=(lone, rest)).write(tmp_path / "m.json")
+    data = {
+        "name": "few", "source": str(tmp_path / "few.h5ad"), "context_key": "context",
+        "library_size_key": "library_size",
+        "splits": [{"kind": "manifest", "path": str(tmp_path / "m.json")}],
+    }  # fmt: skip
+    found = benchmark.run({**TINY, "data": [data]}, tmp_path / "out", progress=False)
+    status = found.runs.groupby("split")["status"].unique()
+    assert list(status["lone"]) == ["not run"]
+    assert list(status["rest"]) == ["run"]
+    assert "nothing can be tested" in (tmp_path / "out" / "report.md").read_text()
+    only = {**data, "splits": [{"kind": "manifest", "path": str(tmp_path / "lone.json")}]}
+    replace(manifest, data_hash=hashed, splits=(lone,)).write(tmp_path / "lone.json")
+    with pytest.raises(ValueError, match="Nothing was run: .*nothing can be tested"):
+        benchmark.run({**TINY, "data": [only]}, tmp_path / "other", progress=False)
+
+
+def test_a_manifest_may_name_targets_in_any_order(result, tmp_path):
+    manifest = result.manifests["simulated"]
+    manifest.write(tmp_path / "m.json")
+    text = json.loads((tmp_path / "m.json").read_text())
+    for split in text["splits"]:
+        for part in ("train", "test"):
+            split[part] = [[c, "+".join(reversed(p.split("+")))] for c, p in split[part]]
+    (tmp_path / "m.json").write_text(json.dumps(text))
+    assert splits.Manifest.read(tmp_path / "m.json").splits == manifest.splits
+
+
+def test_data_are_loaded_once(tmp_path, monkeypatch):
+    loaded = []
+    original = datasets.simulate
+    monkeypatch.setattr(datasets, "simulate", lambda **kw: loaded.append(kw) or original(**kw))
+    config = one_split(methods=["mean", "replicate"], focus=None, metrics=["squared_error"])
+    benchmark.run(config, tmp_path, progress=False)
+    assert len(loaded) == 1
+
+
+# Statistics
+
+
+def frame(values, metric="pearson_delta", under=None, half=(0, 1), **more):
+    """Scores of methods on rows of targets A0, A1, ..."""
+    rows = []
+    for method, each in values.items():
+        for i, value in enumerate(each):
+            for h in half:
+                row = {"method": method, "entry": method, "role": "method", "half": h}
+                row |= {"data": "d", "kind": "k", "split": "s", "context": "all", "refused": False}
+                row |= {"perturbation": f"A{i}", metric: value}
+                if under is not None:
+                    row["squared_effect"] = under[i]
+                rows.append(row | more)
+    found = pd.DataFrame(rows)
+    for name, role in (("mean", "floor"), ("replicate", "ceiling")):
+        found.loc[found["method"] == name, "role"] = role
+    return found
+
+
+def test_a_ratio_whose_denominator_may_be_negative_has_no_interval():
+    rng = np.random.default_rng(0)
+    under = rng.normal(0.2, 1, 12)
+    under += 0.15 - under.mean()
+    found = frame({"a": np.full(12, 0.1)}, "squared_error", under)
+    (row,) = benchmark.summarise(found).itertuples()
+    assert row.value == pytest.approx(1.2 / under.sum())
+    assert np.isnan(row.low) and np.isnan(row.high)
+    sure = frame({"a": np.full(12, 0.1)}, "squared_error", np.abs(under) + 1)
+    (row,) = benchmark.summarise(sure).itertuples()
+    assert row.low < row.value < row.high
+
+
+def test_which_of_two_methods_is_better_does_not_depend_on_what_divides_both():
+    rng = np.random.default_rng(0)
+    under = rng.normal(0.3, 1, 12)
+    under += 0.2 - under.mean()
+    error = np.abs(rng.normal(1, 0.1, 12))
+    found = frame({"a": error, "b": error + 0.5 + rng.normal(0, 0.1, 12)}, "squared_error", under)
+    (row,) = benchmark.verdicts(found, "a", ["b"], ["squared_error"]).itertuples()
+    assert row.verdict == "better"
+    assert row.low > 0
+
+
+def test_strata_are_chosen_on_the_half_that_is_not_scored():
+    """Pure noise: effects that look strong on one half are not stronger on the other."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for half in (0, 1):
+        part = frame({"a": np.zeros(300)}, "squared_error", rng.normal(size=300), half=(half,))
+        rows.append(part)
+    found = with_size(pd.concat(rows, ignore_index=True))
+    means = found.groupby("size")["squared_effect"].mean()
+    assert abs(means["strong effects"] - means["weak effects"]) < 0.25
+    counts = found.groupby(["size", "half"]).size()
+    assert (counts == 100).all()
+
+
+def test_many_verdicts_of_nothing_find_nothing():
+    """Thirty metrics of two methods that are equally good: 5% of them would look better."""
+    rng = np.random.default_rng(1)
+    parts = []
+    for i in range(30):
+        values = {m: rng.normal(size=25) for m in ("a", "b")}
+        parts.append(frame(values).assign(data=f"set {i}"))
+    found = benchmark.verdicts(pd.concat(parts), "a", ["b"], ["pearson_delta"])
+    assert len(found) == 30
+    # Benjamini and Hochberg by hand: the k-th smallest p times n over k, and no more than the next.
+    p = np.sort(found["p"])
+    by_hand = np.minimum.accumulate((p * 30 / np.arange(1, 31))[::-1])[::-1]
+    np.testing.assert_allclose(np.sort(found["q"]), np.minimum(by_hand, 1))
+    named = found["verdict"].isin(["better", "worse"])
+    assert named.equals(found["q"] < 0.05)
+    assert named.sum() < (found["p"] < 0.05).sum()
+    assert named.sum() <= 1
+    # And what there is, is found.
+    real = {"a": rng.normal(1, 0.3, 25), "b": rng.normal(0, 0.3, 25)}
+    parts[0] = frame(real).assign(data="set 0")
+    found = benchmark.verdicts(pd.concat(parts), "a", ["b"], ["pearson_delta"])
+    assert found.loc[found["data"] == "set 0", "verdict"].item() == "better"
+
+
+def test_five_units_show_nothing():
+    """All five agree: so would one in sixteen pairs of coins."""
+    few = frame({"a": [0.9] * 5, "b": [0.1] * 5})
+    (row,) = benchmark.verdicts(few, "a", ["b"], ["pearson_delta"]).itertuples()
+    assert row.p == 2 / 32
+    assert row.verdict == "not significantly different"
+    more = frame({"a": [0.9] * 9, "b": [0.1] * 9})
+    (row,) = benchmark.verdicts(more, "a", ["b"], ["pearson_delta"]).itertuples()
+    assert row.verdict == "better"
+
+
+def test_spaces_of_their_own_are_not_compared(result):
+    own = {n for n, m in METRICS.items() if m.own_space}
+    assert {"own_embedding_cosine", "neighbour_retrieval"} == own
+    assert not own & set(result.verdicts()["metric"])
+
+
+def test_the_e_test_leaves_random_numbers_alone(task, monkeypatch):
+    original = np.random.default_rng
+
+    def watched(seed=None):
+        assert np.random.default_rng is watched
+        return original(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", watched)
+    again = replace(task)
+    np.testing.assert_array_equal(again.e_test, task.e_test)
+
+
+def test_small_numbers_are_not_zero():
+    shown = [number(x) for x in (2.4e-5, -3e-4, 0, 0.0123, 12.34, 1234.5, float("nan"))]
+    assert shown == ["2.4e-05", "-3.0e-04", "0", "0.012", "12.3", "1,234", "–"]
+
+
+def test_cell_eval_is_pinned_by_its_preset():
+    assert cell_eval_config().to_dict()["de"]["backend"] == "scanpy"
