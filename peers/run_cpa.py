@@ -3,7 +3,6 @@
 # dependencies = [
 #     "torch",
 #     "cpa-tools==0.8.8",
-#     "setuptools>=77.0.3,<81",  # pytorch-lightning 1.9 imports pkg_resources, gone from 81
 #     "scvi-tools==0.20.3",  # the last on pytorch-lightning 1.9, whose hooks CPA uses
 #     "jax==0.4.23",  # scvi-tools 0.20.3 imports its JAX models
 #     "jaxlib==0.4.23",
@@ -11,15 +10,25 @@
 #     "anndata<0.10",
 #     "scanpy<1.10",
 #     "torchmetrics<1.5",
+#     "mudata<0.3",  # imported by scvi-tools, and newer ones want a newer anndata
 #     "requests",  # imported by scvi-tools 0.20.3, not declared
 #     "rdkit",  # imported by cpa, for drugs
 #     "adjustText",
 #     "seaborn",
 # ]
 # [tool.uv]
-# # CPA 0.8.8 asks for torch <= 2.0.1, numpy < 1.24 and for ray, none of which it needs here.
+# # CPA 0.8.8 asks for older ones than it needs, and for ray, which only its tuner uses.
 # override-dependencies = [
-#     "torch", "numpy<2", "scipy<1.13", "pandas<2.2", "ray; sys_platform == 'never'",
+#     "torch",
+#     "setuptools>=77.0.3,<81",  # pytorch-lightning 1.9 imports pkg_resources, gone from 81
+#     "numpy<2",
+#     "scipy<1.13",
+#     "pandas<2.2",
+#     "scanpy<1.10",
+#     "anndata<0.10",
+#     "scvi-tools==0.20.3",
+#     "rdkit",
+#     "ray; sys_platform == 'never'",
 # ]
 # ///
 """CPA (Lotfollahi et al. 2023) with the settings of its Norman tutorial."""

@@ -270,3 +270,100 @@ def test_demo_shows_the_model_ahead_of_the_baselines(tmp_path):
     label = ad.read_h5ad(out / "predicted.h5ad").obs["perturbation"].iloc[0]
     result = run(app, ["predict", str(out / "model"), label, "--out", str(cells)])
     assert result.exit_code == 0, result.output
+
+
+# The benchmark
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Writes a configuration with these methods, of which the last one is the focus."""
+    from benchmarks import one_split
+
+    def write(*methods, **more):
+        config = one_split(
+            methods=["mean", "replicate", *methods], focus=more.pop("focus", None),
+            metrics=["squared_error"], **more,
+        )  # fmt: skip
+        path = tmp_path / "mine.yaml"
+        path.write_text(json.dumps(config))
+        return [str(path), "--out", str(tmp_path / "out")]
+
+    return write
+
+
+def test_a_benchmark_whose_focus_fails_ends_with_1(bench, tmp_path):
+    broken = {"name": "benchmarks:FailsAlways", "label": "ours"}
+    result = run(app, ["benchmark", *bench("anchor", broken, focus="ours")])
+    assert result.exit_code == 1
+    assert "ours failed on doubles-0: ArithmeticError: does not converge" in result.output
+    assert (tmp_path / "out" / "report.html").exists()
+    other = bench("anchor", broken, focus="anchor")
+    assert run(app, ["benchmark", *other]).exit_code == 0
+    assert run(app, ["benchmark", *other, "--strict"]).exit_code == 1
+
+
+def test_a_benchmark_of_some_methods_and_seeds(bench):
+    arguments = bench("anchor", "additive", "mean plus noise", focus="anchor")
+    some = ["--methods", "mean plus noise", "--seeds", "2", "--json"]
+    result = run(app, ["benchmark", *arguments, *some])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert {r["method"] for r in said["table"]} == {"mean", "replicate", "mean plus noise"}
+    assert said["status"] == {"run": 4}
+    wrong = run(app, ["benchmark", *arguments, "--methods", "adtive"])
+    assert wrong.exit_code == 1
+    assert "['adtive'] are none of the methods, which are mean" in " ".join(wrong.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gene_sets": ["no.gmt"]}, "simulated: there is no file no.gmt"),
+        ({"features": [{"regulons": "no.csv"}]}, "simulated: there is no file no.csv"),
+        ({"features": [{"gene_sets": ["no.gmt"]}]}, "simulated: there is no file no.gmt"),
+        (
+            {"splits": [{"kind": "unseen-singles", "blocks": "no.gmt"}]},
+            "simulated: there is no file no.gmt",
+        ),
+    ],
+)
+def test_check_finds_missing_files(bench, change, message):
+    result = run(app, ["benchmark", *bench("anchor", data=change), "--check"])
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("GP-JEPA", {"modle": {}}, "no options ['modle']; it has ['gates', 'model'"),
+        ("GP-JEPA", {"train": {"max_epoch": 1}}, "train() has no argument 'max_epoch': did you mean max_epochs=?"),
+        ("anchor", {"ridge": 1}, "no options ['ridge']; it has none"),
+        ("kernel ridge", {"rigde": 1}, "no options ['rigde']; it has ['ridge']"),
+        ("benchmarks:Stranger", {"depth": 1}, "no options ['depth']; it has none"),
+    ],
+)
+def test_check_finds_misspelt_options(bench, name, options, message):
+    result = run(app, ["benchmark", *bench({"name": name, "options": options}), "--check"])
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
+def test_check_runs_nothing_and_says_what_will_not_run(bench, tmp_path):
+    lost = {"name": "theirs", "script": str(tmp_path / "no.py")}
+    result = run(app, ["benchmark", *bench("anchor", lost), "--check"])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "simulated: 1 splits, 4 methods." in said
+    assert "Will not run: theirs: there is no script" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_presets_are_named():
+    result = run(app, ["benchmark", "--list-presets"])
+    assert result.exit_code == 0
+    assert "smoke: Smoke test" in result.output
+    nothing = run(app, ["benchmark"])
+    assert nothing.exit_code == 1
+    assert "gpjepa benchmark smoke --out" in nothing.stderr

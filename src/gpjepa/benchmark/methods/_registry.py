@@ -157,12 +157,24 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
         _check_call("", GPJEPAMethod, options)
         _check_call("model: ", GPJEPA, options.get("model") or {})
-        _check_call("train: ", GPJEPA.train, options.get("train") or {})
+        _check_train(options.get("train") or {})
     elif name in METHODS or name in ORACLES:
         known = METHODS.get(name)
         _check_call("", None if known is None else known.options, options)
     else:
         _check_call("", imported(name), options)
+
+
+def _check_train(options: Mapping[str, Any]) -> None:
+    """Arguments of ``train`` and of Lightning's trainer, as ``train`` itself checks them."""
+    from gpjepa.model import GPJEPA
+    from gpjepa.model._arguments import check_training
+
+    known = inspect.signature(GPJEPA.train).parameters
+    try:
+        check_training("train", {k: v for k, v in options.items() if k not in known}, known)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_call(where: str, takes: Callable[..., Any] | None, options: Mapping[str, Any]) -> None:
