@@ -10,7 +10,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from gpjepa.perturbations import LabelReader, Perturbation
+from gpjepa.effects import EffectAnchor
+from gpjepa.perturbations import LabelReader, Perturbation, Vocabulary
 from gpjepa.splits import Row, Split
 
 from .methods import METHODS, Prediction, make_method, oracle, predict_rows
@@ -130,6 +131,8 @@ def compare(
     ValueError
         If a label or the context does not occur, too few cells are held out, or nothing is left to
         train on.
+    UnknownTargetError
+        If nothing is known of a target that is held out.
     """
     setup = setup or {}
     if isinstance(hold_out, str):
@@ -139,6 +142,8 @@ def compare(
     cells = standard_cells(adata, **setup)
     task = Task.of(cells, _split(adata, cells, setup, hold_out, hold_out_context, seed))
     _check_size(task)
+    model = {"targets": (), "missing_features": "error", **(model or {})}
+    _check_known(task, model, setup.get("targets") or ())
     fitted = make_method(MODEL, (), seed, {"gates": ["auto"], "model": model, "train": train})
     fitted.fit(task.train.copy(), task.split)
     found = {MODEL: predict_rows(fitted, task, MODEL)[MODEL]}
@@ -220,6 +225,21 @@ def _check_size(task: Task) -> None:
             f"Cannot hold out {few}: at least {MIN_CELLS} cells are needed, as each half of them "
             "is held against a prediction."
         )
+
+
+def _check_known(task: Task, model: dict[str, Any], declared: Sequence[str]) -> None:
+    """Refuse targets of which nothing is known, as predictions would after the training."""
+    anchor = EffectAnchor(model.get("target_features", ()), model["missing_features"])
+    trained = [p for _, p in task.split.train]
+    featured = [t for f in anchor.features for t in f.targets]
+    known = Vocabulary(
+        [t for p in trained for t in p.targets],
+        [*map(str, task.genes), *featured, *model["targets"], *declared],
+    )
+    wanted = sorted({p for _, p in task.rows})
+    for perturbation in wanted:
+        known.check(perturbation)
+    anchor.check(wanted, {p.targets[0] for p in trained if len(p.targets) == 1})
 
 
 def _measured(task: Task) -> np.ndarray:

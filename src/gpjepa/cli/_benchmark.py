@@ -58,7 +58,7 @@ def run_benchmark(
         return
     if out is None:
         raise ValueError(how)
-    result = benchmark.run(read, out)
+    result = benchmark.run(read, out, progress=output.shown)
     n = result.runs["status"].value_counts()
     for status in ("failed", "not run"):
         if status in n:
