@@ -226,7 +226,7 @@ def test_noisier_cells_and_wrong_spread_are_seen(task):
     truth = oracle("truth", task, 0)
     values = truth.cells.counts.copy()
     values.data = values.data * np.random.default_rng(0).choice([1, 4], values.nnz)
-    noisy = replace(truth, cells=replace(truth.cells, counts=values))
+    noisy = replace(truth, drawn=replace(truth.cells, counts=values))
     names = ["variance_log_ratio", "energy_distance_unbiased", "gene_correlation_error"]
     before, after = (scores(task, p, metrics=names).mean() for p in (truth, noisy))
     assert (after > before + 0.01).all()
@@ -463,7 +463,7 @@ def test_known_ways_of_gaming_do_not_win(task):
         mine = np.flatnonzero(base.cells.row == row)
         flat = sp.lil_matrix(flat)
         flat[mine] = np.rint(np.asarray(flat[mine].mean(0)))
-    collapsed = replace(base, cells=replace(base.cells, counts=sp.csr_matrix(flat)))
+    collapsed = replace(base, drawn=replace(base.cells, counts=sp.csr_matrix(flat)))
     names = ["energy_distance_unbiased", "variance_log_ratio", "gene_correlation_error"]
     assert (scores(task, collapsed, metrics=names).mean()
             > scores(task, base, metrics=names).mean()).all()  # fmt: skip

@@ -184,7 +184,7 @@ def test_targeted_genes_count_in_no_metric(task):
         mine = np.flatnonzero(base.cells.row == row)
         counts[np.ix_(mine, np.flatnonzero(~task.scored[row]))] += 7
     cheat = replace(
-        base, effect=effect, cells=replace(base.cells, counts=sp.csr_matrix(counts)),
+        base, effect=effect, drawn=replace(base.cells, counts=sp.csr_matrix(counts)),
         known_states={},
     )  # fmt: skip
     names = [n for n in METRICS if METRICS[n].masked]

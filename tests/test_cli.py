@@ -338,7 +338,11 @@ def test_check_finds_missing_files(bench, change, message):
     ("name", "options", "message"),
     [
         ("GP-JEPA", {"modle": {}}, "no options ['modle']; it has ['gates', 'model'"),
-        ("GP-JEPA", {"train": {"max_epoch": 1}}, "train() has no argument 'max_epoch': did you mean max_epochs=?"),
+        (
+            "GP-JEPA",
+            {"train": {"max_epoch": 1}},
+            "train() has no argument 'max_epoch': did you mean max_epochs=?",
+        ),
         ("anchor", {"ridge": 1}, "no options ['ridge']; it has none"),
         ("kernel ridge", {"rigde": 1}, "no options ['rigde']; it has ['ridge']"),
         ("benchmarks:Stranger", {"depth": 1}, "no options ['depth']; it has none"),

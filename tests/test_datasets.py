@@ -282,5 +282,7 @@ def test_a_comparison_reads_labels_as_declared_and_refuses_early(simulated, monk
         gpjepa.benchmark.compare(adata, ["DRUG"], setup=setup)
     adata.obs["guide"] = adata.obs["perturbation"].astype(str)
     adata.obs.loc[adata.obs["guide"] == "control", "guide"] = ["TF000", *["control"] * 249]
-    with pytest.raises(ValueError, match=r"TF000 in .* \(1 cells\).*at least 8 cells|nothing can be"):
+    with pytest.raises(
+        ValueError, match=r"TF000 in .* \(1 cells\).*at least 8 cells|nothing can be"
+    ):
         gpjepa.benchmark.compare(adata, ["TF000"], setup=setup | {"separator": "+"})

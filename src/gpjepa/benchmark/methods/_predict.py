@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import anndata as ad
 import numpy as np
@@ -23,8 +24,8 @@ class Prediction:
     ----------
     effect
         Mean effects, scale ``mean_log1p``, against the training control, shape (n_rows, n_genes).
-    cells
-        Predicted cells of the rows.
+    drawn
+        Predicted cells of the rows, or what makes them: metrics of mean effects need none.
     sd
         Standard deviation of the mean effects, shape (n_rows, n_genes), or None.
     refused
@@ -37,11 +38,16 @@ class Prediction:
     """
 
     effect: np.ndarray
-    cells: CellSet
+    drawn: CellSet | Callable[[], CellSet]
     sd: np.ndarray | None = None
     refused: np.ndarray | None = None
     embed: Callable[[ad.AnnData], np.ndarray] | None = None
     known_states: dict[tuple, tuple[CellSet, np.ndarray]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def cells(self) -> CellSet:
+        """Predicted cells of the rows."""
+        return self.drawn() if callable(self.drawn) else self.drawn
 
 
 def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]:
@@ -75,9 +81,13 @@ def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]
 
 def mean_prediction(task: Task) -> Prediction:
     """The mean response for every row: what a row is scored as that a method did not predict."""
-    cells = [_moved(task, task.mean_response[i], i) for i in range(len(task.rows))]
+    parts = [partial(_moved, task, task.mean_response[i], i) for i in range(len(task.rows))]
     refused = np.ones(len(task.rows), bool)
-    return Prediction(task.mean_response, CellSet.stacked(cells), refused=refused)
+    return Prediction(task.mean_response, partial(_together, parts), refused=refused)
+
+
+def _together(parts: Sequence[Callable[[], CellSet]]) -> CellSet:
+    return CellSet.stacked([make() for make in parts])
 
 
 def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: str) -> ad.AnnData:
@@ -104,14 +114,17 @@ def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: 
 
 
 def _assembled(task: Task, parts: Mapping[str, ad.AnnData]) -> Prediction:
-    effects, sets, sds, refused = [], [], [], []
+    effects, sds, refused = [], [], []
+    sets: list[Callable[[], CellSet]] = []
     for i, (context, perturbation) in enumerate(task.rows):
         part, label = parts[context], str(perturbation)
         mine = part[(part.obs["perturbation"].astype(str) == label).to_numpy()]
         refused.append(mine.n_obs == 0)
         stated, sd = (_stated(part.uns.get(k), label, task) for k in ("effect", "effect_sd"))
+        cells: Callable[[], CellSet]
         if refused[-1]:
-            effect, cells = task.mean_response[i], _moved(task, task.mean_response[i], i)
+            effect = task.mean_response[i]
+            cells = partial(_moved, task, effect, i)
             sd = None if sd is None else np.full(len(task.genes), np.nan)
         else:
             effect, cells = _row(task, mine, stated, i)
@@ -121,7 +134,7 @@ def _assembled(task: Task, parts: Mapping[str, ad.AnnData]) -> Prediction:
     known = [s for s in sds if s is not None]
     return Prediction(
         np.stack(effects),
-        CellSet.stacked(sets),
+        partial(_together, sets),
         np.stack(known) if len(known) == len(sds) else None,
         np.array(refused),
     )
@@ -136,21 +149,22 @@ def _stated(frame: pd.DataFrame | None, label: str, task: Task) -> np.ndarray | 
 
 def _row(
     task: Task, mine: ad.AnnData, stated: np.ndarray | None, row: int
-) -> tuple[np.ndarray, CellSet]:
-    """Mean effect and cells of one row: cells with counts have the effect that is stated."""
+) -> tuple[np.ndarray, Callable[[], CellSet]]:
+    """Mean effect of one row, and what makes its cells: cells with counts have the effect that is stated."""
     control = task.control_profiles[row]
     if mine.uns["scale"] == "counts":
         cells = _cells(mine, _library(task, mine, row), row, task.rows[row][0], "counts")
         if stated is not None:
-            return stated, calibrated(cells, control + stated)
-        return np.asarray(cells.log1p.mean(0)).ravel() - control, cells
+            return stated, partial(calibrated, cells, control + stated)
+        return np.asarray(cells.log1p.mean(0)).ravel() - control, lambda: cells
     values = sp.csr_matrix(mine.X, dtype=np.float32)
     own = np.asarray(values.mean(0), float).ravel() - control
     effect = own if stated is None else stated
     if mine.n_obs == 1:
-        return effect, _moved(task, effect, row)
+        return effect, partial(_moved, task, effect, row)
     # Cells on the log1p scale are scored as they are: drawing counts anew would blur them.
-    return effect, _cells(mine, np.full(mine.n_obs, np.nan), row, task.rows[row][0], "values")
+    cells = _cells(mine, np.full(mine.n_obs, np.nan), row, task.rows[row][0], "values")
+    return effect, lambda: cells
 
 
 def _library(task: Task, mine: ad.AnnData, row: int) -> np.ndarray:
