@@ -145,3 +145,23 @@ def test_a_missing_extra_is_named(frame, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "decoupler", None)
     with pytest.raises(ImportError, match=r"pip install 'gpjepa\[enrichment\]'"):
         effects.enrichment(frame, {"some": frame["gene"].unique()[:10]})
+
+
+def test_an_overview_shows_the_focus_beside_the_best_other_method():
+    """A line per data set; the rival is the best that is neither an oracle nor the focus itself."""
+    values = {"ours": 0.4, "ours (gate 0)": 0.3, "good": 0.5, "poor": 0.9, "mean": 1.1, "half": 0.1}
+    roles = {"mean": "floor", "half": "ceiling"}
+    rows = [
+        {"data": d, "kind": "doubles", "method": m, "entry": m.split(" (")[0], "metric": "error",
+         "role": roles.get(m, "method"), "value": v + shift, "low": v - 0.1, "high": v + 0.1,
+         "label": "error", "direction": "lower", "best": 0.0}
+        for d, shift in (("a", 0), ("b", 0.2)) for m, v in values.items()
+    ]  # fmt: skip
+    (axes,) = plotting.benchmark_overview(pd.DataFrame(rows), "ours", "error").axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["ours"] == [[0.4, 1], [pytest.approx(0.6), 0]]
+    assert lines["best other method"] == [[0.5, 1], [pytest.approx(0.7), 0]]
+    assert {t.get_text() for t in axes.texts} == {"good"}
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["b\ndoubles", "a\ndoubles"]
+    with pytest.raises(ValueError, match="no values of 'error' for 'theirs'"):
+        plotting.benchmark_overview(pd.DataFrame(rows), "theirs", "error")

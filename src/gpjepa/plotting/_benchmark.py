@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MARKS = (  # of a replicate, the mean response, the best other method and the focus
+    ("|", COLORS["replicate"], 9),
+    ("|", COLORS["mean"], 9),
+    ("D", COLORS["additive"], 4),
+    ("o", COLORS["GP-JEPA"], 6),
+)
 BETTER = {"higher": "more is better", "lower": "less is better", "closest": "closest is best"}
 
 
@@ -182,53 +188,26 @@ def benchmark_overview(
     if part.empty or focus not in set(part["method"]):
         raise ValueError(f"The table has no values of {metric!r} for {focus!r}.")
     label, direction, best = part[["label", "direction", "best"]].iloc[0]
-    sign = 1 if direction == "higher" else -1
-    groups = list(part.groupby(["data", "kind"], sort=False))[::-1]
-    axes = axes_of(ax, 5.8, 0.46 * len(groups) + 1.0)
-    limit = _far(part[part["method"] == focus][["value", "low", "high"]].to_numpy(), best)
-    named: dict[str, Any] = {}
-    for y, (_, group) in enumerate(groups):
-        rows = group.set_index("method")
-        others = rows[~rows["role"].isin(["ceiling", "oracle"])]
-        others = others[others["entry"] != focus]
-        best_other = (sign * others["value"]).nlargest(1).index
-        marks = {
-            "mean response": (rows[rows["role"] == "floor"], "|", COLORS["mean"], 9),
-            "replicate": (rows[rows["role"] == "ceiling"], "|", COLORS["replicate"], 9),
-            "best other method": (
-                others.loc[best_other],
-                "D",
-                COLORS["additive"],
-                5,
-            ),
-            focus: (rows.loc[[m for m in rows.index if m == focus]], "o", COLORS["GP-JEPA"], 7),
-        }
-        for name, (found, marker, color, size) in marks.items():
-            for method, row in found.iterrows():
-                if name == focus:
-                    axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.6)
-                (drawn,) = axes.plot(
-                    min(row["value"], limit),
-                    y,
-                    marker,
-                    color=color,
-                    markersize=size,
-                    linestyle="",
-                    markeredgewidth=2 if marker == "|" else 0,
-                )
-                named[name] = drawn
-                if name == "best other method":
-                    axes.annotate(
-                        str(method),
-                        (min(row["value"], limit), y),
-                        xytext=(0, 6),
-                        fontsize=7,
-                        textcoords="offset points",
-                        ha="center",
-                        color="#555555",
-                    )
-    axes.set_yticks(range(len(groups)), [f"{n[0]}\n{n[1]}" for n, _ in groups], fontsize=8)
-    axes.set_ylim(-0.6, len(groups) - 0.3)
+    keys = part[["data", "kind"]].drop_duplicates()[::-1]
+    names = list(keys.itertuples(index=False, name=None))
+    height = {name: y for y, name in enumerate(names)}
+    axes = axes_of(ax, 5.8, 0.46 * len(names) + 1.0)
+    parts = _overview_parts(part, focus, 1 if direction == "higher" else -1)
+    limit = _far(parts[focus][["value", "low", "high"]].to_numpy(), best)
+    drawn = []
+    for (name, rows), (marker, color, size) in zip(parts.items(), MARKS, strict=True):
+        y = [height[key] for key in zip(rows["data"], rows["kind"], strict=True)]
+        x = rows["value"].clip(upper=limit)
+        drawn += axes.plot(
+            x, y, marker, color=color, markersize=size, markeredgewidth=2, linestyle="", label=name
+        )
+        if name == focus:
+            axes.hlines(y, rows["low"], rows["high"], color=color, linewidth=1.6)
+        elif name == "best other method":
+            for method, at, line in zip(rows["method"], x, y, strict=True):
+                axes.text(at, line + 0.16, method, fontsize=7, ha="center", color="#555555")
+    axes.set_yticks(range(len(names)), [f"{d}\n{k}" for d, k in names], fontsize=8)
+    axes.set_ylim(-0.6, len(names) - 0.3)
     axes.axvline(best, color="black", linewidth=0.8)
     if label.endswith("no change"):
         axes.axvline(1, color=COLORS["no change"], linewidth=0.8, linestyle="--")
@@ -236,16 +215,22 @@ def benchmark_overview(
     axes.set_xlabel(
         f"{label} ({BETTER[direction]})\nsolid line: perfect; bars: 95% intervals", fontsize=8
     )
-    order = [n for n in (focus, "best other method", "mean response", "replicate") if n in named]
     axes.figure.legend(
-        [named[n] for n in order],
-        order,
-        loc="outside upper left",
-        ncols=4,
-        frameon=False,
-        fontsize=8,
+        handles=drawn[::-1], loc="outside upper left", ncols=4, frameon=False, fontsize=8
     )
     return finished(axes, return_fig)
+
+
+def _overview_parts(part: pd.DataFrame, focus: str, sign: int) -> dict[str, pd.DataFrame]:
+    """Rows of the table by what they are called, a row per data set; drawn in this order."""
+    others = part[~part["role"].isin(["ceiling", "oracle"]) & (part["entry"] != focus)]
+    best = (sign * others["value"]).groupby([others["data"], others["kind"]]).idxmax()
+    return {
+        "replicate": part[part["role"] == "ceiling"],
+        "mean response": part[part["role"] == "floor"],
+        "best other method": part.loc[best.dropna()],
+        focus: part[part["method"] == focus],
+    }
 
 
 def _far(values: np.ndarray, best: float) -> float:
