@@ -4,7 +4,8 @@ A script runs in the environment of its peer, which knows nothing of gpjepa: thi
 pandas, scipy and anndata only. It is started once per fit and speaks through files in a folder:
 
 ``train.h5ad``
-    Training cells: counts in ``X``; ``obs`` ``perturbation``, ``context``, ``library_size``.
+    Training cells: counts in ``X``; ``obs`` ``perturbation``, ``context``, ``library_size``, and
+    ``batch`` where the data name it.
 ``task.json``
     ``test`` rows (context, perturbation), ``targets`` of each perturbation by name, ``options``,
     ``seed``.
@@ -34,6 +35,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+
+FEATURES = 64  # components of the features of targets
 
 
 def serve(fit, predict, given, options=()):
@@ -111,7 +114,7 @@ def listen(lines):
 def read(path):
     """Cells of a file, labels as plain strings."""
     cells = ad.read_h5ad(path)
-    for column in ("perturbation", "context"):
+    for column in (c for c in ("perturbation", "context", "batch") if c in cells.obs):
         cells.obs[column] = cells.obs[column].astype(str).astype(object)
     return cells
 
@@ -129,6 +132,35 @@ def log1p(cells):
     values = sp.csr_matrix(sp.diags(1e4 / size) @ sp.csr_matrix(cells.X))
     values.data = np.log1p(values.data)
     return values.astype(np.float32)
+
+
+def as_arrays(frame):
+    """A table, perturbations × genes, in a form that fits into a file however many genes it has."""
+    return {
+        "values": frame.to_numpy(),
+        "perturbations": np.asarray(frame.index, dtype=object),
+        "genes": np.asarray(frame.columns, dtype=object),
+    }
+
+
+def target_codes(trained, features):
+    """What stands for each target: components of its features, so that unseen ones have any too.
+
+    Without features, or where they know nothing of a trained target, one code per trained target.
+    """
+    from sklearn.decomposition import TruncatedSVD
+
+    parts = pd.DataFrame(np.eye(len(trained)), sorted(trained))
+    if features is not None:
+        n = min(FEATURES, *(d - 1 for d in features.shape))
+        found = TruncatedSVD(n, random_state=0).fit_transform(features.to_numpy())
+        known = pd.DataFrame(found / max(found.std(), 1e-12), features.index)
+        known = known[(features != 0).any(axis=1).to_numpy()]
+        if trained <= set(known.index):
+            parts = known
+        else:
+            parts = pd.concat([parts, known], axis=1, ignore_index=True).fillna(0)
+    return parts.astype(np.float32)
 
 
 def answer(values, perturbations, genes, scale, library=None):

@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "cellflow-tools==0.0.9",
+#     "jax[cuda12]; sys_platform == 'linux'",  # a GPU where there is one
 #     "requests",  # imported by cellflow, declared in an extra only
 #     "scikit-learn",
 # ]
@@ -16,12 +17,11 @@ import functools
 
 import numpy as np
 import pandas as pd
-from _serve import answer, log1p, serve
+from _serve import answer, log1p, serve, target_codes
 
 NETWORK = {"hidden_dims": [2_048] * 3, "decoder_dims": [4_096] * 3}
 TRAIN = {"num_iterations": 300_000, "batch_size": 1_024}
 COMPONENTS = 100
-FEATURES = 64  # components of the features of targets
 GIVEN = "contexts; features of the targets where the data have any, else a code per trained target"
 
 
@@ -89,26 +89,6 @@ def fit(train, task):
 
 def columns(slots):
     return tuple(f"target_{i}" for i in range(slots))
-
-
-def target_codes(trained, features):
-    """What stands for each target: components of its features, so that unseen ones have any too.
-
-    Without features, or where they know nothing of a trained target, one code per trained target.
-    """
-    from sklearn.decomposition import TruncatedSVD
-
-    parts = pd.DataFrame(np.eye(len(trained)), sorted(trained))
-    if features is not None:
-        n = min(FEATURES, *(d - 1 for d in features.shape))
-        found = TruncatedSVD(n, random_state=0).fit_transform(features.to_numpy())
-        known = pd.DataFrame(found / max(found.std(), 1e-12), features.index)
-        known = known[(features != 0).any(axis=1).to_numpy()]
-        if trained <= set(known.index):
-            parts = known
-        else:
-            parts = pd.concat([parts, known], axis=1, ignore_index=True).fillna(0)
-    return parts.astype(np.float32)
 
 
 def label(cells, codes, of, slots, contexts):

@@ -39,7 +39,7 @@ import types
 import anndata as ad
 import numpy as np
 import pandas as pd
-from _serve import answer, device, log1p, serve
+from _serve import answer, as_arrays, device, log1p, serve
 
 MODEL = {
     "n_latent": 32,
@@ -87,6 +87,7 @@ TRAIN = {
     "early_stopping_patience": 5,
     "check_val_every_n_epoch": 5,
 }
+CONTROLS = 500  # control cells that each prediction starts from, at most
 DRAWS = 50  # of each control cell, for the mean effect
 GIVEN = "contexts; takes no features of targets; a GPU if there is one"
 
@@ -108,7 +109,7 @@ def fit(train, task):
         cells,
         perturbation_key="perturbation",
         control_group="control",
-        categorical_covariate_keys=["context"],
+        categorical_covariate_keys=["context", *(["batch"] if "batch" in train.obs else [])],
         is_count_data=True,
         max_comb_len=max(longest, 2),
     )
@@ -144,7 +145,8 @@ def with_questions(train, task):
     for i, (context, name) in enumerate(task["test"]):
         if not set(targets[name]) <= known:
             continue  # without an embedding, a target that was never trained on has no meaning
-        asked = train[is_control & (train.obs["context"] == context).to_numpy()].copy()
+        of_context = np.flatnonzero(is_control & (train.obs["context"] == context).to_numpy())
+        asked = train[np.sort(rng.permutation(of_context)[:CONTROLS])].copy()
         asked.obs["perturbation"], asked.obs["split"] = name, "ood"
         asked.obs_names = [f"asked-{i}-{k}" for k in range(asked.n_obs)]
         parts.append(asked)
@@ -164,7 +166,9 @@ def predict(state, control, wanted):
     mean = np.maximum(np.asarray(cells.obsm["CPA_pred"], float), 1e-12)
     names, library = cells.obs["perturbation"].to_numpy(), cells.obs["library_size"].to_numpy(float)
     found = answer(draw(mean, theta), names, cells.var_names, "counts", library)
-    found.uns["effect"] = effects(mean, theta, names, library, control[:, cells.var_names])
+    found.uns["effect"] = as_arrays(
+        effects(mean, theta, names, library, control[:, cells.var_names])
+    )
     return found[:, control.var_names].copy()
 
 
@@ -174,12 +178,15 @@ def draw(mean, theta):
 
 def effects(mean, theta, names, library, control):
     """Mean effects of as many draws as make their noise small beside that of the control cells."""
-    start = np.asarray(log1p(control).mean(0)).ravel()
-    total = np.zeros(mean.shape)
-    for _ in range(DRAWS):
-        total += np.log1p(1e4 * draw(mean, theta) / library[:, None])
-    wide = pd.DataFrame(total / DRAWS, columns=control.var_names).groupby(names).mean()
-    return wide - start
+    start, found = np.asarray(log1p(control).mean(0)).ravel(), {}
+    for name in dict.fromkeys(names):
+        mine = np.flatnonzero(names == name)
+        draws = [
+            np.log1p(1e4 * draw(mean[mine], theta) / library[mine, None]).mean(0)
+            for _ in range(DRAWS)
+        ]
+        found[name] = np.mean(draws, axis=0) - start
+    return pd.DataFrame.from_dict(found, orient="index", columns=control.var_names)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ GIVEN = "contexts as cell types; takes no features of targets"
 
 def fit(train, task):
     import pertpy
+    import scvi
 
+    scvi.settings.seed = task["seed"]
     train.X = log1p(train)
     pertpy.tl.Scgen.setup_anndata(train, batch_key="perturbation", labels_key="context")
     model = pertpy.tl.Scgen(train)

@@ -16,10 +16,13 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-from _serve import answer, log1p, serve
+from _serve import answer, log1p, serve, target_codes
 
 TRAIN = {"model": "state_sm", "max_steps": 40_000, "batch_size": 8}
-GIVEN = "contexts as cell types; one code per trained target; a GPU if there is one"
+GIVEN = (
+    "contexts as cell types; features of the targets where the data have any, else a code per "
+    "trained target; a GPU if there is one"
+)
 
 
 def fit(train, task):
@@ -28,10 +31,15 @@ def fit(train, task):
     options = {**TRAIN, **task["options"]}
     names = sorted({*train.obs["perturbation"], *(name for _, name in task["test"])})
     of = {"control": ["control"], **task["targets"]}
-    targets = sorted({t for x in train.obs["perturbation"].unique() for t in of[x]})
-    place = {t: i for i, t in enumerate(targets)}
-    codes = torch.eye(len(targets))
-    features = {x: sum(codes[place[t]] for t in of[x]) for x in names if set(of[x]) <= set(targets)}
+    trained = {t for x in train.obs["perturbation"].unique() for t in of[x]} - {"control"}
+    codes = target_codes(trained, task.get("features"))
+    width = codes.shape[1] + 1
+    place = {
+        t: torch.nn.functional.pad(torch.from_numpy(c), (0, 1))
+        for t, c in zip(codes.index, codes.to_numpy())
+    }
+    place["control"] = torch.eye(width)[-1]
+    features = {x: sum(place[t] for t in of[x]) for x in names if set(of[x]) <= set(place)}
     torch.save(features, "features.pt")
     here = Path.cwd()
     (here / "cells").mkdir()
@@ -67,7 +75,7 @@ def as_state_wants(cells):
     own = ad.AnnData(
         logged, obs=cells.obs[["perturbation", "context"]].copy(), var=cells.var[[]].copy()
     )
-    own.obs["batch"] = "0"
+    own.obs["batch"] = cells.obs["batch"] if "batch" in cells.obs else "0"
     for column in own.obs:
         own.obs[column] = own.obs[column].astype("category")
     own.var["gene_name"] = own.var_names.to_numpy()
@@ -101,7 +109,9 @@ def predict(state, control, wanted):
     known, genes = state
     asked = [w for w in wanted if w in known]
     if not asked:
-        raise ValueError("State gets one code per trained target; none of these was trained.")
+        raise ValueError(
+            "Nothing is known of the targets: they were not trained and have no features."
+        )
     parts = [control.copy()]
     for i, name in enumerate(asked):
         part = control.copy()

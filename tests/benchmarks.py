@@ -74,6 +74,15 @@ class Fails(Stranger):
         super().fit(train, split)
 
 
+class FailsInOne(Stranger):
+    """Cannot learn where the first context is held out."""
+
+    def fit(self, train, split):
+        if split.name.endswith("0"):
+            raise ArithmeticError("does not converge")
+        super().fit(train, split)
+
+
 class FailsAlways(Stranger):
     def fit(self, train, split):
         raise ArithmeticError("does not converge")

@@ -30,7 +30,7 @@ import gpjepa
 from gpjepa import benchmark, splits
 from gpjepa.benchmark import METRICS, Prediction, Scoring, Task, standard_cells
 from gpjepa.benchmark._config import PRESETS
-from gpjepa.benchmark._runner import file_hashes
+from gpjepa.benchmark._runner import contents
 from gpjepa.benchmark.methods import METHODS, MethodError, Peer, oracle, predict_rows
 from gpjepa.benchmark.metrics import cell_eval_config
 from gpjepa.benchmark.metrics._cell_eval import cell_eval_files
@@ -392,13 +392,17 @@ def test_files_that_options_name_decide_what_is_kept(tmp_path):
     (tmp_path / "sets.gmt").write_text("a")
     options = {
         "weights": str(tmp_path / "weights"),
-        "train": {"sets": [str(tmp_path / "sets.gmt")]},
+        "train": {"gene_sets": [str(tmp_path / "sets.gmt")]},
     }
-    before = file_hashes(options)
-    assert len(before) == 2
+    before = contents(options)
+    moved = shutil.copytree(tmp_path, tmp_path / "moved")
+    there = {"weights": str(moved / "weights"), "train": {"gene_sets": [str(moved / "sets.gmt")]}}
+    assert contents(there) == before
     (tmp_path / "weights" / "best_model.pt").write_text("two")
-    assert before[0] != file_hashes(options)[0]
-    assert before[1] == file_hashes(options)[1]
+    assert contents(options)["weights"] != before["weights"]
+    assert contents(options)["train"] == before["train"]
+    # Only what stands under the name of a path is one.
+    assert contents({"encoder": "weights", "text": "x" * 300})["encoder"] == "weights"
 
 
 def test_e_test_finds_what_responds_and_is_repeatable(task):
@@ -778,18 +782,33 @@ def test_no_scale_where_floor_and_ceiling_do_not_differ(tmp_path):
     }  # fmt: skip
     table = benchmark.run(config, tmp_path, progress=False).table()
     assert table["scaled"].isna().all()
-    page = (tmp_path / "report.html").read_text()
-    assert "is not significantly different from the mean response" in page
-    assert "is worse than the mean response" in page
+    assert "fewer than 6 contexts or targets" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("replicate", "why"),
+    [(0.6, "is not significantly different from"), (0.9, "is worse than"), (0.1, "")],
+)
+def test_there_is_a_scale_where_a_replicate_is_better_than_the_mean(replicate, why):
+    noise = np.random.default_rng(0).normal(0, 0.5, 12) * (replicate == 0.6)
+    frames = [
+        pd.DataFrame({"data": "d", "kind": "k", "split": "s", "context": "all", "method": m,
+                      "perturbation": [f"A{i}" for i in range(12)], "l2_top1000": v, "role": r,
+                      "refused": False, "entry": m})
+        for m, v, r in (("mean", 0.6, "floor"), ("replicate", replicate + noise, "ceiling"))
+    ]  # fmt: skip
+    table = benchmark.summarise(pd.concat(frames))
+    assert table["scaled"].isna().all() == bool(why)
+    assert table["unscaled"].str.contains(why).all()
 
 
 # Intervals
 
 
 def test_rows_that_share_a_target_are_no_independent_witnesses():
-    """The same twelve values, of twelve targets or of four doses of three."""
+    """The same values, of 28 targets or of four doses of seven."""
     rng = np.random.default_rng(0)
-    values = np.repeat([0.0, 1.0, 3.0], 4) + rng.normal(0, 0.1, 12)
+    values = np.repeat([0.0, 1.0, 3.0, 0.0, 1.0, 3.0, 2.0], 4) + rng.normal(0, 0.1, 28)
 
     def width(names):
         frames = [
@@ -803,11 +822,11 @@ def test_rows_that_share_a_target_are_no_independent_witnesses():
         assert row["value"] == pytest.approx(values.mean())
         return row["high"] - row["low"]
 
-    apart = width([f"A{i}" for i in range(12)])
-    shared = width([f"A{i // 4}@{i % 4 + 1}" for i in range(12)])
+    apart = width([f"A{i}" for i in range(28)])
+    shared = width([f"A{i // 4}@{i % 4 + 1}" for i in range(28)])
     assert shared > 1.5 * apart
     # As wide as the textbook's interval, for targets that are independent.
-    assert apart == pytest.approx(2 * 1.96 * values.std() / np.sqrt(12), rel=0.15)
+    assert apart == pytest.approx(2 * 1.96 * values.std() / np.sqrt(28), rel=0.15)
 
 
 # The page

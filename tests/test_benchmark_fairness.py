@@ -74,6 +74,31 @@ def test_cells_of_every_mean_effect_method_have_its_effect(task, name):
     assert counts.min() >= 0
 
 
+def test_cells_of_the_linear_model_have_its_effect(cells):
+    """It predicts single targets that are measured genes."""
+    task = Task.of(cells, splits.unseen_singles(measured_rows(cells), folds=3)[0])
+    means, stated = realised(task, fitted("linear", task))
+    molecule = np.log1p(1e4 / task.controls.library.min()) / len(task.controls.library)
+    np.testing.assert_allclose(means, stated, atol=1.1 * molecule)
+
+
+def test_counts_of_others_have_the_effect_that_these_state(task):
+    class States(Unchanged):
+        def predict(self, perturbations, control):
+            found = super().predict(perturbations, control)
+            effect = np.full((len(perturbations), control.n_vars), 0.1)
+            found.uns["effect"] = pd.DataFrame(effect, perturbations, control.var_names)
+            return found
+
+    method = States()
+    method.fit(task.train, task.split)
+    (predicted,) = predict_rows(method, task, "x").values()
+    means, stated = realised(task, predicted)
+    molecule = np.log1p(1e4 / task.controls.library.min()) / len(task.controls.library)
+    np.testing.assert_allclose(means, stated, atol=1.1 * molecule)
+    np.testing.assert_allclose(stated - np.maximum(task.control_profiles, 0), 0.1)
+
+
 def test_cells_of_gp_jepa_have_the_effect_that_it_states(task):
     predicted = fitted("GP-JEPA", task, **QUICK)
     means, stated = realised(task, predicted)
@@ -140,11 +165,78 @@ def test_a_split_on_which_a_method_fails_is_scored_as_the_mean_response(tmp_path
     assert "| failed |" in text and "rows as mean" in text
 
 
-def test_a_method_that_always_fails_has_no_scores(tmp_path):
+def test_a_method_that_always_fails_is_the_mean_response(tmp_path):
     methods = ["mean", "replicate", {"name": "benchmarks:FailsAlways", "label": "never"}]
-    found = benchmark.run(one_split(methods=methods, focus=None), tmp_path, progress=False)
-    assert set(found.scores["method"]) == {"mean", "replicate"}
+    found = benchmark.run(one_split(methods=methods, focus="never"), tmp_path, progress=False)
     assert list(found.runs["status"]) == ["run", "run", "failed"]
+    errors = found.scores.groupby("method")["squared_error"].mean()
+    assert errors["never"] == pytest.approx(errors["mean"])
+    text = (tmp_path / "report.md").read_text()
+    assert "never failed on 1 runs and is scored there as the mean response" in text
+
+
+def test_contexts_and_perturbations_may_look_like_numbers(tmp_path):
+    """Read back as numbers, rows of a failed split would not be those of the others."""
+    adata = datasets.simulate(1_500, 40, n_targets=6, n_combinations=1, n_contexts=2)
+    adata.obs["context"] = adata.obs["context"].str.removeprefix("context")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    data = {
+        "name": "7", "source": str(tmp_path / "cells.h5ad"), "context_key": "context",
+        "splits": [{"kind": "held-out-context"}],
+    }  # fmt: skip
+    methods = ["mean", "replicate", {"name": "benchmarks:FailsInOne", "label": "64"}]
+    config = {
+        **TINY,
+        "data": [data],
+        "methods": methods,
+        "focus": "64",
+        "metrics": ["squared_error"],
+    }
+    found = benchmark.run(config, tmp_path / "out", progress=False)
+    assert set(found.scores["context"]) == {"0", "1"}
+    table = found.table(metrics=["squared_error"]).set_index("method")
+    assert table["n_rows"].nunique() == 1
+    (verdict,) = found.verdicts().itertuples()
+    assert verdict.n_rows == table.loc["64", "n_rows"]
+    again = benchmark.BenchmarkResult.read(tmp_path / "out")
+    pd.testing.assert_frame_equal(again.table(), found.table())
+    assert again.config.focus == "64"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: a.uns["effect"].iloc[1:], "effect: names repeat, or some are missing"),
+        (lambda a: a.uns["effect"].iloc[:, 1:], "effect: names repeat, or some are missing"),
+        (lambda a: a.uns["effect"] * np.nan, "effect holds values that are not finite"),
+        (lambda a: a.uns["effect"].to_numpy(), "is a ndarray; give a frame"),
+    ],
+)
+def test_nobody_hides_rows_by_stating_nothing_of_them(task, spoil, message):
+    class Hides(Stranger):
+        def predict(self, perturbations, control):
+            found = super().predict(perturbations, control)
+            found.uns["effect"] = found.to_df() * 0
+            found.uns["effect"] = spoil(found)
+            return found
+
+    method = Hides()
+    method.fit(task.train, task.split)
+    with pytest.raises(ValueError, match=message):
+        predict_rows(method, task, "hides")
+
+
+def test_values_of_another_scale_are_refused(task):
+    class Rates(Stranger):
+        def predict(self, perturbations, control):
+            found = super().predict(perturbations, control)
+            found.X = np.expm1(found.X)
+            return found
+
+    method = Rates()
+    method.fit(task.train, task.split)
+    with pytest.raises(ValueError, match="at most 9.21: its values are on another scale"):
+        predict_rows(method, task, "rates")
 
 
 # Cells as they are predicted
@@ -212,7 +304,9 @@ def test_predicted_counts_are_of_whole_cells_not_of_the_panel(cells, tmp_path):
 def test_a_renamed_replicate_is_still_no_rival(tmp_path):
     methods = ["additive", "anchor", {"name": "mean", "label": "average"},
                {"name": "replicate", "label": "other half"}, {"name": "truth", "label": "best"}]  # fmt: skip
-    found = benchmark.run(one_split(methods=methods), tmp_path, progress=False)
+    more = {"simulate": {**TINY["data"][0]["simulate"], "n_cells": 2_500, "n_combinations": 20}}
+    config = one_split(methods=methods, data=more, metrics=["squared_error", "pearson_delta"])
+    found = benchmark.run(config, tmp_path, progress=False)
     assert found.rivals() == ["additive", "average"]
     assert set(found.verdicts()["rival"]) <= {"additive", "average"}
     scaled = found.table(metrics=["squared_error"]).set_index("method")["scaled"]
@@ -337,6 +431,36 @@ def test_code_decides_what_is_kept_and_words_do_not(tmp_path, monkeypatch):
     assert method_source("peer", script) == first
 
 
+def test_code_that_scores_decides_what_is_kept(result, monkeypatch):
+    """Also for an oracle, whose own code is none."""
+    import gpjepa.benchmark._runner as runner
+
+    (data,) = result.config.data
+    manifest = result.manifests["simulated"]
+
+    def keys():
+        return [
+            runner._key(result.config, data, manifest, manifest.splits[0], m, 0)
+            for m in result.config.methods
+        ]
+
+    before = keys()
+    original = runner.package_source
+    for module in ("methods._predict", "methods._oracles", "metrics", "_published"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                runner, "package_source",
+                lambda m, changed=module: original(m) + ("x" if m.endswith(changed) else ""),
+            )  # fmt: skip
+            assert not set(keys()) & set(before), module
+    assert keys() == before
+    # What calibrates cells and splits the controls is imported by all of these.
+    from gpjepa.benchmark.methods._sources import package_modules
+
+    for module in ("tasks._calibrate", "tasks._task", "metrics._effect", "metrics._cell_eval"):
+        assert f"gpjepa.benchmark.{module}" in package_modules("gpjepa.benchmark.metrics"), module
+
+
 def test_the_network_is_no_part_of_a_baselines_code(monkeypatch):
     import gpjepa.benchmark.methods._sources as sources
 
@@ -354,8 +478,7 @@ def test_the_network_is_no_part_of_a_baselines_code(monkeypatch):
         package_source.cache_clear()
         return found
 
-    assert changed_when("gpjepa.nn._decoder" if sources._file("gpjepa.nn._decoder") else
-                        "gpjepa.model._gpjepa") == {"GP-JEPA"}  # fmt: skip
+    assert changed_when("gpjepa.model._gpjepa") == {"GP-JEPA"}
     assert changed_when("gpjepa.effects._anchor") == {"anchor", "GP-JEPA"}
 
 
@@ -382,7 +505,7 @@ def test_a_split_that_cannot_be_tested_does_not_end_the_run(result, tmp_path):
     }  # fmt: skip
     found = benchmark.run({**TINY, "data": [data]}, tmp_path / "out", progress=False)
     status = found.runs.groupby("split")["status"].unique()
-    assert list(status["lone"]) == ["not run"]
+    assert list(status["lone"]) == ["not tested"]
     assert list(status["rest"]) == ["run"]
     assert "nothing can be tested" in (tmp_path / "out" / "report.md").read_text()
     only = {**data, "splits": [{"kind": "manifest", "path": str(tmp_path / "lone.json")}]}
@@ -498,11 +621,34 @@ def test_five_units_show_nothing():
     """All five agree: so would one in sixteen pairs of coins."""
     few = frame({"a": [0.9] * 5, "b": [0.1] * 5})
     (row,) = benchmark.verdicts(few, "a", ["b"], ["pearson_delta"]).itertuples()
-    assert row.p == 2 / 32
-    assert row.verdict == "not significantly different"
+    assert row.verdict == "too few to tell"
+    assert benchmark.summarise(few)["low"].isna().all()
     more = frame({"a": [0.9] * 9, "b": [0.1] * 9})
     (row,) = benchmark.verdicts(more, "a", ["b"], ["pearson_delta"]).itertuples()
     assert row.verdict == "better"
+    assert row.p >= 2 * 0.5**9
+    assert benchmark.summarise(more)["low"].notna().all()
+
+
+def test_what_is_new_in_a_new_context_is_the_context():
+    """Thirty targets in two held-out contexts are two witnesses of what happens in a new one."""
+    both = pd.concat(
+        [frame({"a": [0.9] * 30, "b": [0.1] * 30}).assign(context=c) for c in ("one", "two")]
+    )
+    for kind, verdict in (("held-out-context", "too few to tell"), ("unseen-singles", "better")):
+        (row,) = benchmark.verdicts(
+            both.assign(kind=kind), "a", ["b"], ["pearson_delta"]
+        ).itertuples()
+        assert row.verdict == verdict
+
+
+def test_rounding_is_no_difference():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=12)
+    found = frame({"a": values, "b": values + 1e-9})
+    (row,) = benchmark.verdicts(found, "a", ["b"], ["pearson_delta"]).itertuples()
+    assert row.verdict == "equal"
+    assert row.gain == 0
 
 
 def test_spaces_of_their_own_are_not_compared(result):

@@ -257,5 +257,7 @@ def _scores(task: Task, halves: dict[str, tuple[Prediction, Prediction]]) -> pd.
         ]
         about = {"method": name, "context": [c for c, _ in task.rows]}
         about |= {"perturbation": [str(p) for _, p in task.rows], "regime": task.regimes}
-        frames.append(pd.concat([pd.DataFrame(about), (both[0] + both[1]) / 2], axis=1))
+        frames.append(
+            pd.concat([pd.DataFrame(about), pd.concat(both).groupby(level=0).mean()], axis=1)
+        )
     return pd.concat(frames, ignore_index=True)

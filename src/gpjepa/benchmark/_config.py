@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 import anndata as ad
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from gpjepa import datasets, splits
 from gpjepa.perturbations import TargetFeatures, read_gmt
@@ -29,6 +37,7 @@ from .methods import (
     imported,
     is_seeded,
     role_of,
+    takes_features,
 )
 from .metrics import METRICS
 from .tasks import data_hash, measured_rows, standard_cells
@@ -320,12 +329,13 @@ class MethodConfig(_Strict):
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _known(self) -> MethodConfig:
+    def _known(self, info: ValidationInfo) -> MethodConfig:
         if self.script is not None or self.not_run is not None:
             return self
         known = [*METHODS, *ORACLES]
         if ":" in self.name:
-            imported(self.name)
+            if (info.context or {}).get("import", True):
+                imported(self.name)
         elif self.name not in known:
             raise ValueError(
                 f"{self.name!r} is not a method; known are {', '.join(known)}, yours as "
@@ -336,6 +346,17 @@ class MethodConfig(_Strict):
     @property
     def title(self) -> str:
         return self.label or self.name
+
+    @property
+    def role(self) -> Role:
+        """The part that it plays, by what it is: a script or what is not run is just a method."""
+        own = self.script is None and self.not_run is None
+        return role_of(self.name) if own else "method"
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether it sees the truth."""
+        return self.role in ("ceiling", "oracle")
 
     @property
     def seeded(self) -> bool:
@@ -352,12 +373,15 @@ class MethodConfig(_Strict):
 
     def given(self, features: list[TargetFeatures]) -> str:
         """What it gets besides the training cells."""
-        takes = self.name not in METHODS or METHODS[self.name].takes_features
+        takes = self.script is None and takes_features(self.name)
         return ", ".join(f.name for f in features) if features and takes else "nothing else"
 
     def problem(self) -> str | None:
         """What keeps it from being run, as far as that can be seen before."""
         try:
+            missing = [p for p in _option_paths(self.options) if not p.exists()]
+            if missing and self.not_run is None:
+                raise ValueError(f"there is no file {missing[0]}")
             if self.not_run is None and self.script is not None:
                 check_peer(self.script, self.python)
             elif self.not_run is None:
@@ -378,7 +402,7 @@ class BenchmarkConfig(_Strict):
     data: Annotated[list[Data], Field(min_length=1)]
     methods: Annotated[list[MethodConfig], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
-    metrics: list[str] = list(METRICS)
+    metrics: Annotated[list[str], Field(min_length=1)] = list(METRICS)
     focus: str | None = Field(None, description="The method that the report speaks of.")
     _given: BenchmarkConfig | None = PrivateAttr(None)  # before its files were looked up
 
@@ -399,16 +423,21 @@ class BenchmarkConfig(_Strict):
         if named:
             raise ValueError(f"methods: {sorted(named)} are none of the data sets")
         # What scaled values are made of is always run.
-        missing = [n for n in (FLOOR, CEILING) if n not in {m.name for m in self.methods}]
-        if missing:
-            raise ValueError(f"methods: floor and ceiling of scaled values are missing: {missing}")
+        for data in self.data:
+            here = {m.name for m, _ in self.on(data) if m.role in ("floor", "ceiling")}
+            missing = [n for n in (FLOOR, CEILING) if n not in here]
+            if missing:
+                raise ValueError(
+                    f"methods: floor and ceiling of scaled values are missing for {data.name}: "
+                    f"{missing}"
+                )
         return self
 
     def roles(self) -> dict[str, Role]:
         """The part of each method by title; only the first mean is the floor."""
         found: dict[str, Role] = {}
         for method in self.methods:
-            role = "method" if method.script else role_of(method.name)
+            role = method.role
             once = role in ("floor", "ceiling") and role in found.values()
             found[method.title] = role if not once else "negative" if role == "floor" else "oracle"
         return found
@@ -447,7 +476,10 @@ class BenchmarkConfig(_Strict):
         ]
         focus = self.focus if self.focus in {m.title for m in keep} else None
         seeds = self.seeds if n_seeds is None else list(range(n_seeds))
-        return self.model_copy(update={"methods": keep, "focus": focus, "seeds": seeds})
+        found = self.model_copy(update={"methods": keep, "focus": focus, "seeds": seeds})
+        if self._given is not None:
+            found._given = self._given.narrowed(methods, n_seeds)
+        return found
 
     def check(self) -> None:
         """Find files that are missing and options that no method has, before anything is loaded.
@@ -484,7 +516,7 @@ class BenchmarkConfig(_Strict):
         """
         import yaml
 
-        name, folders = "the configuration", [Path(folder)] if folder is not None else []
+        name, folders = "the configuration", [Path.cwd() if folder is None else Path(folder)]
         if isinstance(source, dict):
             content = source
         else:
@@ -505,8 +537,6 @@ class BenchmarkConfig(_Strict):
             config = cls.model_validate(content)
         except ValidationError as error:
             raise ValueError(f"{name} is not a benchmark:\n{_told(error)}") from error
-        if not folders:
-            return config
         found = cls.model_validate(_anchored(content, folders))
         found._given = config
         return found
@@ -536,7 +566,7 @@ def _told(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-_PATHS = (
+PATHS = (
     "source",
     "path",
     "regulons",
@@ -561,13 +591,25 @@ def _paths(value: Any) -> Iterator[Path]:
             yield from _paths(part)
 
 
+def _option_paths(value: Any, key: str = "") -> Iterator[Path]:
+    """Paths in the options of a method: what stands under a name of a path."""
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from _option_paths(v, k)
+    elif isinstance(value, list):
+        for v in value:
+            yield from _option_paths(v, key)
+    elif key in PATHS and isinstance(value, str):
+        yield Path(value)
+
+
 def _anchored(value: Any, folders: Sequence[Path], key: str = "") -> Any:
     """Paths made absolute: in the first of the folders that holds them."""
     if isinstance(value, dict):
         return {k: _anchored(v, folders, k) for k, v in value.items()}
     if isinstance(value, list):
         return [_anchored(v, folders, key) for v in value]
-    if key in _PATHS and isinstance(value, str):
+    if key in PATHS and isinstance(value, str):
         for folder in folders:
             if (folder / value).exists():
                 return str((folder / value).absolute())

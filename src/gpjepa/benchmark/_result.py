@@ -17,6 +17,32 @@ from ._statistics import calibration, summarise, verdicts
 from .metrics import METRICS
 
 FRAMES = ("scores", "runs", "dropped")
+_TEXT = (
+    "data",
+    "split",
+    "kind",
+    "method",
+    "entry",
+    "role",
+    "context",
+    "perturbation",
+    "regime",
+    "status",
+    "reason",
+    "given",
+)
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A table as it was written: names that look like numbers stay names."""
+    found = pd.read_csv(
+        path,
+        float_precision="round_trip",
+        keep_default_na=False,
+        na_values=[""],
+        dtype=dict.fromkeys(_TEXT, str),
+    )
+    return found.fillna(dict.fromkeys([c for c in _TEXT if c in found], ""))
 
 
 @dataclass(frozen=True)
@@ -33,8 +59,8 @@ class BenchmarkResult:
         it calls the prediction (``"GP-JEPA (gate 0)"``), ``role`` what part it plays, ``refused``
         whether the row was not predicted and is scored as the mean response.
     runs
-        One row per cell of the grid: ``status`` (``"run"``, ``"failed"`` or ``"not run"``) and
-        ``reason``, ``seconds_fit``, ``seconds_predict``, ``peak_memory_gb`` of the method's own
+        One row per cell of the grid: ``status`` (``"run"``, ``"failed"``, ``"not run"``, or
+        ``"not tested"`` for a split with too few cells) and ``reason``, ``seconds_fit``, ``seconds_predict``, ``peak_memory_gb`` of the method's own
         process, ``parameters``, and what the method was ``given``.
     manifests
         The splits of each data set.
@@ -97,7 +123,7 @@ class BenchmarkResult:
         """
         lost = self.runs[self.runs["status"] == "failed"]
         mine = self.runs[self.runs["method"] == self.config.focus]
-        mine = mine[mine["status"] != "run"]
+        mine = mine[~mine["status"].isin(["run", "not tested"])]
         return mine if focus_only else pd.concat([lost, mine]).drop_duplicates()
 
     def save(self, out: str | Path) -> None:
@@ -136,15 +162,10 @@ class BenchmarkResult:
         missing = [f for f in files if not (out / f).is_file()]
         if missing:
             raise ValueError(f"{out} is not the result of a benchmark: it has no {missing}.")
-        frames = {
-            n: pd.read_csv(
-                out / f"{n}.csv",
-                float_precision="round_trip",
-                keep_default_na=False,
-                na_values=[""],
-            )
-            for n in FRAMES
-        }
-        manifests = {p.stem: Manifest.read(p) for p in sorted((out / "splits").glob("*.json"))}
-        config = BenchmarkConfig.model_validate(json.loads((out / "config.json").read_text()))
+        frames = {n: read_frame(out / f"{n}.csv") for n in FRAMES}
+        # Methods of others need not be there to read what they reached.
+        config = BenchmarkConfig.model_validate(
+            json.loads((out / "config.json").read_text()), context={"import": False}
+        )
+        manifests = {d.name: Manifest.read(out / "splits" / f"{d.name}.json") for d in config.data}
         return cls(config, frames["scores"], frames["runs"], manifests, frames["dropped"])

@@ -22,22 +22,29 @@ from gpjepa._files import written_whole
 from gpjepa.perturbations import TargetFeatures
 from gpjepa.splits import Manifest, Split
 
-from ._config import BenchmarkConfig, Data, MethodConfig
+from ._config import PATHS, BenchmarkConfig, Data, MethodConfig
 from ._published import KIND, published_scores
-from ._result import BenchmarkResult
+from ._result import BenchmarkResult, read_frame
 from .methods import (
-    ORACLES,
     Prediction,
     mean_prediction,
     method_source,
     oracle,
+    package_source,
     predict_rows,
 )
 from .metrics import METRICS, Scoring, cell_eval_config, score
 from .tasks import VERSION, Task, too_small
 
 logger = logging.getLogger(__name__)
-_LIBRARIES = ("cell-eval2", "scvi-tools", "torch", "scikit-learn", "numpy")
+_LIBRARIES = (
+    *("cell-eval2", "scanpy", "decoupler", "scvi-tools", "torch"),
+    *("scikit-learn", "scipy", "numpy", "pandas", "anndata"),
+)
+# What makes predictions of answers, and scores of predictions.
+_SCORING = tuple(
+    f"{__package__}.{m}" for m in ("methods._predict", "methods._oracles", "metrics", "_published")
+)
 _DROPPED = ["data", "split", "context", "perturbation", "n_cells"]
 Scored = tuple[pd.DataFrame, dict[str, Any]]
 
@@ -86,11 +93,12 @@ def run(
     # All data and splits before any training: the last one may be wrong as well.
     loaded = {data.name: data.load_joined() for data in config.data}
     manifests = {d.name: d.make_splits(*loaded[d.name]) for d in config.data}
+    known = {d.name: ([f.read() for f in d.features], d.read_gene_sets()) for d in config.data}
     grid = _Grid(config, out / "cells")
     with _bar(progress) as step:
         for data in config.data:
             cells, _ = loaded.pop(data.name)
-            grid.run(data, cells, manifests[data.name], step)
+            grid.run(data, cells, manifests[data.name], *known[data.name], step)
     if not grid.frames:
         reasons = sorted({r["reason"] for r in grid.runs})
         raise ValueError(f"Nothing was run: {'; '.join(reasons)}")
@@ -117,10 +125,15 @@ class _Grid:
     dropped: list[dict[str, Any]] = field(default_factory=list)
 
     def run(
-        self, data: Data, cells: ad.AnnData, manifest: Manifest, step: Callable[[str, float], None]
+        self,
+        data: Data,
+        cells: ad.AnnData,
+        manifest: Manifest,
+        features: list[TargetFeatures],
+        gene_sets: dict[str, set[str]] | None,
+        step: Callable[[str, float], None],
     ) -> None:
         """All splits × methods × seeds of one data set."""
-        features, gene_sets = [f.read() for f in data.features], data.read_gene_sets()
         entries = self.config.on(data)
         total, done, frames = len(entries) * len(manifest.splits), 0, []
         for split in manifest.splits:
@@ -156,26 +169,27 @@ class _Grid:
             return found
         try:
             made = task()
-            if method.name in ORACLES:
-                halves = tuple(oracle(method.name, made, h) for h in (0, 1))
-                return self._keep(
-                    path, made, method, {method.title: halves}, seed, {"given": "the truth"}
-                )
+        except ValueError as error:  # too few cells: no method can do anything
+            return pd.DataFrame(), {"status": "not tested", "reason": str(error)}
+        if method.is_oracle:
+            halves = tuple(oracle(method.name, made, h) for h in (0, 1))
+            return self._keep(path, made, method, {method.title: halves}, seed, {"given": "truth"})
+        try:
             running = method.start(features, seed)
-        except ValueError as error:  # neither the split nor the method can do anything
+        except ValueError as error:
             return pd.DataFrame(), {"status": "not run", "reason": str(error)}
         with running:
             try:
                 running.fit(made.train.copy(), made.split)
                 rows = predict_rows(running, made, method.title)
-                predictions = {name: (p, p) for name, p in rows.items()}
-                record = {"given": method.given(features), **running.cost}
-                return self._keep(path, made, method, predictions, seed, record)
             except Exception as error:  # noqa: BLE001  # one method must not take the others down
                 logger.warning("%s failed on %s: %s", method.title, made.split.name, error)
                 mean = mean_prediction(made)
                 scores = self._scores(made, method, {method.title: (mean, mean)}, seed)
                 return scores, {"status": "failed", "reason": str(error), **running.cost}
+            predictions = {name: (p, p) for name, p in rows.items()}
+            record = {"given": method.given(features), **running.cost}
+            return self._keep(path, made, method, predictions, seed, record)
 
     def _scores(
         self,
@@ -215,17 +229,14 @@ class _Grid:
 
 
 def _with_variants(scores: pd.DataFrame) -> list[pd.DataFrame]:
-    """Rows of failed splits under all names that a method's predictions have elsewhere.
-
-    A method that failed on every split of a kind is left out: it is the mean response under
-    another name.
-    """
+    """Rows of failed splits under all names that a method's predictions have elsewhere."""
     if scores.empty:
         return []
-    found = [scores[~scores["failed"].astype(bool)]]
-    for (kind, entry), lost in scores[scores["failed"].astype(bool)].groupby(["kind", "entry"]):
-        here = (found[0]["kind"] == kind) & (found[0]["entry"] == entry)
-        found += [lost.assign(method=name) for name in found[0][here]["method"].unique()]
+    failed = scores["failed"].astype(bool)
+    found = [scores[~failed]]
+    for (kind, entry), lost in scores[failed].groupby(["kind", "entry"]):
+        here = found[0][(found[0]["kind"] == kind) & (found[0]["entry"] == entry)]
+        found += [lost.assign(method=name) for name in list(here["method"].unique()) or [entry]]
     return [f.drop(columns="failed") for f in found if len(f)]
 
 
@@ -245,28 +256,28 @@ def _key(
     decides = {
         "task": [VERSION, manifest.data_hash, data.n_genes, rows, split.seed],
         "seed": seed,
-        "method": method.model_dump(mode="json", exclude={"python", "script", "data"}),
+        "method": [method.name, method.label, contents(method.options)],
         "role": config.roles()[method.title],
-        "files": file_hashes([method.options, data.features, data.gene_sets]),
+        "features": [contents(f.model_dump()) for f in data.features],
+        "gene_sets": contents({"gene_sets": data.gene_sets}),
         "metrics": {name: METRICS[name].version for name in config.metrics},
-        "code": method_source(method.name, method.script),
+        "code": [method_source(method.name, method.script), *map(package_source, _SCORING)],
         "versions": {name: _version(name) for name in _LIBRARIES},
     }
     return sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def file_hashes(value: Any) -> list[str]:
-    """Hashes of the files, and of those in the folders, that a configuration names anywhere."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump()
-    if isinstance(value, dict | list):
-        parts = value.values() if isinstance(value, dict) else value
-        return [h for v in parts for h in file_hashes(v)]
-    path = Path(value) if isinstance(value, str | Path) and str(value) else None
-    if path is None or not path.exists():
-        return []
+def contents(value: Any, key: str = "") -> Any:
+    """A part of a configuration with the contents of files and folders in place of their names."""
+    if isinstance(value, dict):
+        return {k: contents(v, k) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [contents(v, key) for v in value]
+    if not isinstance(value, Path) and not (key in PATHS and isinstance(value, str)):
+        return value
+    path = Path(value)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return [sha256(p.read_bytes()).hexdigest() for p in files]
+    return [sha256(p.read_bytes()).hexdigest() if p.is_file() else str(p) for p in files]
 
 
 def _version(name: str) -> str:
@@ -285,12 +296,7 @@ def _kept(path: Path) -> Scored | None:
         text = (path / "scores.csv").read_bytes()
         if sha256(text).hexdigest() != record.pop("sha256"):
             raise ValueError("its scores are not those that were written")
-        scores = pd.read_csv(
-            path / "scores.csv",
-            float_precision="round_trip",
-            keep_default_na=False,
-            na_values=[""],
-        )
+        scores = read_frame(path / "scores.csv")
         return scores, record
     except (OSError, ValueError, KeyError) as error:
         logger.warning("%s is corrupt (%s) and is computed again.", path, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,9 @@ from .metrics import METRICS
 
 N_DRAWS = 10_000
 LEVEL = 0.05  # of intervals and verdicts
+MIN_UNITS = 6  # fewer that all agree are no surprise: the sign test's p-value is above 5%
+ROUNDING = 1e-6  # of the values: no difference
+CONTEXTS = ("held-out-context", "few-shot", "cross-dataset")  # what is new there is a context
 GROUP = ["data", "kind"]
 ROW = ["split", "context", "perturbation"]
 COLUMNS = [
@@ -130,6 +133,19 @@ class Resampled:
         values = self.over[list(methods)].to_numpy(float)
         return np.isfinite(values).all(1) & np.isfinite(self.under)
 
+    @property
+    def n_units(self) -> int:
+        """Independent units among the rows: contexts where those are held out, else targets."""
+        if self.part["kind"].iloc[0] in CONTEXTS:
+            return len({c for _, c, _ in self.over.index})
+        named = (Perturbation.parse(str(p)).targets for _, _, p in self.over.index)
+        return min(len({p for _, _, p in self.over.index}), len({t for ts in named for t in ts}))
+
+    @property
+    def is_few(self) -> bool:
+        """Whether there are too few units, or only one value, to say how sure a value is."""
+        return self.declared.per_task or self.n_units < MIN_UNITS
+
     def value(self, method: str, rows: np.ndarray | None = None) -> float:
         """The value over all rows, or over those of a mask; NaN if there is none."""
         rows = self.known(method) if rows is None else rows
@@ -144,8 +160,8 @@ class Resampled:
     def interval(self, method: str) -> tuple[float, float]:
         """95% interval of the value."""
         rows = self.known(method)
-        if self.declared.per_task or not rows.any():
-            return np.nan, np.nan  # rows that share a value say nothing of how sure it is
+        if self.is_few or not rows.any():
+            return np.nan, np.nan
         return interval(*self.sums(method, rows))
 
     def gain(self, method: str, rival: str) -> tuple[float, np.ndarray]:
@@ -165,7 +181,10 @@ class Resampled:
             times = _weights(tuple(self.over.index))[:, rows].mean(1)
             some = times > 0
             draws = declared.goodness((ours - theirs)[some] / times[some]) / self.under[rows].sum()
-        return values[0] - values[1], draws
+        # Two ways to the same number differ in their last digits.
+        tiny = ROUNDING * max(np.abs(values))
+        gain = values[0] - values[1]
+        return gain * (abs(gain) > tiny), draws * (np.abs(draws) > tiny)
 
     def labels(self, column: str) -> pd.Series:
         """A column of the scores that is the same for all rows of a method."""
@@ -189,7 +208,7 @@ def interval(over: np.ndarray, under: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@cache
+@lru_cache(maxsize=4)
 def _weights(rows: tuple[tuple[str, str, str], ...]) -> np.ndarray:
     """How often each row is drawn, shape (n_draws, n_rows)."""
     rng = np.random.default_rng(0)
@@ -233,6 +252,8 @@ def _scaled(found: Resampled, method: str) -> dict[str, float]:
     floor, ceiling = found.one_with("floor"), found.one_with("ceiling")
     assert floor is not None and ceiling is not None
     rows = found.known(method, floor, ceiling)
+    if not rows.any():
+        return {}
     ours, low, high = (found.value(m, rows) for m in (method, floor, ceiling))
     (own, under), (bottom, _), (top, _) = (found.sums(m, rows) for m in (method, floor, ceiling))
     sign = 1 if high > low else -1
@@ -257,6 +278,8 @@ def _unscaled(found: Resampled) -> str:
         return "not defined for these rows"
     if declared.per_task:
         return "one value for all rows, so no interval"
+    if found.is_few:
+        return f"fewer than {MIN_UNITS} contexts or targets"
     text = f"a replicate ({values[1]:.3g}) {{}} the mean response ({values[0]:.3g})"
     low, high = np.quantile(found.gain(ceiling, floor)[1], [LEVEL / 2, 1 - LEVEL / 2])
     if high < 0:
@@ -270,8 +293,9 @@ def verdicts(
     """A method beside the best of its rivals, metric by metric.
 
     The rival is chosen by the very values that are compared, which favours it. p-values are
-    bootstrap p-values, and the false discovery rate is held at 5% over all verdicts that are asked
-    for at once (Benjamini and Hochberg 1995). Metrics that each method measures in a space of its
+    bootstrap p-values; there are none where fewer than six contexts (if those are held out) or
+    targets could agree. The false discovery rate is held at 5% over all verdicts that are asked for
+    at once (Benjamini and Hochberg 1995). Metrics that each method measures in a space of its
     own compare nothing and have no verdict, nor have those with one value for all rows.
 
     Parameters
@@ -292,7 +316,7 @@ def verdicts(
         ``rival_value``, ``gain`` (how much better the method is, in the metric's own unit) with
         ``low`` and ``high``, ``p`` and ``q`` (adjusted), ``n_rows``, and the ``verdict``:
         ``"better"`` or ``"worse"`` if ``q`` is below 0.05, ``"equal"`` if both are the same
-        throughout, else ``"not significantly different"``.
+        throughout, ``"too few to tell"``, else ``"not significantly different"``.
     """
     from scipy.stats import false_discovery_control
 
@@ -309,29 +333,35 @@ def verdicts(
                 found.append({"data": data, "kind": kind, "metric": metric, **row})
     table = pd.DataFrame(found)
     if len(table):
-        table["q"] = false_discovery_control(table["p"])
+        told = table["p"].notna()
+        table.loc[told, "q"] = false_discovery_control(table.loc[told, "p"])
         sure = table["q"] < LEVEL
         same = (table["low"] == 0) & (table["high"] == 0)
         named = np.where(table["gain"] > 0, "better", "worse")
         table["verdict"] = np.where(sure, named, "not significantly different")
+        table.loc[~told, "verdict"] = "too few to tell"
         table.loc[same, "verdict"] = "equal"
     return table
 
 
 def _beside(found: Resampled, focus: str, rivals: Sequence[str]) -> dict | None:
-    values = {m: found.declared.goodness(found.value(m)) for m in rivals if m in found.over}
-    values = {m: v for m, v in values.items() if np.isfinite(v) and m != focus}
-    if not values or not np.isfinite(found.value(focus)):
+    """The focus and the best of its rivals, each on the rows that both have."""
+    values = {}
+    for rival in (m for m in rivals if m in found.over and m != focus):
+        rows = found.known(focus, rival)
+        value = found.value(rival, rows) if rows.any() else np.nan
+        if np.isfinite(value) and np.isfinite(found.value(focus, rows)):
+            values[rival] = found.declared.goodness(value)
+    if not values:
         return None
     rival = max(values, key=lambda m: values[m])
     rows = found.known(focus, rival)
-    if not rows.any() or not np.isfinite(found.value(focus, rows)):
-        return None
     gain, draws = found.gain(focus, rival)
     low, high = np.quantile(draws, [LEVEL / 2, 1 - LEVEL / 2])
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
-    # No resampling of few units shows more than that all of them agree: the sign test's p-value.
-    agree = 2 * 0.5 ** _n_units(found.over.index[rows])
+    # No resampling of few units shows more than that all of them agree.
+    agree = 2 * 0.5**found.n_units
+    p = min(1.0, max(agree, 2 * (tail + 1) / (len(draws) + 1)))
     return {
         "value": found.value(focus, rows),
         "rival": rival,
@@ -339,16 +369,9 @@ def _beside(found: Resampled, focus: str, rivals: Sequence[str]) -> dict | None:
         "gain": gain,
         "low": float(low),
         "high": float(high),
-        "p": min(1.0, max(agree, 2 * (tail + 1) / (len(draws) + 1))),
+        "p": np.nan if found.is_few else p,
         "n_rows": int(rows.sum()),
     }
-
-
-def _n_units(rows: pd.Index) -> int:
-    """Independent units among rows: contexts or targets, whichever are more."""
-    contexts = {str(c) for _, c, _ in rows}
-    targets = {t for _, _, p in rows for t in Perturbation.parse(str(p)).targets}
-    return min(len(rows), max(len(contexts), len(targets)))
 
 
 def risk_coverage(error: np.ndarray, uncertainty: np.ndarray) -> float:

@@ -79,7 +79,12 @@ def run_benchmark(
 def _check(config: benchmark.BenchmarkConfig) -> None:
     """Everything that can be wrong before anything is trained."""
     config.check()
-    splits = {d.name: len(d.make_splits(*d.load_joined()).splits) for d in config.data}
+    splits = {}
+    for data in config.data:
+        splits[data.name] = len(data.make_splits(*data.load_joined()).splits)
+        data.read_gene_sets()
+        for features in data.features:
+            features.read()
     problems = [p for m in config.methods if (p := m.problem())]
     for name, n in splits.items():
         output.say(f"{name}: {n} splits, {len(config.methods)} methods.")
@@ -87,6 +92,8 @@ def _check(config: benchmark.BenchmarkConfig) -> None:
         output.say(f"Will not run: {problem}")
     found = {"splits": splits, "methods": len(config.methods), "not_run": problems}
     output.result(found)
+    if any(m.title == config.focus and m.problem() for m in config.methods):
+        raise typer.Exit(1)
 
 
 COMMANDS = {"benchmark": run_benchmark}

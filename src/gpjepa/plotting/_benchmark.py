@@ -192,20 +192,26 @@ def benchmark_overview(
     names = list(keys.itertuples(index=False, name=None))
     height = {name: y for y, name in enumerate(names)}
     axes = axes_of(ax, 5.8, 0.46 * len(names) + 1.0)
-    parts = _overview_parts(part, focus, 1 if direction == "higher" else -1)
-    limit = _far(parts[focus][["value", "low", "high"]].to_numpy(), best)
+    good = -(part["value"] - best).abs() if direction == "closest" else part["value"]
+    parts = _overview_parts(part, focus, -good if direction == "lower" else good)
+    limit = _far(pd.concat(parts.values()), label)
     drawn = []
     for (name, rows), (marker, color, size) in zip(parts.items(), MARKS, strict=True):
         y = [height[key] for key in zip(rows["data"], rows["kind"], strict=True)]
-        x = rows["value"].clip(upper=limit)
+        x = rows["value"].where(rows["value"] <= limit)
         drawn += axes.plot(
             x, y, marker, color=color, markersize=size, markeredgewidth=2, linestyle="", label=name
         )
+        for value, line in zip(rows["value"], y, strict=True):
+            if value > limit:  # an arrow to where it would be
+                axes.text(limit, line, f"{value:.3g} ▸", fontsize=7, color=color, ha="right")
         if name == focus:
             axes.hlines(y, rows["low"], rows["high"], color=color, linewidth=1.6)
         elif name == "best other method":
-            for method, at, line in zip(rows["method"], x, y, strict=True):
-                axes.text(at, line + 0.16, method, fontsize=7, ha="center", color="#555555")
+            for method, at, line in zip(rows["method"], rows["value"], y, strict=True):
+                axes.text(
+                    min(at, limit), line + 0.16, method, fontsize=7, ha="center", color="#555555"
+                )
     axes.set_yticks(range(len(names)), [f"{d}\n{k}" for d, k in names], fontsize=8)
     axes.set_ylim(-0.6, len(names) - 0.3)
     axes.axvline(best, color="black", linewidth=0.8)
@@ -221,10 +227,10 @@ def benchmark_overview(
     return finished(axes, return_fig)
 
 
-def _overview_parts(part: pd.DataFrame, focus: str, sign: int) -> dict[str, pd.DataFrame]:
+def _overview_parts(part: pd.DataFrame, focus: str, goodness: pd.Series) -> dict[str, pd.DataFrame]:
     """Rows of the table by what they are called, a row per data set; drawn in this order."""
     others = part[~part["role"].isin(["ceiling", "oracle"]) & (part["entry"] != focus)]
-    best = (sign * others["value"]).groupby([others["data"], others["kind"]]).idxmax()
+    best = goodness[others.index].groupby([others["data"], others["kind"]]).idxmax()
     return {
         "replicate": part[part["role"] == "ceiling"],
         "mean response": part[part["role"] == "floor"],
@@ -233,7 +239,8 @@ def _overview_parts(part: pd.DataFrame, focus: str, sign: int) -> dict[str, pd.D
     }
 
 
-def _far(values: np.ndarray, best: float) -> float:
+def _far(rows: pd.DataFrame, label: str) -> float:
     """Where the axis ends: one method that fails by far would squeeze the others into a line."""
-    ends = values[np.isfinite(values)]
-    return float(max(1.15, min(ends.max(initial=best), 2.5)))
+    ends = rows[["value", "high"]].to_numpy()
+    largest = float(ends[np.isfinite(ends)].max())
+    return max(1.15, min(largest, 2.0)) if label.endswith("no change") else largest

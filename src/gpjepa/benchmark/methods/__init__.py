@@ -16,8 +16,9 @@ from ._registry import (
     is_seeded,
     make_method,
     role_of,
+    takes_features,
 )
-from ._sources import method_source
+from ._sources import method_source, package_source
 
 __all__ = [
     "CEILING",
@@ -39,6 +40,8 @@ __all__ = [
     "mean_prediction",
     "method_source",
     "oracle",
+    "package_source",
     "predict_rows",
     "role_of",
+    "takes_features",
 ]

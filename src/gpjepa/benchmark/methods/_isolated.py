@@ -11,7 +11,7 @@ import threading
 import time
 import types
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
@@ -93,8 +93,9 @@ class Isolated:
     def close(self) -> None:
         """End the process, and all that it started."""
         self.pipe.close()
-        if self.process.is_alive():
-            self.process.terminate()
+        if self.process.pid is not None and self.process.is_alive():
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own
         self.process.join()
         self.folder.cleanup()
 
@@ -142,7 +143,7 @@ def _no_main() -> Iterator[None]:
 
 def _serve(pipe: Connection, log: str, *arguments: Any) -> None:
     """Make the method, and answer commands until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
+    os.setsid()  # with all that it starts; whoever started it ends them
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -175,12 +176,13 @@ def _end_with_parent() -> None:
     parent = mp.parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
 
 def _peak_memory() -> float:
-    """Peak of resident memory in GB, by the operating system."""
+    """Peak of resident memory in GB, of this process or the largest that it started."""
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1_024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(w).ru_maxrss for w in who) * unit / 1e9

@@ -109,7 +109,15 @@ class Peer:
         _write(control, here / "control.h5ad")
         (here / "wanted.json").write_text(json.dumps(list(perturbations)))
         self._ask("predict")
-        return ad.read_h5ad(here / "prediction.h5ad")
+        found = ad.read_h5ad(here / "prediction.h5ad")
+        for key in ("effect", "effect_sd"):
+            if key in found.uns:
+                # As arrays: the columns of a frame do not fit into a file's header.
+                parts = {k: np.asarray(v) for k, v in found.uns[key].items()}
+                found.uns[key] = pd.DataFrame(
+                    parts["values"], parts["perturbations"].astype(str), parts["genes"].astype(str)
+                )
+        return found
 
     def _ask(self, command: str) -> None:
         assert self.process.stdin is not None
@@ -162,7 +170,7 @@ def check_peer(script: Path, python: Path | None) -> None:
 def _write(cells: ad.AnnData, path: Path) -> None:
     """Cells as every anndata since 0.8 reads them: labels as categories, no extension arrays."""
     obs = pd.DataFrame(index=np.asarray(cells.obs_names, dtype=object))
-    for column in ("perturbation", "context"):
+    for column in (c for c in ("perturbation", "context", "batch") if c in cells.obs):
         labels = pd.Categorical(np.asarray(cells.obs[column].astype(str), dtype=object))
         categories = np.asarray(labels.categories, dtype=object)
         obs[column] = pd.Categorical.from_codes(labels.codes, categories)

@@ -12,6 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from gpjepa.benchmark.tasks import CellSet, Task, calibrated
+from gpjepa.effects import PER
 
 from ._protocol import Method
 
@@ -48,6 +49,11 @@ class Prediction:
     def cells(self) -> CellSet:
         """Predicted cells of the rows."""
         return self.drawn() if callable(self.drawn) else self.drawn
+
+
+MAX_CELLS = 500
+"""Cells of a row that are scored at most: more of them would have less noise in what is estimated."""
+HIGHEST = np.log1p(PER) + 1e-3
 
 
 def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]:
@@ -108,9 +114,34 @@ def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: 
     values = cells.X.data if sp.issparse(cells.X) else np.asarray(cells.X)
     if not np.isfinite(values).all() or (values < 0).any():
         raise ValueError(f"{name} predicts values that are negative or not finite.")
+    if scale == "log1p" and values.size and values.max() > HIGHEST:
+        raise ValueError(
+            f"{name} predicts {values.max():.3g}, but log1p of counts per 10,000 is at most 9.21: "
+            "its values are on another scale."
+        )
     if scale == "counts" and (np.abs(values - np.rint(values)) > 1e-3).any():
         raise ValueError(f"{name}: uns['scale'] is 'counts', but its values are not integers.")
+    if "library_size" in cells.obs and not (cells.obs["library_size"].to_numpy(float) > 0).all():
+        raise ValueError(f"{name}: obs['library_size'] holds values that are not positive.")
+    for key in ("effect", "effect_sd"):
+        if key in cells.uns:
+            _check_stated(cells.uns[key], set(cells.obs["perturbation"]), genes, f"{name}: {key}")
     return cells
+
+
+def _check_stated(frame: pd.DataFrame, predicted: set[str], genes: np.ndarray, what: str) -> None:
+    """Refuse effects that are not those of every predicted row and gene."""
+    if not isinstance(frame, pd.DataFrame):
+        raise ValueError(
+            f"{what} is a {type(frame).__name__}; give a frame, perturbations × genes."
+        )
+    for axis, wanted in ((frame.index, predicted), (frame.columns, set(genes))):
+        if not axis.is_unique or wanted - set(axis):
+            raise ValueError(
+                f"{what}: names repeat, or some are missing: {sorted(wanted - set(axis))[:3]}."
+            )
+    if not np.isfinite(frame.loc[sorted(predicted), genes].to_numpy(float)).all():
+        raise ValueError(f"{what} holds values that are not finite.")
 
 
 def _assembled(task: Task, parts: Mapping[str, ad.AnnData]) -> Prediction:
@@ -152,11 +183,13 @@ def _row(
 ) -> tuple[np.ndarray, Callable[[], CellSet]]:
     """Mean effect of one row, and what makes its cells: cells with counts have the effect that is stated."""
     control = task.control_profiles[row]
+    few = np.sort(np.random.default_rng(0).permutation(mine.n_obs)[:MAX_CELLS])
     if mine.uns["scale"] == "counts":
+        mine = mine[few].copy() if stated is not None else mine
         cells = _cells(mine, _library(task, mine, row), row, task.rows[row][0], "counts")
         if stated is not None:
             return stated, partial(calibrated, cells, control + stated)
-        return np.asarray(cells.log1p.mean(0)).ravel() - control, lambda: cells
+        return np.asarray(cells.log1p.mean(0)).ravel() - control, lambda: cells.take(few)
     values = sp.csr_matrix(mine.X, dtype=np.float32)
     own = np.asarray(values.mean(0), float).ravel() - control
     effect = own if stated is None else stated
@@ -164,7 +197,7 @@ def _row(
         return effect, partial(_moved, task, effect, row)
     # Cells on the log1p scale are scored as they are: drawing counts anew would blur them.
     cells = _cells(mine, np.full(mine.n_obs, np.nan), row, task.rows[row][0], "values")
-    return effect, lambda: cells
+    return effect, lambda: cells.take(few)
 
 
 def _library(task: Task, mine: ad.AnnData, row: int) -> np.ndarray:
@@ -183,6 +216,8 @@ def _library(task: Task, mine: ad.AnnData, row: int) -> np.ndarray:
 def _moved(task: Task, effect: np.ndarray, row: int) -> CellSet:
     """Control cells of the row's context with a mean effect."""
     base = task.controls.take(task.controls.context == task.rows[row][0])
+    few = np.random.default_rng(0).permutation(len(base.row))[:MAX_CELLS]
+    base = base.take(np.sort(few))
     moved = calibrated(base, task.control_profiles[row] + effect)
     return replace(moved, row=np.full(len(base.row), row))
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import scipy.sparse as sp
+
 from gpjepa.effects import (
     Additive,
     KernelRidge,
@@ -61,11 +63,15 @@ class Known:
 
 
 def _need(features: Features, name: str) -> TargetFeatures:
+    """All features side by side, for a baseline that takes one kind."""
     if not features:
         raise ValueError(
             f"Method {name!r} needs features of the targets: give the data `features`."
         )
-    return features[0]
+    if len(features) == 1:
+        return features[0]
+    targets = sorted({t for f in features for t in f.targets})
+    return TargetFeatures(targets, sp.hstack([f.take(targets) for f in features]), "all features")
 
 
 def _kernel_ridge(features: Features, seed: int, options: dict[str, Any]) -> Method:
@@ -158,6 +164,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         _check_call("", GPJEPAMethod, options)
         _check_call("model: ", GPJEPA, options.get("model") or {})
         _check_train(options.get("train") or {})
+        gates = set(options.get("gates") or ()) - {"auto", 0, 1}
+        if gates:
+            raise ValueError(f"gates: {sorted(map(str, gates))} are none of 'auto', 0 and 1")
     elif name in METHODS or name in ORACLES:
         known = METHODS.get(name)
         _check_call("", None if known is None else known.options, options)
@@ -167,12 +176,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 def _check_train(options: Mapping[str, Any]) -> None:
     """Arguments of ``train`` and of Lightning's trainer, as ``train`` itself checks them."""
-    from gpjepa.model import GPJEPA
-    from gpjepa.model._arguments import check_training
+    from gpjepa.model import GPJEPA, ActionPlan, PretrainPlan
+    from gpjepa.model._arguments import check_plan, check_training
+    from gpjepa.model._pretrain import MASK_OPTIONS
 
     known = inspect.signature(GPJEPA.train).parameters
     try:
         check_training("train", {k: v for k, v in options.items() if k not in known}, known)
+        check_plan(ActionPlan, options.get("plan_kwargs"))
+        check_plan(PretrainPlan, options.get("pretrain_kwargs"), *MASK_OPTIONS)
     except TypeError as error:
         raise ValueError(str(error)) from error
 
@@ -211,3 +223,10 @@ def is_seeded(name: str) -> bool:
     if name in METHODS:
         return METHODS[name].seeded
     return name not in ORACLES and "seed" in inspect.signature(imported(name)).parameters
+
+
+def takes_features(name: str) -> bool:
+    """Whether a method makes use of features of the targets."""
+    if name in METHODS:
+        return METHODS[name].takes_features
+    return name not in ORACLES and "features" in inspect.signature(imported(name)).parameters

@@ -36,17 +36,23 @@ def method_source(name: str, script: Path | None = None) -> str:
 @cache
 def package_source(module: str) -> str:
     """Hash of the code of a module and of what it imports from its own package, at any depth."""
-    package, found, todo = module.split(".")[0], dict[str, str](), [module]
+    found = {name: _code(path.read_text()) for name, path in package_modules(module).items()}
+    return sha256("".join(f"{n}\n{c}\n" for n, c in sorted(found.items())).encode()).hexdigest()
+
+
+def package_modules(module: str) -> dict[str, Path]:
+    """Files of a module and of what it imports from its own package, at any depth."""
+    package, found, todo = module.split(".")[0], dict[str, Path](), [module]
     while todo:
         name = todo.pop()
-        path = _file(name)
-        if name in found or path is None:
+        path = None if name in found else _file(name)
+        if path is None:
             continue
-        text = path.read_text()
-        found[name] = _code(text)
+        found[name] = path
         within = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        todo += [m for m in _imports(ast.parse(text), within) if m.split(".")[0] == package]
-    return sha256("".join(f"{n}\n{c}\n" for n, c in sorted(found.items())).encode()).hexdigest()
+        imports = _imports(ast.parse(path.read_text()), within)
+        todo += [m for m in imports if m.split(".")[0] == package]
+    return found
 
 
 def _file(module: str) -> Path | None:

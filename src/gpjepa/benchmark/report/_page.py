@@ -78,6 +78,7 @@ def contents(result: BenchmarkResult) -> dict[str, Any]:
         "sections": [s for s in found if any(len(t.frame) or t.note for t in s.tables)],
         "config": result.config.as_given(),
         "version": cell_eval_version(),
+        "card": any(m.name == "GP-JEPA" for m in result.config.methods),
         "as_html": lambda t: _html(t.frame, focus),
         "as_markdown": _markdown,
     }

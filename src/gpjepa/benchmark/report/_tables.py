@@ -84,7 +84,8 @@ def first_screen(table: pd.DataFrame, verdicts: pd.DataFrame, focus: str | None)
         rows,
         f"{focus} beside the best other method",
         "The rival is the best by the very numbers that are compared, which favours it. Better and "
-        "worse: significant at a false discovery rate of 5% over all verdicts of this report.",
+        "worse: significant at a false discovery rate of 5% over all verdicts of this report. Too "
+        "few to tell: fewer than six contexts, where those are held out, or targets.",
     )
 
 
@@ -115,7 +116,7 @@ def _methods(part: pd.DataFrame, names: Sequence[str], title: str) -> Table:
         rows.append(cells)
     columns = ["method", "rows as mean", *(METRICS[m].label for m in names)]
     note = (
-        f"{int(part['n_rows'].max())} rows; 95% intervals. Rows as mean: what a method did not "
+        f"{int(part[part['metric'] == names[0]]['n_rows'].max())} rows; 95% intervals. Rows as mean: what a method did not "
         "predict, or failed on, is scored as the mean response. Scaled: 0 is the mean response, 1 "
         "a replicate. A dash: not applicable, such as metrics of counts for cells without counts."
     )
@@ -150,8 +151,9 @@ def verdicts(found: pd.DataFrame, focus: str | None) -> list[Table]:
         said = ", ".join(f"{n.get(v, 0)} {v}" for v in ("worse", "better", "equal"))
         note = (
             f"{len(found)} verdicts: {said}, {n.get('not significantly different', 0)} not "
-            "significantly different. Benjamini–Hochberg over all of them; bootstrap p-values, no "
-            "smaller than a sign test's, so that fewer than six contexts or targets show nothing."
+            "significantly different, {n.get('too few to tell', 0)} with fewer than six contexts "
+            "(where those are held out) or targets. Benjamini–Hochberg over all of them; bootstrap "
+            "p-values, no smaller than a sign test's."
         )
         tables.append(Table(pd.DataFrame(), "", note))
     return tables
@@ -222,10 +224,11 @@ def calibration(result: BenchmarkResult, table: pd.DataFrame) -> list[Table]:
     for key, mine in _groups(part, "method"):
         values = mine.set_index("metric")["value"]
         shown = [number(values.get(m, np.nan)) for m in names]
-        rows.append([f"{key[0]}: {key[1]}", key[2], *shown, number(risk.get(key, np.nan))])
+        n = mine["n_rows"].max() - mine["n_as_mean"].max()
+        rows.append([f"{key[0]}: {key[1]}", key[2], int(n), *shown, number(risk.get(key, np.nan))])
     return [
         _table(
-            [WHERE, "method", *(METRICS[m].label for m in names), "risk–coverage"],
+            [WHERE, "method", "rows", *(METRICS[m].label for m in names), "risk–coverage"],
             rows,
             "",
             "Intervals are of the measured effect: what the method states and the sampling noise "
@@ -246,7 +249,7 @@ def targets(scores: pd.DataFrame) -> list[Table]:
         return []
     columns = [WHERE, "method", "measured change", "predicted change", "mean absolute error"]
     note = (
-        "Left out of every other number: predicting a knock-down of what was knocked down is no "
+        "Left out of every other number but those beside a published table: predicting a knock-down of what was knocked down is no "
         "achievement. Mean log1p counts per 10,000."
     )
     return [_table(columns, rows, "", note)]
@@ -285,8 +288,8 @@ def given(result: BenchmarkResult) -> list[Table]:
         rows.append([method.title, what, options, mine["seed"].nunique(), len(mine)])
     columns = ["method", "given besides the training cells", "settings", "seeds", "runs"]
     note = (
-        "All get the same training cells: counts, perturbation, context and the counts of the whole "
-        "cell, on the same genes."
+        "All get the same training cells: counts, perturbation, context, the counts of the whole "
+        "cell, and the batch where the data name it, on the same genes."
     )
     return [_table(columns, rows, "", note)]
 
@@ -311,7 +314,8 @@ def compute(runs: pd.DataFrame) -> list[Table]:
     columns = [WHERE, "method", "fit, s", "predict, s", "peak memory, GB", "parameters"]
     note = (
         "Means over runs, on the machine that ran this. Memory is the peak of the method's own "
-        "process as the operating system counts it, Python, libraries and cells included."
+        "process, or of the largest that it started, as the operating system counts it: Python, "
+        "libraries and cells included, a GPU's not."
     )
     return [_table(columns, rows, "", note)]
 
@@ -355,8 +359,8 @@ def lost(result: BenchmarkResult) -> list[Table]:
         text = f"{len(names)} perturbations, such as {', '.join(names[:3])}"
         rows.append([f"{data}: {kind}", method, "scored as the mean response", text])
     note = (
-        "A split on which a method failed is scored as the mean response. One that failed on all "
-        "splits of a kind has no scores there."
+        "A split on which a method failed is scored as the mean response. Not tested: a split with "
+        "too few cells."
         if rows
         else "Everything that was asked for was run."
     )
@@ -381,10 +385,13 @@ def splits(result: BenchmarkResult) -> list[Table]:
 def metrics(scores: pd.DataFrame) -> list[Table]:
     """The declarations of the metrics."""
     rows = [
-        [d.label, name, d.axis, d.direction, number(d.best), d.version, d.catches, d.reference]
+        [
+            *(d.label, name, d.axis, d.direction, number(d.best)),
+            *("left out" if d.masked else "counted", d.version, d.catches, d.reference),
+        ]
         for name, d in METRICS.items()
         if name in scores
     ]
-    columns = ["metric", "name", "axis", "better", "best", "version", "catches", "reference"]
-    note = "Genes that a tested perturbation targets count in none of them."
-    return [_table(columns, rows, "", note)]
+    columns = ["metric", "name", "axis", "better", "best", "targeted genes"]
+    columns += ["version", "catches", "reference"]
+    return [_table(columns, rows)]

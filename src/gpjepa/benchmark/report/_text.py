@@ -35,10 +35,16 @@ def in_short(verdicts: pd.DataFrame, focus: str | None, result: BenchmarkResult)
     if focus is None or "squared_error" not in result.scores:
         return []
     said, told = [], set()
+    failed = result.runs[(result.runs["method"] == focus) & (result.runs["status"] == "failed")]
+    for (data, kind), lost in failed.groupby(["data", "kind"], sort=False):
+        said.append(
+            f"{data}, {kind}: {focus} failed on {len(lost)} runs and is scored there as the mean "
+            f"response: {lost['reason'].iloc[0]}"
+        )
     main = verdicts[verdicts["metric"] == "squared_error"] if len(verdicts) else verdicts
-    order = {"worse": 0, "not significantly different": 1, "equal": 2, "better": 3}
+    order = ("worse", "not significantly different", "too few to tell", "equal", "better")
     if len(main):
-        main = main.sort_values("verdict", key=lambda v: v.map(order), kind="stable")
+        main = main.sort_values("verdict", key=lambda v: v.map(order.index), kind="stable")
     for _, row in main.iterrows():
         told.add((row["data"], row["kind"]))
         errors = f"{number(row['value'])} of no change against {number(row['rival_value'])}"
@@ -51,21 +57,35 @@ def in_short(verdicts: pd.DataFrame, focus: str | None, result: BenchmarkResult)
             "equal": f"{focus} and {row['rival']} are identical",
             "not significantly different": f"{focus} is not significantly different from the best "
             f"other method, {row['rival']}",
+            "too few to tell": f"{focus} beside the best other method, {row['rival']}, with too few "
+            "contexts or targets to tell",
         }[str(row["verdict"])]
         where = f"{row['data']}, {row['kind']} ({row['n_rows']} rows)"
         said.append(f"{where}: {sentence}: error {errors}{gain}.")
-    mine = result.scores[result.scores["entry"] == focus]
-    for data, kind in mine[["data", "kind"]].drop_duplicates().itertuples(index=False, name=None):
-        if (data, kind) not in told:
-            said.append(
-                f"{data}, {kind}: the measured effects are no larger than their sampling noise, so "
-                "errors cannot be compared."
-            )
-    for data, kind in sorted(set(_failures(result, focus))):
-        said.insert(0, f"{data}, {kind}: {focus} failed on some splits; see below.")
+    asked = [(d, k) for d, k in _asked(result) if (d, k) not in told]
+    said += [f"{data}, {kind}: {_why_not(result, focus, data, kind)}" for data, kind in asked]
     return said
 
 
-def _failures(result: BenchmarkResult, focus: str) -> list[tuple[str, str]]:
-    lost = result.runs[(result.runs["method"] == focus) & (result.runs["status"] == "failed")]
-    return list(lost[["data", "kind"]].itertuples(index=False, name=None))
+def _asked(result: BenchmarkResult) -> list[tuple[str, str]]:
+    """Data sets and kinds of splits that were to be run."""
+    return list(dict.fromkeys(zip(result.runs["data"], result.runs["kind"], strict=True)))
+
+
+def _why_not(result: BenchmarkResult, focus: str, data: str, kind: str) -> str:
+    """Why the focus has no verdict somewhere."""
+    runs = result.runs[(result.runs["data"] == data) & (result.runs["kind"] == kind)]
+    mine = runs[runs["method"] == focus]
+    if not len(mine):
+        return f"{focus} was not to be run."
+    lost = mine[mine["status"] != "run"]
+    if len(lost) == len(mine):
+        return f"{focus}: {lost['status'].iloc[0]}. {lost['reason'].iloc[0]}"
+    here = (result.scores["data"] == data) & (result.scores["kind"] == kind)
+    rows = result.scores[here].drop_duplicates(["split", "context", "perturbation", "half"])
+    if "squared_effect" in rows and rows["squared_effect"].sum() <= 0:
+        return (
+            "the measured effects are no larger than their sampling noise, so errors cannot be "
+            "compared."
+        )
+    return f"no prediction of {focus} itself, or no other method, to compare."

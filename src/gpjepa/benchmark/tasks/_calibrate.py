@@ -27,8 +27,7 @@ def calibrated(cells: CellSet, profile: np.ndarray, seed: int = 0) -> CellSet:
     secant steps on the very molecules that are drawn, so that the mean of log1p counts per 10,000
     is the profile up to a single molecule. A profile below zero is no expression.
 
-    The stream of random numbers is the same for every profile: what is predicted to be equal stays
-    equal.
+    Random numbers are the same for every profile: the same profile gives the same cells.
 
     Parameters
     ----------
