@@ -40,8 +40,15 @@ from gpjepa.perturbations import TargetFeatures
 
 PEERS = Path(__file__).parents[1] / "peers"
 LFC = "de_wilcoxon_lfc_nmae"  # not defined where few genes respond
-EFFECT = ["squared_error", "pearson_delta", "pearson_centroid", "l2_top1000", "r2_top20",
-          "embedding_cosine", "embedding_retrieval"]  # fmt: skip
+EFFECT = [
+    "squared_error",
+    "pearson_delta",
+    "pearson_centroid",
+    "l2_top1000",
+    "r2_top20",
+    "embedding_cosine",
+    "embedding_retrieval",
+]
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +158,12 @@ def test_energy_distance_is_that_of_a_double_loop_and_pertpy():
     x, y = rng.normal(size=(9, 4)), rng.normal(0.5, 1, (7, 4))
 
     def mean(a, b, skip):
-        values = [np.sqrt(((p - q) ** 2).sum()) for i, p in enumerate(a) for j, q in enumerate(b)
-                  if not (skip and i == j)]  # fmt: skip
+        values = [
+            np.sqrt(((p - q) ** 2).sum())
+            for i, p in enumerate(a)
+            for j, q in enumerate(b)
+            if not (skip and i == j)
+        ]
         return np.mean(values)
 
     ours = benchmark.energy_distance_unbiased(x, y)
@@ -173,17 +184,41 @@ def test_values_are_those_of_cell_eval2_on_the_command_line(task, tmp_path):
     own = cell_eval_config().to_dict()
     assert own["de"]["backend"] == "scanpy"
     subprocess.run(
-        ["cell-eval2", "run", "-ap", tmp_path / "pred.h5ad", "-ar", tmp_path / "real.h5ad",
-         "--preset", "vcc2026", "--pert-col", "perturbation", "--control", "control",
-         "--no-target-genes", "--set", "device=cpu", "--set", "de.backend=scanpy",
-         "-o", tmp_path / "out"],
-        check=True, capture_output=True, env={**os.environ, "PATH": _path()},
-    )  # fmt: skip
+        [
+            "cell-eval2",
+            "run",
+            "-ap",
+            tmp_path / "pred.h5ad",
+            "-ar",
+            tmp_path / "real.h5ad",
+            "--preset",
+            "vcc2026",
+            "--pert-col",
+            "perturbation",
+            "--control",
+            "control",
+            "--no-target-genes",
+            "--set",
+            "device=cpu",
+            "--set",
+            "de.backend=scanpy",
+            "-o",
+            tmp_path / "out",
+        ],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PATH": _path()},
+    )
     theirs = pd.read_csv(tmp_path / "out" / "results.csv")
     theirs = theirs.pivot(index="perturbation", columns="metric", values="value")
     theirs = theirs.loc[[str(p) for _, p in task.rows]]
-    for name in ("pds_cosine", "de_wilcoxon_sig_jaccard", "de_wilcoxon_direction_reach_raw",
-                 "de_wilcoxon_direction_fidelity_yield_raw", "de_wilcoxon_lfc_nmae"):  # fmt: skip
+    for name in (
+        "pds_cosine",
+        "de_wilcoxon_sig_jaccard",
+        "de_wilcoxon_direction_reach_raw",
+        "de_wilcoxon_direction_fidelity_yield_raw",
+        "de_wilcoxon_lfc_nmae",
+    ):
         np.testing.assert_allclose(found[name], theirs[name], atol=1e-8)
     np.testing.assert_allclose(
         found["expr_mse_unbiased_capped_norm"], theirs["expr_mse_unbiased_capped"], atol=1e-8
@@ -213,10 +248,17 @@ def test_a_single_perturbation_is_told_from_nothing(task, cells):
 
 def test_truth_is_perfect_and_no_change_has_the_measured_size(task):
     found = scores(task, oracle("truth", task, 0))
-    for name, best in (("pearson_delta", 1), ("l2_top1000", 0), ("r2_top20", 1),
-                       ("variance_log_ratio", 0), ("gene_correlation_error", 0),
-                       ("embedding_cosine", 0), ("embedding_retrieval", 1), ("pds_cosine", 1),
-                       ("de_wilcoxon_sig_jaccard", 1)):  # fmt: skip
+    for name, best in (
+        ("pearson_delta", 1),
+        ("l2_top1000", 0),
+        ("r2_top20", 1),
+        ("variance_log_ratio", 0),
+        ("gene_correlation_error", 0),
+        ("embedding_cosine", 0),
+        ("embedding_retrieval", 1),
+        ("pds_cosine", 1),
+        ("de_wilcoxon_sig_jaccard", 1),
+    ):
         np.testing.assert_allclose(found[name], best, atol=1e-6, err_msg=name)
     none = scores(task, fitted("no change", task), metrics=["squared_error"])
     np.testing.assert_allclose(none["squared_error"], none["squared_effect"])
@@ -308,8 +350,9 @@ def test_cells_are_retrieved_by_their_neighbours(task):
     rows, cells = range(len(task.rows)), task.truths[0].cells
     n = min(100, *((cells.row == r).sum() for r in (-1, *rows)))
     rng = np.random.default_rng(0)
-    some = np.concatenate([np.sort(rng.permutation(np.flatnonzero(cells.row == r))[:n])
-                           for r in (-1, *rows)])  # fmt: skip
+    some = np.concatenate(
+        [np.sort(rng.permutation(np.flatnonzero(cells.row == r))[:n]) for r in (-1, *rows)]
+    )
     targets = np.isin(task.genes, [t for _, p in task.rows for t in p.targets])
 
     def components(values):
@@ -319,8 +362,9 @@ def test_cells_are_retrieved_by_their_neighbours(task):
 
     near = KNeighborsClassifier(10).fit(components(cells.log1p[some]), cells.row[some])
     other = oracle("replicate", task, 0).cells
-    votes = [near.predict_proba(components(other.log1p[other.row == r]))[:, 1 + r].mean()
-             for r in rows]  # fmt: skip
+    votes = [
+        near.predict_proba(components(other.log1p[other.row == r]))[:, 1 + r].mean() for r in rows
+    ]
     np.testing.assert_allclose(replicate, votes, atol=1e-9)
 
 
@@ -359,8 +403,10 @@ def test_states_that_separate_cell_types_score_high():
     assert perfect[0] == pytest.approx(1)
     nothing = of(lambda c: np.random.default_rng(0).normal(size=(c.n_obs, 3)))
     assert nothing[0] < 0.25
-    bare = replace(found, truths=tuple(replace(t, cells=replace(t.cells, cell_type=None))
-                                       for t in found.truths))  # fmt: skip
+    bare = replace(
+        found,
+        truths=tuple(replace(t, cells=replace(t.cells, cell_type=None)) for t in found.truths),
+    )
     assert of(None, bare).isna().all()
     adata.obs["type"] = adata.obs["type"].astype(object)
     adata.obs.loc[adata.obs_names[::2], "type"] = np.nan
@@ -368,19 +414,31 @@ def test_states_that_separate_cell_types_score_high():
     assert set(half.obs["cell_type"]) == {"", *types}
     part = Task.of(half, splits.unseen_singles(measured_rows(half), folds=2)[0])
     known = part.truths[0].cells.cell_type
-    told = np.array([[10.0 * (t == types[0]), 100 * np.sin(i) * (t == "")]
-                     for i, t in enumerate(known)])  # fmt: skip
+    told = np.array(
+        [[10.0 * (t == types[0]), 100 * np.sin(i) * (t == "")] for i, t in enumerate(known)]
+    )
     own = replace(oracle("truth", part, 0), embed=lambda c: told)
     assert scores(part, own, metrics=["avg_bio"])["avg_bio"][0] == pytest.approx(1)
 
 
 def test_one_value_for_all_rows_has_no_interval():
     rows = [
-        {"data": "d", "kind": "doubles", "split": "s", "context": "c", "perturbation": f"A+B{i}",
-         "method": m, "avg_bio": v, "refused": False, "half": 0,
-         "role": {"mean": "floor", "replicate": "ceiling"}.get(m, "method"), "entry": m}
-        for m, v in (("mean", 0.3), ("replicate", 0.31), ("ours", 0.305)) for i in range(30)
-    ]  # fmt: skip
+        {
+            "data": "d",
+            "kind": "doubles",
+            "split": "s",
+            "context": "c",
+            "perturbation": f"A+B{i}",
+            "method": m,
+            "avg_bio": v,
+            "refused": False,
+            "half": 0,
+            "role": {"mean": "floor", "replicate": "ceiling"}.get(m, "method"),
+            "entry": m,
+        }
+        for m, v in (("mean", 0.3), ("replicate", 0.31), ("ours", 0.305))
+        for i in range(30)
+    ]
     table = benchmark.summarise(pd.DataFrame(rows))
     assert table[["low", "high", "scaled"]].isna().all(None)
     assert set(table["unscaled"]) == {"one value for all rows, so no interval"}
@@ -469,8 +527,9 @@ def test_known_ways_of_gaming_do_not_win(task):
         flat[mine] = np.rint(np.asarray(flat[mine].mean(0)))
     collapsed = replace(base, drawn=replace(base.cells, counts=sp.csr_matrix(flat)))
     names = ["energy_distance_unbiased", "variance_log_ratio", "gene_correlation_error"]
-    assert (scores(task, collapsed, metrics=names).mean()
-            > scores(task, base, metrics=names).mean()).all()  # fmt: skip
+    assert (
+        scores(task, collapsed, metrics=names).mean() > scores(task, base, metrics=names).mean()
+    ).all()
 
 
 # Methods of others
@@ -529,8 +588,10 @@ def test_a_stranger_is_named_in_the_configuration(tmp_path, monkeypatch):
     found = benchmark.run(config, tmp_path / "out", progress=False)
     assert set(found.scores["method"]) == {"mean", "replicate", "twice the mean"}
     assert "twice the mean" in (tmp_path / "out" / "report.md").read_text()
-    for wrong, message in (("their_method:Nobody", "cannot be imported"),
-                           ("their_method:np", "is no method: it has no fit and no predict")):  # fmt: skip
+    for wrong, message in (
+        ("their_method:Nobody", "cannot be imported"),
+        ("their_method:np", "is no method: it has no fit and no predict"),
+    ):
         with pytest.raises(ValueError, match=message):
             benchmark.BenchmarkConfig.read({**config, "methods": ["mean", "replicate", wrong]})
 
@@ -772,14 +833,17 @@ def test_no_scale_where_floor_and_ceiling_do_not_differ(tmp_path):
         **TINY,
         "data": [
             {
-                "name": "mcfaline", "source": str(real_file("mcfaline_2023_mini.h5ad")),
-                "context_key": "cell_line", "library_size_key": "library_size",
+                "name": "mcfaline",
+                "source": str(real_file("mcfaline_2023_mini.h5ad")),
+                "context_key": "cell_line",
+                "library_size_key": "library_size",
                 "splits": [{"kind": "held-out-context"}],
             }
         ],
-        "methods": ["mean", "no change", "replicate"], "focus": None,
+        "methods": ["mean", "no change", "replicate"],
+        "focus": None,
         "metrics": ["squared_error", "pearson_delta", "pds_cosine", "embedding_retrieval"],
-    }  # fmt: skip
+    }
     table = benchmark.run(config, tmp_path, progress=False).table()
     assert table["scaled"].isna().all()
     assert "fewer than 6 contexts or targets" in (tmp_path / "report.html").read_text()
@@ -792,11 +856,22 @@ def test_no_scale_where_floor_and_ceiling_do_not_differ(tmp_path):
 def test_there_is_a_scale_where_a_replicate_is_better_than_the_mean(replicate, why):
     noise = np.random.default_rng(0).normal(0, 0.5, 12) * (replicate == 0.6)
     frames = [
-        pd.DataFrame({"data": "d", "kind": "k", "split": "s", "context": "all", "method": m,
-                      "perturbation": [f"A{i}" for i in range(12)], "l2_top1000": v, "role": r,
-                      "refused": False, "entry": m})
+        pd.DataFrame(
+            {
+                "data": "d",
+                "kind": "k",
+                "split": "s",
+                "context": "all",
+                "method": m,
+                "perturbation": [f"A{i}" for i in range(12)],
+                "l2_top1000": v,
+                "role": r,
+                "refused": False,
+                "entry": m,
+            }
+        )
         for m, v, r in (("mean", 0.6, "floor"), ("replicate", replicate + noise, "ceiling"))
-    ]  # fmt: skip
+    ]
     table = benchmark.summarise(pd.concat(frames))
     assert table["scaled"].isna().all() == bool(why)
     assert table["unscaled"].str.contains(why).all()
@@ -812,10 +887,22 @@ def test_rows_that_share_a_target_are_no_independent_witnesses():
 
     def width(names):
         frames = [
-            pd.DataFrame({"data": "d", "kind": "k", "split": "s", "context": "all", "method": m,
-                          "perturbation": names, "pearson_delta": v, "role": r, "refused": False, "entry": m})
+            pd.DataFrame(
+                {
+                    "data": "d",
+                    "kind": "k",
+                    "split": "s",
+                    "context": "all",
+                    "method": m,
+                    "perturbation": names,
+                    "pearson_delta": v,
+                    "role": r,
+                    "refused": False,
+                    "entry": m,
+                }
+            )
             for m, v, r in (("mean", 0 * values, "floor"), ("replicate", values, "ceiling"))
-        ]  # fmt: skip
+        ]
         table = benchmark.summarise(pd.concat(frames))
         row = table[table["method"] == "replicate"].iloc[0]
         assert row["low"] < row["value"] < row["high"]
@@ -858,12 +945,26 @@ def test_page_needs_nothing_else_fits_a_phone_and_sorts(result, tmp_path, browse
     file = tmp_path / "probe.html"
     file.write_text(page.replace("</body>", f"{probe}</body>"))
     seen = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic",
-         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", "--dump-dom",
-         file.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    ).stdout  # fmt: skip
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--no-first-run",
+            "--disable-quic",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=500,900",
+            "--dump-dom",
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
     found = json.loads(html.unescape(re.search(r"<title>PROBE(.*?)</title>", seen).group(1)))
     assert not found["wide"]
     assert found["tall"] < 6_000
@@ -875,11 +976,21 @@ def test_page_needs_nothing_else_fits_a_phone_and_sorts(result, tmp_path, browse
 
 def test_scaling_draws_a_line_per_data_set():
     table = pd.DataFrame(
-        {"data": [d for d in "ab" for _ in range(3)], "kind": "doubles",
-         "method": ["small", "large", "mean"] * 2, "metric": "squared_error", "label": "error",
-         "value": [0.5, 0.4, 1.0, 0.6, 0.3, 1.0], "low": 0.2, "high": 1.2, "direction": "lower",
-         "best": 0.0, "n_rows": 4, "role": "method"}
-    )  # fmt: skip
+        {
+            "data": [d for d in "ab" for _ in range(3)],
+            "kind": "doubles",
+            "method": ["small", "large", "mean"] * 2,
+            "metric": "squared_error",
+            "label": "error",
+            "value": [0.5, 0.4, 1.0, 0.6, 0.3, 1.0],
+            "low": 0.2,
+            "high": 1.2,
+            "direction": "lower",
+            "best": 0.0,
+            "n_rows": 4,
+            "role": "method",
+        }
+    )
     runs = table[["data", "kind", "method"]].assign(parameters=[100, 1_000, np.nan] * 2)
     (axes,) = gpjepa.plotting.scaling(table, runs).axes
     assert [x.get_text() for x in axes.get_legend().get_texts()] == ["a: doubles", "b: doubles"]
@@ -935,17 +1046,26 @@ def test_published_numbers_stand_beside_ours_on_their_rows(tmp_path):
     source = {"n_cells": 2_500, "n_genes": 60, "n_targets": 6, "n_combinations": 8, "seed": 4}
     adata = gpjepa.datasets.simulate(**source)
     doubles = sorted({p for p in adata.obs["perturbation"] if "+" in p})
-    rows = [(seed, "theirs", p, float(i), 0.5) for seed in (1, 2)
-            for i, p in enumerate(doubles[seed - 1 : seed + 3])]  # fmt: skip
+    rows = [
+        (seed, "theirs", p, float(i), 0.5)
+        for seed in (1, 2)
+        for i, p in enumerate(doubles[seed - 1 : seed + 3])
+    ]
     table = pd.DataFrame(rows, columns=["seed", "method", "perturbation", "l2", "pearson_delta"])
     path = tmp_path / "published.csv"
     table.to_csv(path, index=False)
     config = {
-        "title": "Beside", "methods": ["additive", "mean", "replicate"],
+        "title": "Beside",
+        "methods": ["additive", "mean", "replicate"],
         "metrics": ["squared_error"],
-        "data": [{"name": "screen", "simulate": source,
-                  "splits": [{"kind": "published", "path": str(path)}]}],
-    }  # fmt: skip
+        "data": [
+            {
+                "name": "screen",
+                "simulate": source,
+                "splits": [{"kind": "published", "path": str(path)}],
+            }
+        ],
+    }
     found = benchmark.run(config, tmp_path / "out", progress=False)
     (one, two) = found.manifests["screen"].splits
     assert {str(p) for _, p in one.test} == set(doubles[:4])
@@ -1149,15 +1269,26 @@ def _log(peer):
 def test_a_peer_that_cannot_be_started_is_not_run_and_says_why(theirs, tmp_path, monkeypatch):
     theirs()
     script = {"name": "theirs", "script": str(tmp_path / "theirs.py")}
-    methods = ["mean", "replicate", script, {**script, "label": "lost", "python": "/no/python"},
-               {**script, "label": "misspelt", "python": sys.executable, "options": {"fial": 1}},
-               {**script, "label": "works", "python": sys.executable}]  # fmt: skip
+    methods = [
+        "mean",
+        "replicate",
+        script,
+        {**script, "label": "lost", "python": "/no/python"},
+        {**script, "label": "misspelt", "python": sys.executable, "options": {"fial": 1}},
+        {**script, "label": "works", "python": sys.executable},
+    ]
     monkeypatch.setenv("PATH", "")
     config = benchmark.BenchmarkConfig.read(one_split(methods=methods, focus=None))
     found = benchmark.run(config, tmp_path / "out", progress=False).runs.set_index("method")
     status = found["status"].to_dict()
-    assert status == {"mean": "run", "replicate": "run", "theirs": "not run", "lost": "not run",
-                      "misspelt": "failed", "works": "run"}  # fmt: skip
+    assert status == {
+        "mean": "run",
+        "replicate": "run",
+        "theirs": "not run",
+        "lost": "not run",
+        "misspelt": "failed",
+        "works": "run",
+    }
     assert "pip install uv" in found.loc["theirs", "reason"]
     assert "no interpreter /no/python" in found.loc["lost", "reason"]
     assert "no options ['fial']; it has ['fail']" in found.loc["misspelt", "reason"]
@@ -1193,11 +1324,19 @@ def test_peers_get_what_they_can_use():
     labels = ["control"] * 8 + ["A"] * 4 + ["B"] * 4 + ["C+D"] * 4
     train = ad.AnnData(
         sp.csr_matrix(np.ones((20, 3), np.float32)),
-        pd.DataFrame({"perturbation": labels, "context": "all", "library_size": 3.0},
-                     index=[str(i) for i in range(20)]),
-    )  # fmt: skip
-    targets = {"A": ["A"], "B": ["B"], "C+D": ["C", "D"], "A+B": ["A", "B"], "A+X": ["A", "X"],
-               "X": ["X"]}  # fmt: skip
+        pd.DataFrame(
+            {"perturbation": labels, "context": "all", "library_size": 3.0},
+            index=[str(i) for i in range(20)],
+        ),
+    )
+    targets = {
+        "A": ["A"],
+        "B": ["B"],
+        "C+D": ["C", "D"],
+        "A+B": ["A", "B"],
+        "A+X": ["A", "X"],
+        "X": ["X"],
+    }
     task = {"test": [["all", "A+B"], ["all", "A+X"]], "targets": targets, "seed": 0}
     asked = cpa.with_questions(train.copy(), task)
     asked = asked.obs[asked.obs["split"] == "ood"]

@@ -53,8 +53,10 @@ def result(tmp_path_factory):
 
 def realised(task, predicted):
     """Mean of the predicted cells of each row, and the stated mean, both floored at 0."""
-    means = [np.asarray(predicted.cells.log1p[predicted.cells.row == i].mean(0)).ravel()
-             for i in range(len(task.rows))]  # fmt: skip
+    means = [
+        np.asarray(predicted.cells.log1p[predicted.cells.row == i].mean(0)).ravel()
+        for i in range(len(task.rows))
+    ]
     return np.stack(means), np.maximum(task.control_profiles + predicted.effect, 0)
 
 
@@ -181,9 +183,11 @@ def test_contexts_and_perturbations_may_look_like_numbers(tmp_path):
     adata.obs["context"] = adata.obs["context"].str.removeprefix("context")
     adata.write_h5ad(tmp_path / "cells.h5ad")
     data = {
-        "name": "7", "source": str(tmp_path / "cells.h5ad"), "context_key": "context",
+        "name": "7",
+        "source": str(tmp_path / "cells.h5ad"),
+        "context_key": "context",
         "splits": [{"kind": "held-out-context"}],
-    }  # fmt: skip
+    }
     methods = ["mean", "replicate", {"name": "benchmarks:FailsInOne", "label": "64"}]
     config = {
         **TINY,
@@ -276,9 +280,11 @@ def test_targeted_genes_count_in_no_metric(task):
         mine = np.flatnonzero(base.cells.row == row)
         counts[np.ix_(mine, np.flatnonzero(~task.scored[row]))] += 7
     cheat = replace(
-        base, effect=effect, drawn=replace(base.cells, counts=sp.csr_matrix(counts)),
+        base,
+        effect=effect,
+        drawn=replace(base.cells, counts=sp.csr_matrix(counts)),
         known_states={},
-    )  # fmt: skip
+    )
     names = [n for n in METRICS if METRICS[n].masked]
     assert set(OF_CELLS) <= set(names)
     pd.testing.assert_frame_equal(
@@ -302,8 +308,13 @@ def test_predicted_counts_are_of_whole_cells_not_of_the_panel(cells, tmp_path):
 
 
 def test_a_renamed_replicate_is_still_no_rival(tmp_path):
-    methods = ["additive", "anchor", {"name": "mean", "label": "average"},
-               {"name": "replicate", "label": "other half"}, {"name": "truth", "label": "best"}]  # fmt: skip
+    methods = [
+        "additive",
+        "anchor",
+        {"name": "mean", "label": "average"},
+        {"name": "replicate", "label": "other half"},
+        {"name": "truth", "label": "best"},
+    ]
     more = {"simulate": {**TINY["data"][0]["simulate"], "n_cells": 2_500, "n_combinations": 20}}
     config = one_split(methods=methods, data=more, metrics=["squared_error", "pearson_delta"])
     found = benchmark.run(config, tmp_path, progress=False)
@@ -380,8 +391,11 @@ def test_a_method_that_is_killed_takes_nothing_with_it(tmp_path):
     found = benchmark.run(one_split(methods=methods, focus=None), tmp_path, progress=False)
     status = found.runs.set_index("method")
     assert status["status"].to_dict() == {
-        "mean": "run", "replicate": "run", "dies": "failed", "no change": "run"
-    }  # fmt: skip
+        "mean": "run",
+        "replicate": "run",
+        "dies": "failed",
+        "no change": "run",
+    }
     assert "signal 9, as when memory runs out" in status.loc["dies", "reason"]
 
 
@@ -449,9 +463,10 @@ def test_code_that_scores_decides_what_is_kept(result, monkeypatch):
     for module in ("methods._predict", "methods._oracles", "metrics", "_published"):
         with monkeypatch.context() as patch:
             patch.setattr(
-                runner, "package_source",
+                runner,
+                "package_source",
                 lambda m, changed=module: original(m) + ("x" if m.endswith(changed) else ""),
-            )  # fmt: skip
+            )
             assert not set(keys()) & set(before), module
     assert keys() == before
     # What calibrates cells and splits the controls is imported by all of these.
@@ -499,10 +514,12 @@ def test_a_split_that_cannot_be_tested_does_not_end_the_run(result, tmp_path):
     hashed = benchmark.tasks.data_hash(few)
     replace(manifest, data_hash=hashed, splits=(lone, rest)).write(tmp_path / "m.json")
     data = {
-        "name": "few", "source": str(tmp_path / "few.h5ad"), "context_key": "context",
+        "name": "few",
+        "source": str(tmp_path / "few.h5ad"),
+        "context_key": "context",
         "library_size_key": "library_size",
         "splits": [{"kind": "manifest", "path": str(tmp_path / "m.json")}],
-    }  # fmt: skip
+    }
     found = benchmark.run({**TINY, "data": [data]}, tmp_path / "out", progress=False)
     status = found.runs.groupby("split")["status"].unique()
     assert list(status["lone"]) == ["not tested"]

@@ -96,8 +96,10 @@ def test_train_says_what_was_held_out(cells, tmp_path):
     assert lines[4].startswith(f"Wrote {model}/. Next: gpjepa predict {model} ")
     noise = [line for line in result.stderr.splitlines() if line]
     assert [re.sub(r" \(.*", "", line) for line in noise] == [
-        "Stage A: cell states", "Anchor: closed form", "Stages B and C: response",
-    ]  # fmt: skip
+        "Stage A: cell states",
+        "Anchor: closed form",
+        "Stages B and C: response",
+    ]
 
 
 def test_version():
@@ -114,8 +116,20 @@ def test_options_of_labels_are_those_of_set_up(cells, tmp_path):
     adata.obs["guide"] = other
     path = tmp_path / "other.h5ad"
     adata.write_h5ad(path)
-    options = ["--perturbation-key", "guide", "--separator", ";", "--drop", "x",
-               "--control-pattern", r"nt_\d+", "--max-epochs", "1", "--pretrain-epochs", "1"]  # fmt: skip
+    options = [
+        "--perturbation-key",
+        "guide",
+        "--separator",
+        ";",
+        "--drop",
+        "x",
+        "--control-pattern",
+        r"nt_\d+",
+        "--max-epochs",
+        "1",
+        "--pretrain-epochs",
+        "1",
+    ]
     result = run(app, ["train", str(path), "--out", str(tmp_path / "m"), *options])
     assert result.exit_code == 0, result.output
     refused = run(app, ["train", str(path), "--out", str(tmp_path / "n"), *options[:2]])
@@ -125,8 +139,23 @@ def test_options_of_labels_are_those_of_set_up(cells, tmp_path):
     assert "separator=" not in said
     assert "Ellipsis" not in said
     call = re.search(r"add (--.*?)\. ", said)[1]
-    again = run(app, ["train", str(path), "--out", str(tmp_path / "n"), *options[:2], "--drop", "x",
-                      *shlex.split(call), "--max-epochs", "0", "--pretrain-epochs", "0"])  # fmt: skip
+    again = run(
+        app,
+        [
+            "train",
+            str(path),
+            "--out",
+            str(tmp_path / "n"),
+            *options[:2],
+            "--drop",
+            "x",
+            *shlex.split(call),
+            "--max-epochs",
+            "0",
+            "--pretrain-epochs",
+            "0",
+        ],
+    )
     assert again.exit_code == 0, again.output
     invalid = run(app, ["train", str(path), "--out", str(tmp_path / "o"), "--control-pattern", "("])
     assert "--control-pattern ( is not a regular expression" in invalid.stderr
@@ -225,9 +254,11 @@ def test_errors_are_a_sentence(arguments, message, tmp_path, monkeypatch):
 
 def test_comparison_scores_every_method_on_independent_controls(simulated, held_out):
     result = gpjepa.benchmark.compare(
-        simulated, [held_out], setup={"context_key": "context"},
+        simulated,
+        [held_out],
+        setup={"context_key": "context"},
         train={"max_epochs": 1, "pretrain_epochs": 1, "enable_progress_bar": False},
-    )  # fmt: skip
+    )
     assert list(result.table.index) == ["GP-JEPA", "additive", "mean", "no change", "replicate"]
     assert result.table.loc["no change", "relative_error"] == 1
     assert len(result.scores) == 5 * 2
@@ -282,9 +313,11 @@ def bench(tmp_path):
 
     def write(*methods, **more):
         config = one_split(
-            methods=["mean", "replicate", *methods], focus=more.pop("focus", None),
-            metrics=["squared_error"], **more,
-        )  # fmt: skip
+            methods=["mean", "replicate", *methods],
+            focus=more.pop("focus", None),
+            metrics=["squared_error"],
+            **more,
+        )
         path = tmp_path / "mine.yaml"
         path.write_text(json.dumps(config))
         return [str(path), "--out", str(tmp_path / "out")]

@@ -13,10 +13,17 @@ def frame(rng):
     """Effects of three perturbations on sixty genes."""
     genes = [f"G{i:02d}" for i in range(60)]
     return pd.concat(
-        pd.DataFrame({"perturbation": p, "context": "all", "gene": genes,
-                      "effect": rng.normal(0, s, 60), "sd": 0.1})
+        pd.DataFrame(
+            {
+                "perturbation": p,
+                "context": "all",
+                "gene": genes,
+                "effect": rng.normal(0, s, 60),
+                "sd": 0.1,
+            }
+        )
         for p, s in (("A", 0.05), ("B", 0.3), ("A+B", 0.5))
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -26,9 +33,14 @@ def one(frame):
 
 def scored(one):
     return pd.DataFrame(
-        {"perturbation": "B", "context": "all", "set": [f"SET_{i}" for i in range(20)],
-         "score": np.linspace(-5, 5, 20), "padj": np.linspace(0, 1, 20)}
-    )  # fmt: skip
+        {
+            "perturbation": "B",
+            "context": "all",
+            "set": [f"SET_{i}" for i in range(20)],
+            "score": np.linspace(-5, 5, 20),
+            "padj": np.linspace(0, 1, 20),
+        }
+    )
 
 
 def test_a_volcano_colours_the_genes_whose_interval_excludes_no_change(one):
@@ -86,10 +98,12 @@ def test_bars_of_gene_sets_are_grey_where_nothing_is_significant(one):
         ),
         lambda frame, one, **k: plotting.explanation(
             pd.DataFrame(np.ones((2, 3)), list("ab"), list("xyz")),
-            pd.Series(2.0, list("xyz")), pd.Series(1.0, list("xyz")), **k
+            pd.Series(2.0, list("xyz")),
+            pd.Series(1.0, list("xyz")),
+            **k,
         ),
     ],
-)  # fmt: skip
+)
 def test_figures_draw_where_they_are_told_to(frame, one, draw):
     assert isinstance(draw(frame, one), Figure)
     figure, axes = plt.subplots()
@@ -112,8 +126,14 @@ def test_enrichment_is_a_test_of_the_sets_genes_against_the_others(frame):
     sets = {"few": genes[:3], "some": genes[:10], "many": [*genes[30:], "elsewhere"]}
     table = effects.enrichment(frame, sets, targets={"B": ["G00"]})
     assert list(table.columns) == [
-        "perturbation", "context", "set", "score", "pvalue", "padj", "n_genes",
-    ]  # fmt: skip
+        "perturbation",
+        "context",
+        "set",
+        "score",
+        "pvalue",
+        "padj",
+        "n_genes",
+    ]
     assert set(table["set"]) == {"some", "many"}
     assert dict(zip(table["set"], table["n_genes"], strict=True)) == {"some": 10, "many": 30}
     for label in ("A", "B"):
@@ -152,11 +172,23 @@ def test_an_overview_shows_the_focus_beside_the_best_other_method():
     values = {"ours": 0.4, "ours (gate 0)": 0.3, "good": 0.5, "poor": 0.9, "mean": 1.1, "half": 0.1}
     roles = {"mean": "floor", "half": "ceiling"}
     rows = [
-        {"data": d, "kind": "doubles", "method": m, "entry": m.split(" (")[0], "metric": "error",
-         "role": roles.get(m, "method"), "value": v + shift, "low": v - 0.1, "high": v + 0.1,
-         "label": "error", "direction": "lower", "best": 0.0}
-        for d, shift in (("a", 0), ("b", 0.2)) for m, v in values.items()
-    ]  # fmt: skip
+        {
+            "data": d,
+            "kind": "doubles",
+            "method": m,
+            "entry": m.split(" (")[0],
+            "metric": "error",
+            "role": roles.get(m, "method"),
+            "value": v + shift,
+            "low": v - 0.1,
+            "high": v + 0.1,
+            "label": "error",
+            "direction": "lower",
+            "best": 0.0,
+        }
+        for d, shift in (("a", 0), ("b", 0.2))
+        for m, v in values.items()
+    ]
     (axes,) = plotting.benchmark_overview(pd.DataFrame(rows), "ours", "error").axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["ours"] == [[0.4, 1], [pytest.approx(0.6), 0]]

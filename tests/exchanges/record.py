@@ -23,12 +23,18 @@ PEERS = HERE.parents[1] / "peers"
 FILES = ("task.json", "wanted.json", "prediction.h5ad")
 SHARED = ("train.h5ad", "control.h5ad")  # the same for every method
 OPTIONS = {
-    "CellFlow": {"num_iterations": 20, "batch_size": 32,
-                 "network": {"hidden_dims": [16], "decoder_dims": [16]}},
-    "State": {"max_steps": 4, "batch_size": 2,
-              "overrides": ["model.kwargs.cell_set_len=16", "model.kwargs.hidden_dim=32"]},
+    "CellFlow": {
+        "num_iterations": 20,
+        "batch_size": 32,
+        "network": {"hidden_dims": [16], "decoder_dims": [16]},
+    },
+    "State": {
+        "max_steps": 4,
+        "batch_size": 2,
+        "overrides": ["model.kwargs.cell_set_len=16", "model.kwargs.hidden_dim=32"],
+    },
     "scGPT": {"epochs": 1, "weights": "weights"},
-}  # fmt: skip
+}
 
 WEIGHTS = """
 import json, sys

@@ -21,9 +21,11 @@ Data = Annotated[str, typer.Argument(help="A data set by name, or a .h5ad or .za
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 GeneSets = Annotated[
     list[str] | None,
-    typer.Option(help="GMT file with gene sets, from which targets that were never perturbed are "
-                      "predicted; can be repeated."),
-]  # fmt: skip
+    typer.Option(
+        help="GMT file with gene sets, from which targets that were never perturbed are "
+        "predicted; can be repeated."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.", min=0)]
 BatchSize = Annotated[int, typer.Option(help="Cells in a mini-batch.")]
 Encoder = Annotated[
@@ -39,59 +41,110 @@ Accelerator = Annotated[str, typer.Option(help="Where to compute: auto, cpu, gpu
 
 _LABELS: dict[str, tuple[Any, Any]] = {
     "layer": (
-        Annotated[str | None, typer.Option(help="Layer with raw counts; by default 'counts' if "
-                                                "there, else X.")], None,
+        Annotated[
+            str | None,
+            typer.Option(help="Layer with raw counts; by default 'counts' if there, else X."),
+        ],
+        None,
     ),
     "perturbation_key": (
-        Annotated[str, typer.Option(help="Column of obs with the perturbations.")], "perturbation",
+        Annotated[str, typer.Option(help="Column of obs with the perturbations.")],
+        "perturbation",
     ),
     "control": (
-        Annotated[list[str] | None, typer.Option(help="Label of control cells; can be repeated. "
-                                                      "By default 'control'.")], None,
+        Annotated[
+            list[str] | None,
+            typer.Option(help="Label of control cells; can be repeated. By default 'control'."),
+        ],
+        None,
     ),
     "control_pattern": (
-        Annotated[list[str] | None, typer.Option(help="Regular expression that matches labels of "
-                                                      "control cells whole; can be repeated.")], None,
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Regular expression that matches labels of "
+                "control cells whole; can be repeated."
+            ),
+        ],
+        None,
     ),
     "context_key": (
-        Annotated[str | None, typer.Option(help="Column of obs with the context: cell line, cell "
-                                                "type, donor.")], None,
+        Annotated[
+            str | None,
+            typer.Option(help="Column of obs with the context: cell line, cell type, donor."),
+        ],
+        None,
     ),
     "batch_key": (Annotated[str | None, typer.Option(help="Column of obs with the batch.")], None),
     "dosage_key": (Annotated[str | None, typer.Option(help="Column of obs with the dose.")], None),
     "library_size_key": (
-        Annotated[str | None, typer.Option(help="Column of obs with the counts of the whole cell, "
-                                                "where genes are a subset.")], None,
+        Annotated[
+            str | None,
+            typer.Option(
+                help="Column of obs with the counts of the whole cell, where genes are a subset."
+            ),
+        ],
+        None,
     ),
     "separator": (
         Annotated[str, typer.Option(help="What joins targets; empty if labels hold one target.")],
         "+",
     ),
     "strip": (
-        Annotated[str | None, typer.Option(help="Regular expression taken off every target, for "
-                                                "guide suffixes: '_g[0-9]+$'.")], None,
+        Annotated[
+            str | None,
+            typer.Option(
+                help="Regular expression taken off every target, for guide suffixes: '_g[0-9]+$'."
+            ),
+        ],
+        None,
     ),
     "drop": (
-        Annotated[list[str] | None, typer.Option(help="Label of cells to leave out; can be "
-                                                      "repeated.")], None,
+        Annotated[
+            list[str] | None, typer.Option(help="Label of cells to leave out; can be repeated.")
+        ],
+        None,
     ),
     "rename": (
-        Annotated[list[str] | None, typer.Option(help="A target with another spelling, OLD=NEW; "
-                                                      "can be repeated.")], None,
+        Annotated[
+            list[str] | None,
+            typer.Option(help="A target with another spelling, OLD=NEW; can be repeated."),
+        ],
+        None,
     ),
     "targets": (
-        Annotated[list[str] | None, typer.Option(help="Name that is a target although it does not "
-                                                      "look like one; can be repeated.")], None,
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Name that is a target although it does not look like one; can be repeated."
+            ),
+        ],
+        None,
     ),
     "dose_pattern": (
-        Annotated[str | None, typer.Option(help="Regular expression with the groups dose and unit, "
-                                                "for doses inside labels.")], None,
+        Annotated[
+            str | None,
+            typer.Option(
+                help="Regular expression with the groups dose and unit, for doses inside labels."
+            ),
+        ],
+        None,
     ),
-}  # fmt: skip
+}
 _ARGUMENTS = {
-    *_LABELS, "overwrite", "context", "gate", "n_samples", "batch_size", "max_epochs",
-    "pretrain_epochs", "encoder", "pretrained", "accelerator", "seed",
-}  # fmt: skip
+    *_LABELS,
+    "overwrite",
+    "context",
+    "gate",
+    "n_samples",
+    "batch_size",
+    "max_epochs",
+    "pretrain_epochs",
+    "encoder",
+    "pretrained",
+    "accelerator",
+    "seed",
+}
 
 
 class Output:
@@ -134,9 +187,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     labels = _LABELS if "setup" in signature.parameters else {}
     added = {
         **labels,
-        "quiet": (Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")], False),
-        "as_json": (Annotated[bool, typer.Option("--json", help="Print the result as JSON.")], False),
-    }  # fmt: skip
+        "quiet": (
+            Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")],
+            False,
+        ),
+        "as_json": (
+            Annotated[bool, typer.Option("--json", help="Print the result as JSON.")],
+            False,
+        ),
+    }
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [p.replace(kind=keyword) for p in own] + [
         inspect.Parameter(name, keyword, default=default, annotation=annotation)
@@ -248,10 +307,13 @@ def _setup(given: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"--rename {wrong[0]}: expected OLD=NEW, such as --rename klf1=KLF1.")
     return {
-        **given, "control": control, "separator": given["separator"] or None,
-        "drop": given["drop"] or (), "targets": given["targets"] or (),
+        **given,
+        "control": control,
+        "separator": given["separator"] or None,
+        "drop": given["drop"] or (),
+        "targets": given["targets"] or (),
         "rename": {old: new for old, _, new in renamed},
-    }  # fmt: skip
+    }
 
 
 def load(data: str) -> Any:
@@ -287,7 +349,9 @@ def table(frame: Any, title: str, bold: str | None = None) -> Any:
     for i, column in enumerate(frame.columns):
         shown.add_column(str(column), justify="left" if i == 0 else "right")
     for _, row in frame.iterrows():
-        cells = [f"{v:.3f}" if isinstance(v, float) and v == v else "–" if v != v else str(v)
-                 for v in row]  # fmt: skip
+        cells = [
+            f"{v:.3f}" if isinstance(v, float) and v == v else "–" if v != v else str(v)
+            for v in row
+        ]
         shown.add_row(*cells, style="bold" if cells[0] == bold else None)
     return shown

@@ -82,9 +82,14 @@ def demo(
 
 
 def _compared(
-    adata: Any, hold_out: list[str] | None, hold_out_context: str | None, setup: dict, model: dict,
-    training: dict, seed: int,
-) -> Comparison:  # fmt: skip
+    adata: Any,
+    hold_out: list[str] | None,
+    hold_out_context: str | None,
+    setup: dict,
+    model: dict,
+    training: dict,
+    seed: int,
+) -> Comparison:
     from gpjepa import benchmark, datasets
 
     if adata is None:
@@ -94,9 +99,14 @@ def _compared(
         hold_out = list(combinations.sample(12, random_state=seed))
         setup = {}
     return benchmark.compare(
-        adata, hold_out, hold_out_context=hold_out_context, seed=seed, setup=setup, model=model,
+        adata,
+        hold_out,
+        hold_out_context=hold_out_context,
+        seed=seed,
+        setup=setup,
+        model=model,
         train={"enable_progress_bar": output.shown, **training},
-    )  # fmt: skip
+    )
 
 
 def _means(results: list[Comparison]) -> Any:
@@ -173,18 +183,23 @@ def train(
     GPJEPA.setup_anndata(adata, **setup)
     model = GPJEPA(adata, encoder=encoder, pretrained=pretrained, **options)
     model.train(
-        max_epochs, pretrain_epochs, batch_size=batch_size, accelerator=accelerator,
+        max_epochs,
+        pretrain_epochs,
+        batch_size=batch_size,
+        accelerator=accelerator,
         enable_progress_bar=output.shown,
-    )  # fmt: skip
+    )
     with written_whole(out) as draft:
         _save(model, draft)
     output.say(model.summary())
     output.say(WORDS)
     label = shlex.quote(model._label(model.anchor.effects_.perturbations[0]))
     output.say(f"Wrote {out}/. Next: gpjepa predict {out} {label} --out cells.h5ad")
-    errors = None if model.held_out_ is None or model.held_out_.errors is None else records(
-        model.held_out_.relative().reset_index()
-    )  # fmt: skip
+    errors = (
+        None
+        if model.held_out_ is None or model.held_out_.errors is None
+        else records(model.held_out_.relative().reset_index())
+    )
     output.result({"out": out, "summary": model.summary(), "errors": errors})
 
 
@@ -245,9 +260,13 @@ def predict(
     written = []
     if out is not None:
         cells = model.predict_perturbation(
-            load(data or str(controls)), perturbations, context=context or None,
-            n_samples=n_samples, seed=seed, gate=chosen,
-        )  # fmt: skip
+            load(data or str(controls)),
+            perturbations,
+            context=context or None,
+            n_samples=n_samples,
+            seed=seed,
+            gate=chosen,
+        )
         with written_whole(out) as draft:
             cells.write_h5ad(draft, compression="gzip")
         written.append(f"{cells.n_obs} cells to {out}")
@@ -259,8 +278,11 @@ def predict(
         regime=("regime", "first"), genes_changed=("lower", "size")
     )
     rows["genes_changed"] = [_n_changed(frame, *pair) for pair in rows.iloc[:, :2].to_numpy()]
-    output.say(table(rows.rename(columns={"genes_changed": "genes whose interval excludes 0"}),
-                     "Predicted"))  # fmt: skip
+    output.say(
+        table(
+            rows.rename(columns={"genes_changed": "genes whose interval excludes 0"}), "Predicted"
+        )
+    )
     for regime in rows["regime"].unique():
         output.say(f"{regime}: {REGIMES.get(regime, 'the control itself')}.")
     output.say(f"Wrote {' and '.join(written)}.")
@@ -294,9 +316,15 @@ def simulate(
 
     check_free(out, overwrite)
     adata = datasets.simulate(
-        n_cells, n_genes, n_targets=n_targets, n_combinations=n_combinations,
-        n_contexts=n_contexts, n_batches=n_batches, mode=mode, seed=seed,
-    )  # fmt: skip
+        n_cells,
+        n_genes,
+        n_targets=n_targets,
+        n_combinations=n_combinations,
+        n_contexts=n_contexts,
+        n_batches=n_batches,
+        mode=mode,
+        seed=seed,
+    )
     with written_whole(out) as draft:
         adata.write_h5ad(draft, compression="gzip")
     output.say(f"Wrote {adata.n_obs} cells × {adata.n_vars} genes to {out}.")
