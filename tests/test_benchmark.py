@@ -577,6 +577,23 @@ def test_gp_jepa_takes_part_with_every_gate(task):
         assert table.drop(columns=undefined).notna().all(None)
 
 
+def test_what_features_know_nothing_of_is_left_out_alone(cells):
+    """And not the whole split with it; several kinds of features are taken side by side."""
+    (split, *_) = splits.unseen_singles(measured_rows(cells), folds=3)
+    task = Task.of(cells, split)
+    targets = sorted({t for _, p in (*split.train, *split.test) for t in p.targets})
+    unknown = task.rows[0][1].targets[0]
+    rng = np.random.default_rng(0)
+    known = [t for t in targets if t != unknown]
+    features = [TargetFeatures(known, rng.normal(size=(len(known), 4)), n) for n in ("one", "two")]
+    for name in ("kernel ridge", "nearest"):
+        predicted = fitted(name, task, features)
+        left = [str(p) for (_, p), r in zip(task.rows, predicted.refused, strict=True) if r]
+        assert left == [unknown]
+        half = fitted(name, task, features[:1])
+        assert np.abs(half.effect - predicted.effect).max() > 0
+
+
 def test_a_stranger_is_named_in_the_configuration(tmp_path, monkeypatch):
     code = inspect.getsource(Stranger)
     (tmp_path / "their_method.py").write_text(

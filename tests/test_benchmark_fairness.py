@@ -474,6 +474,9 @@ def test_code_that_scores_decides_what_is_kept(result, monkeypatch):
 
     for module in ("tasks._calibrate", "tasks._task", "metrics._effect", "metrics._cell_eval"):
         assert f"gpjepa.benchmark.{module}" in package_modules("gpjepa.benchmark.metrics"), module
+    # But not our model, or every change of it would run the peers again.
+    for module in runner._SCORING:
+        assert not [m for m in package_modules(module) if m.startswith("gpjepa.model")], module
 
 
 def test_the_network_is_no_part_of_a_baselines_code(monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from gpjepa.benchmark.tasks import SCALE
 from gpjepa.effects import (
@@ -83,6 +84,31 @@ def linear(**options: Any) -> EffectMethod:
         return len(perturbation.targets) == 1 and perturbation.targets[0] in effects.genes
 
     return replace(baseline(lambda: LinearModel(**options)), can=can)
+
+
+def of_features(
+    kind: Callable[..., Baseline], features: Sequence[TargetFeatures], **options: Any
+) -> EffectMethod:
+    """A baseline that takes one kind of features: all of them, side by side.
+
+    A perturbation is left out if nothing is known of one of its targets.
+
+    Raises
+    ------
+    ValueError
+        If the data have no features.
+    """
+    if not features:
+        raise ValueError("It needs features of the targets: give the data `features`.")
+    one = features[0]
+    if len(features) > 1:
+        names = sorted({t for f in features for t in f.targets})
+        one = TargetFeatures(names, sp.hstack([f.take(names) for f in features]), "all features")
+
+    def can(effects: EffectTable, perturbation: Perturbation) -> bool:
+        return all(one.covers(t) for t in perturbation.targets)
+
+    return replace(baseline(lambda: kind(one, **options)), can=can)
 
 
 def anchor(features: Sequence[TargetFeatures]) -> EffectMethod:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import scipy.sparse as sp
-
 from gpjepa.effects import (
     Additive,
     KernelRidge,
@@ -62,28 +60,6 @@ class Known:
     module: str = effects.__name__
 
 
-def _need(features: Features, name: str) -> TargetFeatures:
-    """All features side by side, for a baseline that takes one kind."""
-    if not features:
-        raise ValueError(
-            f"Method {name!r} needs features of the targets: give the data `features`."
-        )
-    if len(features) == 1:
-        return features[0]
-    targets = sorted({t for f in features for t in f.targets})
-    return TargetFeatures(targets, sp.hstack([f.take(targets) for f in features]), "all features")
-
-
-def _kernel_ridge(features: Features, seed: int, options: dict[str, Any]) -> Method:
-    one = _need(features, "kernel ridge")
-    return effects.baseline(lambda: KernelRidge(one, **options))
-
-
-def _nearest(features: Features, seed: int, options: dict[str, Any]) -> Method:
-    one = _need(features, "nearest")
-    return effects.baseline(lambda: NearestPerturbation(one))
-
-
 def _gpjepa(features: Features, seed: int, options: dict[str, Any]) -> Method:
     from ._gpjepa import GPJEPAMethod
 
@@ -104,8 +80,14 @@ METHODS: dict[str, Known] = {
     "shrunken additive": _plain(ShrunkenAdditive),
     "larger single": _plain(LargerSingle),
     "linear": Known(lambda f, s, o: effects.linear(**o), options=LinearModel),
-    "kernel ridge": Known(_kernel_ridge, takes_features=True, options=KernelRidge),
-    "nearest": Known(_nearest, takes_features=True),
+    "kernel ridge": Known(
+        lambda f, s, o: effects.of_features(KernelRidge, f, **o),
+        takes_features=True,
+        options=KernelRidge,
+    ),
+    "nearest": Known(
+        lambda f, s, o: effects.of_features(NearestPerturbation, f), takes_features=True
+    ),
     "transfer": _plain(Transfer),
     "anchor": Known(lambda f, s, o: effects.anchor(f), takes_features=True),
     "permuted labels": Known(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from gpjepa.benchmark.methods import Prediction
+from gpjepa.benchmark.methods._predict import Prediction
 from gpjepa.benchmark.tasks import SCALE, CellSet, Task, Truth
 from gpjepa.effects import gene_set_scores
 
