@@ -1409,3 +1409,47 @@ def test_peers_that_take_features_get_them(task, theirs):
     np.testing.assert_array_equal(given[:2], np.eye(2))
     assert (given[2:] == 0).all(None)
     peer.close()
+
+
+WIDE = """
+import numpy as np
+import pandas as pd
+from _serve import answer, as_arrays, serve
+
+GENES = [f"G{i}/a" for i in range(6_000)]
+
+
+def predict(state, control, wanted):
+    cells = answer(np.ones((len(wanted), 6_000)), wanted, GENES, "counts")
+    cells.uns["effect"] = as_arrays(pd.DataFrame(0.5, list(wanted), GENES))
+    return cells
+
+
+if __name__ == "__main__":
+    serve(lambda train, task: None, predict, "nothing else")
+"""
+
+
+def test_effects_of_many_genes_pass_through_files(task, tmp_path):
+    """Columns of a frame do not fit into a file's header from some 4,000 genes on."""
+    shutil.copy(PEERS / "_serve.py", tmp_path)
+    (tmp_path / "wide.py").write_text(WIDE)
+    with Peer(tmp_path / "wide.py", python=Path(sys.executable)) as peer:
+        peer.fit(task.train, task.split)
+        found = peer.predict(["A", r"B\+x"], task.control)
+    effect = found.uns["effect"]
+    assert effect.shape == (2, 6_000)
+    assert list(effect.index) == ["A", r"B\+x"]
+    assert effect.columns[-1] == "G5999/a"
+
+
+def test_peers_get_batches_where_the_data_name_them(theirs):
+    adata = gpjepa.datasets.simulate(600, 30, n_targets=4, n_combinations=4)
+    named = standard_cells(adata, context_key="context", batch_key="batch")
+    found = Task.of(named, splits.doubles(measured_rows(named)))
+    assert "batch" in found.train.obs
+    peer = theirs()
+    peer.fit(found.train, found.split)
+    given = ad.read_h5ad(Path(peer.folder.name) / "train.h5ad")
+    assert (given.obs["batch"].astype(str).to_numpy() == found.train.obs["batch"]).all()
+    peer.close()
