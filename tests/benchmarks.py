@@ -104,3 +104,10 @@ class Large(Stranger):
     def fit(self, train, split):
         self.ballast = np.ones(64_000_000)
         super().fit(train, split)
+
+
+class LosesItsStates(Stranger):
+    """Predicts, and cannot embed."""
+
+    def embed(self, cells):
+        raise ArithmeticError("no states")

@@ -177,6 +177,13 @@ def test_a_method_that_always_fails_is_the_mean_response(tmp_path):
     assert "never failed on 1 runs and is scored there as the mean response" in text
 
 
+def test_a_method_that_cannot_give_its_states_has_failed(tmp_path):
+    methods = ["mean", "replicate", {"name": "benchmarks:LosesItsStates", "label": "lost"}]
+    found = benchmark.run(one_split(methods=methods, focus=None), tmp_path, progress=False)
+    assert list(found.runs["status"]) == ["run", "run", "failed"]
+    assert found.runs["reason"].iloc[-1] == "ArithmeticError: no states"
+
+
 def test_contexts_and_perturbations_may_look_like_numbers(tmp_path):
     """Read back as numbers, rows of a failed split would not be those of the others."""
     adata = datasets.simulate(1_500, 40, n_targets=6, n_combinations=1, n_contexts=2)

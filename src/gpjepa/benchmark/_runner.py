@@ -26,6 +26,7 @@ from ._config import PATHS, BenchmarkConfig, Data, MethodConfig
 from ._published import KIND, published_scores
 from ._result import BenchmarkResult, read_frame
 from .methods import (
+    MethodError,
     Prediction,
     mean_prediction,
     method_source,
@@ -183,13 +184,21 @@ class _Grid:
                 running.fit(made.train.copy(), made.split)
                 rows = predict_rows(running, made, method.title)
             except Exception as error:  # noqa: BLE001  # one method must not take the others down
-                logger.warning("%s failed on %s: %s", method.title, made.split.name, error)
-                mean = mean_prediction(made)
-                scores = self._scores(made, method, {method.title: (mean, mean)}, seed)
-                return scores, {"status": "failed", "reason": str(error), **running.cost}
+                return self._failed(made, method, seed, error, running.cost)
             predictions = {name: (p, p) for name, p in rows.items()}
             record = {"given": method.given(features), **running.cost}
-            return self._keep(path, made, method, predictions, seed, record)
+            try:
+                return self._keep(path, made, method, predictions, seed, record)
+            except MethodError as error:  # it is asked for its states; errors of ours are raised
+                return self._failed(made, method, seed, error, running.cost)
+
+    def _failed(
+        self, task: Task, method: MethodConfig, seed: int, error: Exception, cost: dict[str, Any]
+    ) -> Scored:
+        logger.warning("%s failed on %s: %s", method.title, task.split.name, error)
+        mean = mean_prediction(task)
+        scores = self._scores(task, method, {method.title: (mean, mean)}, seed)
+        return scores, {"status": "failed", "reason": str(error), **cost}
 
     def _scores(
         self,
