@@ -130,11 +130,13 @@ def test_calibration_thins_and_adds_and_leaves_the_rest_alone(task):
     wanted[:3] = profile[:3] * [0.5, 0, 2]
     wanted[3] = np.log1p(2_000)  # more counts than single molecules can be drawn for
     wanted[4] = -1
+    wanted[5] = 12  # more than a cell has
     moved = calibrated(base, wanted)
     after = np.asarray(moved.log1p.mean(0)).ravel()
     np.testing.assert_allclose(after[:4], wanted[:4], atol=0.02)
     assert after[1] == after[4] == 0
-    assert (moved.counts[:, 5:] != base.counts[:, 5:]).nnz == 0
+    assert after[5] == pytest.approx(np.log1p(1e4), abs=0.02)
+    assert (moved.counts[:, 6:] != base.counts[:, 6:]).nnz == 0
     assert (moved.counts[:, 0] > base.counts[:, 0]).nnz == 0
     assert (moved.counts[:, 2] < base.counts[:, 2]).nnz == 0
     assert calibrated(base, profile) is base

@@ -53,7 +53,8 @@ class Prediction:
 
 MAX_CELLS = 500
 """Cells of a row that are scored at most: more of them would have less noise in what is estimated."""
-HIGHEST = np.log1p(PER) + 1e-3
+HIGHEST = 2 * np.log1p(PER)
+"""A value on the log1p scale is at most half of this; a sum of effects may say more."""
 
 
 def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]:

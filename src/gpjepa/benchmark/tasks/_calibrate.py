@@ -25,7 +25,8 @@ def calibrated(cells: CellSet, profile: np.ndarray, seed: int = 0) -> CellSet:
     too little of is added: Poisson counts in proportion to library sizes, so that counts stay
     integers and cells keep what sets them apart. The one factor per gene is found by bracketed
     secant steps on the very molecules that are drawn, so that the mean of log1p counts per 10,000
-    is the profile up to a single molecule. A profile below zero is no expression.
+    is the profile up to a single molecule. A profile below zero is no expression, and none is more
+    than all counts of a cell.
 
     Random numbers are the same for every profile: the same profile gives the same cells.
 
@@ -43,7 +44,7 @@ def calibrated(cells: CellSet, profile: np.ndarray, seed: int = 0) -> CellSet:
     CellSet
         The same cells with other counts.
     """
-    target = np.maximum(np.asarray(profile, float), 0)
+    target = np.clip(np.asarray(profile, float), 0, np.log1p(PER))
     counts = sp.csc_matrix(cells.counts, dtype=np.float64)
     now = np.asarray(cells.log1p.mean(0), float).ravel()
     extra = (np.expm1(target) - np.expm1(now)) * cells.library.mean() / PER
