@@ -18,13 +18,11 @@ GIVEN = "contexts as cell types; takes no features of targets"
 
 def fit(train, task):
     import pertpy
-    import scvi
 
-    scvi.settings.seed = task["seed"]
     train.X = log1p(train)
     pertpy.tl.Scgen.setup_anndata(train, batch_key="perturbation", labels_key="context")
     model = pertpy.tl.Scgen(train)
-    model.train(**{**PUBLISHED, **task["options"]})
+    model.train(seed=task["seed"], **{**PUBLISHED, **task["options"]})
     return model, set(train.obs["perturbation"])
 
 
