@@ -252,7 +252,7 @@ def test_errors_are_a_sentence(arguments, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_comparison_scores_every_method_on_independent_controls(simulated, held_out):
+def test_comparison_scores_every_method_on_independent_controls(simulated, held_out, tmp_path):
     result = gpjepa.benchmark.compare(
         simulated,
         [held_out],
@@ -262,6 +262,8 @@ def test_comparison_scores_every_method_on_independent_controls(simulated, held_
     assert list(result.table.index) == ["GP-JEPA", "additive", "mean", "no change", "replicate"]
     assert result.table.loc["no change", "relative_error"] == 1
     assert len(result.scores) == 5 * 2
+    for cells in (result.predicted, result.model.control_cells()):
+        cells.write_h5ad(tmp_path / "cells.h5ad")  # as the demo does
     seen = set(result.model.adata.obs_names)
     controls = simulated.obs_names[simulated.obs["perturbation"] == "control"]
     assert 0.4 < len(seen & set(controls)) / len(controls) < 0.6

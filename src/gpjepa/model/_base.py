@@ -489,7 +489,12 @@ class Registered(BaseModelClass):
         layer = self.registry_["field_registries"][REGISTRY_KEYS.X_KEY]["data_registry"]["attr_key"]
         counts = keep.X if layer is None else keep.layers[layer]
         own = [k for k in keep.obs if not str(k).startswith("_gpjepa_")]
-        return AnnData(counts.copy(), obs=keep.obs[own].copy(), var=keep.var[[]].copy())
+        obs = keep.obs[own].copy()
+        for name in own:
+            # A file holds no perturbations that were set up as values.
+            if any(isinstance(v, Perturbation) for v in obs[name].unique()):
+                obs[name] = obs[name].astype(str)
+        return AnnData(counts.copy(), obs=obs, var=keep.var[[]].copy())
 
     # Files
 
