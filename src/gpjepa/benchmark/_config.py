@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -284,7 +284,7 @@ class Data(_Cells):
 
     def missing(self) -> list[Path]:
         """Files that it names and that are not there."""
-        return sorted({p for p in _paths(self) if not p.exists()})
+        return _missing(self, Path)  # a source can be a data set by name
 
     def read_gene_sets(self) -> dict[str, set[str]] | None:
         """Genes by set, of all files; None without a file."""
@@ -379,7 +379,7 @@ class MethodConfig(_Strict):
     def problem(self) -> str | None:
         """What keeps it from being run, as far as that can be seen before."""
         try:
-            missing = [p for p in _option_paths(self.options) if not p.exists()]
+            missing = _missing(self.options, str)
             if missing and self.not_run is None:
                 raise ValueError(f"there is no file {missing[0]}")
             if self.not_run is None and self.script is not None:
@@ -567,50 +567,47 @@ def _told(error: ValidationError) -> str:
 
 
 PATHS = (
-    "source",
-    "path",
-    "regulons",
-    "graph",
-    "table",
-    "blocks",
-    "gene_sets",
-    "python",
-    "script",
-    "weights",
+    *("source", "path", "regulons", "graph", "table", "blocks", "gene_sets"),
+    *("python", "script", "weights"),
 )
+"""Names under which a configuration, or the options of a method, hold files and folders."""
 
 
-def _paths(value: Any) -> Iterator[Path]:
-    """All paths in a part of the configuration."""
-    if isinstance(value, Path):
-        yield value
-    elif isinstance(value, BaseModel):
-        yield from _paths([getattr(value, name) for name in type(value).model_fields])
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _paths(part)
-
-
-def _option_paths(value: Any, key: str = "") -> Iterator[Path]:
-    """Paths in the options of a method: what stands under a name of a path."""
+def mapped(value: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:
+    """A part of a configuration with every value changed, given the name that it stands under."""
+    if isinstance(value, BaseModel):
+        value = {name: getattr(value, name) for name in type(value).model_fields}
     if isinstance(value, dict):
-        for k, v in value.items():
-            yield from _option_paths(v, k)
-    elif isinstance(value, list):
-        for v in value:
-            yield from _option_paths(v, key)
-    elif key in PATHS and isinstance(value, str):
-        yield Path(value)
+        return {k: mapped(v, change, k) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [mapped(v, change, key) for v in value]
+    return change(value, key)
 
 
-def _anchored(value: Any, folders: Sequence[Path], key: str = "") -> Any:
+def is_path(value: Any, key: str) -> bool:
+    """Whether a value of a configuration is a file or a folder."""
+    return isinstance(value, Path) or (key in PATHS and isinstance(value, str))
+
+
+def _missing(value: Any, kind: type[Path] | type[str]) -> list[Path]:
+    """Paths in a part of a configuration that are not there."""
+    found: list[Path] = []
+
+    def look(leaf: Any, key: str) -> None:
+        if is_path(leaf, key) and isinstance(leaf, kind) and not Path(leaf).exists():
+            found.append(Path(leaf))
+
+    mapped(value, look)
+    return sorted(set(found))
+
+
+def _anchored(content: Any, folders: Sequence[Path]) -> Any:
     """Paths made absolute: in the first of the folders that holds them."""
-    if isinstance(value, dict):
-        return {k: _anchored(v, folders, k) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_anchored(v, folders, key) for v in value]
-    if key in PATHS and isinstance(value, str):
-        for folder in folders:
-            if (folder / value).exists():
-                return str((folder / value).absolute())
-    return value
+
+    def change(value: Any, key: str) -> Any:
+        if not is_path(value, key):
+            return value
+        there = (str((f / value).absolute()) for f in folders if (f / value).exists())
+        return next(there, value)
+
+    return mapped(content, change)

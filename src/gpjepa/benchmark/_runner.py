@@ -22,7 +22,7 @@ from gpjepa._files import written_whole
 from gpjepa.perturbations import TargetFeatures
 from gpjepa.splits import Manifest, Split
 
-from ._config import PATHS, BenchmarkConfig, Data, MethodConfig
+from ._config import BenchmarkConfig, Data, MethodConfig, is_path, mapped
 from ._published import KIND, published_scores
 from ._result import BenchmarkResult, read_frame
 from .methods import (
@@ -267,7 +267,7 @@ def _key(
         "seed": seed,
         "method": [method.name, method.label, contents(method.options)],
         "role": config.roles()[method.title],
-        "features": [contents(f.model_dump()) for f in data.features],
+        "features": contents(data.features),
         "gene_sets": contents({"gene_sets": data.gene_sets}),
         "metrics": {name: METRICS[name].version for name in config.metrics},
         "code": [method_source(method.name, method.script), *map(package_source, _SCORING)],
@@ -276,17 +276,17 @@ def _key(
     return sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def contents(value: Any, key: str = "") -> Any:
+def contents(value: Any) -> Any:
     """A part of a configuration with the contents of files and folders in place of their names."""
-    if isinstance(value, dict):
-        return {k: contents(v, k) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [contents(v, key) for v in value]
-    if not isinstance(value, Path) and not (key in PATHS and isinstance(value, str)):
-        return value
-    path = Path(value)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return [sha256(p.read_bytes()).hexdigest() if p.is_file() else str(p) for p in files]
+
+    def change(leaf: Any, key: str) -> Any:
+        path = Path(leaf) if is_path(leaf, key) else None
+        if path is None or not path.exists():
+            return leaf
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        return [sha256(p.read_bytes()).hexdigest() for p in files]
+
+    return mapped(value, change)
 
 
 def _version(name: str) -> str:
