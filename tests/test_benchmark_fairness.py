@@ -313,6 +313,17 @@ def test_predicted_counts_are_of_whole_cells_not_of_the_panel(cells, tmp_path):
     assert np.abs(found.effect).mean() < 0.15 * size
 
 
+def test_cells_are_drawn_only_for_metrics_that_need_them(task):
+    def refuse():
+        raise AssertionError("drawn")
+
+    predicted = replace(fitted("anchor", task), drawn=refuse)
+    names = [n for n, m in METRICS.items() if m.axis in ("effect", "calibration") and not m.needs]
+    assert scores(task, predicted, metrics=[*names, "coverage_95", "crps"]).notna().any(axis=None)
+    with pytest.raises(AssertionError, match="drawn"):
+        scores(task, predicted, metrics=["variance_log_ratio"])
+
+
 # Who is compared with whom
 
 

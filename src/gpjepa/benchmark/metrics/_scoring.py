@@ -30,15 +30,18 @@ class Scoring:
     def has(self, need: Need) -> bool:
         """Whether the prediction, or the data, have what a metric needs."""
         predicted = self.predicted
-        return {
-            "counts": predicted.cells.counts is not None,
-            "sd": predicted.sd is not None,
-            "embed": predicted.embed is not None,
-            # A method's own states are those of counts.
-            "countable states": predicted.embed is None or predicted.cells.counts is not None,
-            "gene_sets": self.task.gene_sets is not None,
-            "cell_types": self.truth.cells.cell_type is not None,
-        }[need]
+        if need == "sd":
+            return predicted.sd is not None
+        if need == "embed":
+            return predicted.embed is not None
+        if need == "gene_sets":
+            return self.task.gene_sets is not None
+        if need == "cell_types":
+            return self.truth.cells.cell_type is not None
+        # Only now: cells that no metric needs are not drawn. A method's own states are of counts.
+        if need == "countable states" and predicted.embed is None:
+            return True
+        return predicted.cells.counts is not None
 
     def each(self, function: Callable[[np.ndarray, np.ndarray], float]) -> np.ndarray:
         """A function of predicted and measured effect on the scored genes, for each row."""
