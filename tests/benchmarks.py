@@ -111,3 +111,20 @@ class LosesItsStates(Stranger):
 
     def embed(self, cells):
         raise ArithmeticError("no states")
+
+
+class Starts(Stranger):
+    """Starts something that would go on for ever, and says which process that is."""
+
+    def __init__(self, pid_file):
+        self.pid_file = pid_file
+
+    def fit(self, train, split):
+        import subprocess
+        import sys
+        from pathlib import Path
+
+        code = "import time; time.sleep(600)"
+        self.other = subprocess.Popen([sys.executable, "-c", code])
+        Path(self.pid_file).write_text(str(self.other.pid))
+        super().fit(train, split)

@@ -1,6 +1,8 @@
 """Ways in which a benchmark flatters its authors, or punishes others; each was found once."""
 
 import json
+import subprocess
+import time
 from dataclasses import replace
 
 import anndata as ad
@@ -16,6 +18,7 @@ from gpjepa import benchmark, datasets, splits
 from gpjepa.benchmark import METHODS, METRICS, Task, calibrated, standard_cells
 from gpjepa.benchmark._statistics import with_size
 from gpjepa.benchmark.methods import (
+    Isolated,
     mean_prediction,
     method_source,
     oracle,
@@ -417,6 +420,24 @@ def test_a_method_that_is_killed_takes_nothing_with_it(tmp_path):
         "no change": "run",
     }
     assert "signal 9, as when memory runs out" in status.loc["dies", "reason"]
+
+
+def test_nothing_that_a_method_started_goes_on(task, tmp_path):
+    options = {"pid_file": str(tmp_path / "pid")}
+    with Isolated("benchmarks:Starts", (), 0, options) as method:
+        method.fit(task.train, task.split)
+        pid = (tmp_path / "pid").read_text()
+        assert state_of(pid) not in ("", "Z")
+    end = time.monotonic() + 20
+    while state_of(pid) not in ("", "Z"):
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.1)
+
+
+def state_of(pid):
+    """As ps names it; Z for a process that ended and that nobody asked about, empty for none."""
+    shown = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True)
+    return shown.stdout.strip()[:1]
 
 
 def test_a_script_without_a_main_guard_can_run_a_benchmark(tmp_path):

@@ -25,6 +25,7 @@ from gpjepa.splits import Split
 from ._registry import make_method
 
 TAIL = 15  # lines of a log that an error shows
+SECONDS_TO_END = 5
 
 
 class MethodError(RuntimeError):
@@ -93,7 +94,8 @@ class Isolated:
     def close(self) -> None:
         """End the process, and all that it started."""
         self.pipe.close()
-        if self.process.pid is not None and self.process.is_alive():
+        self.process.join(SECONDS_TO_END)  # it ends when nobody is at the other end
+        if self.process.pid is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own
         self.process.join()
