@@ -22,6 +22,7 @@ napoleon_numpy_docstring = True
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 nb_execution_mode = "off"  # the notebook is committed as it was executed
+myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 templates_path = ["_templates"]
