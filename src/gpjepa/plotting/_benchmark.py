@@ -202,9 +202,11 @@ def benchmark_overview(
         drawn += axes.plot(
             x, y, marker, color=color, markersize=size, markeredgewidth=2, linestyle="", label=name
         )
+        above = 0.22 * {"replicate": -1, "mean response": 1}.get(name, 0)  # of each other
         for value, line in zip(rows["value"], y, strict=True):
             if value > limit:  # an arrow to where it would be
-                axes.text(limit, line, f"{value:.3g} ▸", fontsize=7, color=color, ha="right")
+                text = f"{value:.3g} ▸"
+                axes.text(limit, line + above, text, fontsize=7, color=color, ha="right")
         if name == focus:
             axes.hlines(y, rows["low"], rows["high"], color=color, linewidth=1.6)
         elif name == "best other method":
