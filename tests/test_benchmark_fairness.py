@@ -691,6 +691,16 @@ def test_five_units_show_nothing():
     assert benchmark.summarise(more)["low"].notna().all()
 
 
+def test_units_are_counted_among_the_rows_that_are_compared():
+    """Nine targets, of which the rival has a value for three."""
+    found = frame({"a": [0.9] * 9, "b": [0.1] * 3 + [np.nan] * 6})
+    (row,) = benchmark.verdicts(found, "a", ["b"], ["pearson_delta"]).itertuples()
+    assert row.n_rows == 3
+    assert row.verdict == "too few to tell"
+    low = benchmark.summarise(found).set_index("method")["low"]
+    assert np.isnan(low["b"]) and np.isfinite(low["a"])
+
+
 def test_what_is_new_in_a_new_context_is_the_context():
     """Thirty targets in two held-out contexts are two witnesses of what happens in a new one."""
     both = pd.concat(

@@ -133,18 +133,18 @@ class Resampled:
         values = self.over[list(methods)].to_numpy(float)
         return np.isfinite(values).all(1) & np.isfinite(self.under)
 
-    @property
-    def n_units(self) -> int:
-        """Independent units among the rows: contexts where those are held out, else targets."""
+    def n_units(self, rows: np.ndarray) -> int:
+        """Independent units among some rows: contexts where those are held out, else targets."""
+        index = self.over.index[rows]
         if self.part["kind"].iloc[0] in CONTEXTS:
-            return len({c for _, c, _ in self.over.index})
-        named = (Perturbation.parse(str(p)).targets for _, _, p in self.over.index)
-        return min(len({p for _, _, p in self.over.index}), len({t for ts in named for t in ts}))
+            return len({c for _, c, _ in index})
+        perturbations = {str(p) for _, _, p in index}
+        targets = {t for p in perturbations for t in Perturbation.parse(p).targets}
+        return min(len(perturbations), len(targets))
 
-    @property
-    def is_few(self) -> bool:
+    def is_few(self, rows: np.ndarray) -> bool:
         """Whether there are too few units, or only one value, to say how sure a value is."""
-        return self.declared.per_task or self.n_units < MIN_UNITS
+        return self.declared.per_task or self.n_units(rows) < MIN_UNITS
 
     def value(self, method: str, rows: np.ndarray | None = None) -> float:
         """The value over all rows, or over those of a mask; NaN if there is none."""
@@ -160,7 +160,7 @@ class Resampled:
     def interval(self, method: str) -> tuple[float, float]:
         """95% interval of the value."""
         rows = self.known(method)
-        if self.is_few or not rows.any():
+        if self.is_few(rows):
             return np.nan, np.nan
         return interval(*self.sums(method, rows))
 
@@ -252,7 +252,7 @@ def _scaled(found: Resampled, method: str) -> dict[str, float]:
     floor, ceiling = found.one_with("floor"), found.one_with("ceiling")
     assert floor is not None and ceiling is not None
     rows = found.known(method, floor, ceiling)
-    if not rows.any():
+    if found.is_few(rows):
         return {}
     ours, low, high = (found.value(m, rows) for m in (method, floor, ceiling))
     (own, under), (bottom, _), (top, _) = (found.sums(m, rows) for m in (method, floor, ceiling))
@@ -278,7 +278,7 @@ def _unscaled(found: Resampled) -> str:
         return "not defined for these rows"
     if declared.per_task:
         return "one value for all rows, so no interval"
-    if found.is_few:
+    if found.is_few(found.known(floor, ceiling)):
         return f"fewer than {MIN_UNITS} contexts or targets"
     text = f"a replicate ({values[1]:.3g}) {{}} the mean response ({values[0]:.3g})"
     low, high = np.quantile(found.gain(ceiling, floor)[1], [LEVEL / 2, 1 - LEVEL / 2])
@@ -360,7 +360,7 @@ def _beside(found: Resampled, focus: str, rivals: Sequence[str]) -> dict | None:
     low, high = np.quantile(draws, [LEVEL / 2, 1 - LEVEL / 2])
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
     # No resampling of few units shows more than that all of them agree.
-    agree = 2 * 0.5**found.n_units
+    agree = 2 * 0.5 ** found.n_units(rows)
     p = min(1.0, max(agree, 2 * (tail + 1) / (len(draws) + 1)))
     return {
         "value": found.value(focus, rows),
@@ -369,7 +369,7 @@ def _beside(found: Resampled, focus: str, rivals: Sequence[str]) -> dict | None:
         "gain": gain,
         "low": float(low),
         "high": float(high),
-        "p": np.nan if found.is_few else p,
+        "p": np.nan if found.is_few(rows) else p,
         "n_rows": int(rows.sum()),
     }
 
