@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import anndata as ad
 import pandas as pd
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -19,11 +18,11 @@ from pydantic import (
     model_validator,
 )
 
-from gpjepa import datasets, splits
+from gpjepa import datasets
 from gpjepa.perturbations import TargetFeatures, read_gmt
-from gpjepa.splits import Manifest, Row, Split
+from gpjepa.splits import Manifest, Split
 
-from ._published import NORMAN_DOUBLES, published_splits
+from ._splits import AnySplit, OwnManifest, Positive, Strict
 from .methods import (
     CEILING,
     FLOOR,
@@ -42,128 +41,8 @@ from .methods import (
 from .metrics import METRICS
 from .tasks import data_hash, measured_rows, standard_cells
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class UnseenSingles(_Strict):
-    """K folds of targets that are in no training perturbation."""
-
-    kind: Literal["unseen-singles"]
-    folds: Annotated[int, Field(ge=2)] = 5
-    seeds: list[int] = [0]
-    blocks: Literal["family"] | Path | None = Field(
-        None, description="Keep gene families, or genes that share a set of a GMT file, together."
-    )
-
-    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
-        targets = {t for _, p in rows for t in p.targets}
-        blocks = None
-        if self.blocks == "family":
-            blocks = splits.gene_families(targets)
-        elif self.blocks is not None:
-            blocks = splits.gene_set_blocks(targets, read_gmt(self.blocks))
-        found = []
-        for seed in self.seeds:
-            for s in splits.unseen_singles(rows, folds=self.folds, seed=seed, blocks=blocks):
-                found.append(Split(f"{s.name}-seed-{seed}", s.kind, s.train, s.test, seed))
-        return found
-
-
-class GearsSimulation(_Strict):
-    """GEARS's simulation split: unseen singles, and combinations with 2, 1 or 0 targets seen."""
-
-    kind: Literal["gears-simulation"]
-    seen: Share = 0.75
-    seen2: Share = 0.75
-    seeds: list[int] = [0]
-
-    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
-        return [
-            splits.gears_simulation(rows, seen=self.seen, seen2=self.seen2, seed=seed)
-            for seed in self.seeds
-        ]
-
-
-class Doubles(_Strict):
-    """All singles and a share of the combinations are known."""
-
-    kind: Literal["doubles"]
-    fraction: Share = 0.5
-    seeds: list[int] = [0]
-
-    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
-        return [splits.doubles(rows, fraction=self.fraction, seed=seed) for seed in self.seeds]
-
-
-class HeldOutContext(_Strict):
-    """Each context in turn, of which only control cells are known."""
-
-    kind: Literal["held-out-context"]
-
-    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
-        return splits.leave_one_context_out(rows)
-
-
-class FewShot(_Strict):
-    """Each context in turn, of which some perturbations are known."""
-
-    kind: Literal["few-shot"]
-    known: Positive
-    seeds: list[int] = [0]
-
-    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
-        return [
-            s
-            for seed in self.seeds
-            for s in splits.few_shot_context(rows, known=self.known, seed=seed)
-        ]
-
-
-class CrossDataset(_Strict):
-    """Each of several joined data sets in turn, of which only control cells are known."""
-
-    kind: Literal["cross-dataset"]
-
-    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
-        return splits.leave_one_context_out(rows, groups=contexts)
-
-
-class OwnManifest(_Strict):
-    """Splits of a manifest: JSON as :class:`gpjepa.splits.Manifest` writes it."""
-
-    kind: Literal["manifest"]
-    path: Path
-
-
-class Published(_Strict):
-    """Splits of a published table, beside whose numbers the report puts ours."""
-
-    kind: Literal["published"]
-    path: Path = NORMAN_DOUBLES
-
-    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
-        return published_splits(self.path, rows)
-
-
-AnySplit = Annotated[
-    UnseenSingles
-    | GearsSimulation
-    | Doubles
-    | HeldOutContext
-    | FewShot
-    | CrossDataset
-    | OwnManifest
-    | Published,
-    Field(discriminator="kind"),
-]
-
-
-class Features(_Strict):
+class Features(Strict):
     """Features of targets, from one kind of file."""
 
     gene_sets: list[Path] | None = None
@@ -190,7 +69,7 @@ class Features(_Strict):
         return TargetFeatures.from_table(table, self.name or "table")
 
 
-class _Cells(_Strict):
+class _Cells(Strict):
     """Where cells come from, and how they are labelled; see ``GPJEPA.setup_anndata``."""
 
     source: str | None = Field(None, description="A data set by name, or a .h5ad or .zarr file.")
@@ -312,7 +191,7 @@ class Data(_Cells):
         return Manifest(self.name, hashed, tuple(found))
 
 
-class MethodConfig(_Strict):
+class MethodConfig(Strict):
     """A method by name, with options."""
 
     name: str
@@ -391,7 +270,7 @@ class MethodConfig(_Strict):
         return None
 
 
-class BenchmarkConfig(_Strict):
+class BenchmarkConfig(Strict):
     """A benchmark: data × splits × methods × seeds.
 
     Made from a YAML file or a preset by :meth:`read`.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from gpjepa.benchmark._config import Published
 from gpjepa.benchmark._published import beside_published
+from gpjepa.benchmark._splits import Published
 from gpjepa.benchmark.metrics import METRICS
 
 from ._text import number, with_interval
