@@ -135,9 +135,11 @@ def test_real_cells_are_fetched_and_predicted_where_there_is_a_network(cache):
         pytest.skip(f"no network: {error}")
     assert adata.shape == (3_375, 500)
     found = gpjepa.benchmark.compare(
-        adata, ["KLF1+MAP2K6", "MAPK1+TGFBR2"], setup={"library_size_key": "library_size"},
+        adata,
+        ["KLF1+MAP2K6", "MAPK1+TGFBR2"],
+        setup={"library_size_key": "library_size"},
         train={"max_epochs": 2, "pretrain_epochs": 2, "enable_progress_bar": False},
-    )  # fmt: skip
+    )
     assert found.table.loc["GP-JEPA", "relative_error"] < 0.6
     assert found.table.loc["GP-JEPA", "pearson_delta"] > 0.5
 
@@ -156,9 +158,12 @@ WRITTEN = {
         ["control", "EIF2AK3+ERN1", "ATF6"],
     ),
     "replogle_2022_rpe1": (["non-targeting", "GATA1"], ["control", "GATA1"]),
-    "srivatsan_2020_sciplex3": (["control", "(+)-JQ1", "ENMD-2076 "], ["control", "JQ1", "ENMD-2076"]),
+    "srivatsan_2020_sciplex3": (
+        ["control", "(+)-JQ1", "ENMD-2076 "],
+        ["control", "JQ1", "ENMD-2076"],
+    ),
     "datlinger_2021": (["control", "LAT_1", "LAT_2"], ["control", "LAT", "LAT"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -166,8 +171,10 @@ def test_pertpy_data_sets_come_in_one_shape(name, cache):
     """pertpy's own loader reads a file laid where it would have put the download."""
     written, expected = WRITTEN[name]
     recipe = RECIPES[name]
-    adata = ad.AnnData(counts_of(len(written)), obs=pd.DataFrame({recipe.column: written},
-                       index=[f"c{i}" for i in range(len(written))]))  # fmt: skip
+    adata = ad.AnnData(
+        counts_of(len(written)),
+        obs=pd.DataFrame({recipe.column: written}, index=[f"c{i}" for i in range(len(written))]),
+    )
     if recipe.counts:
         adata.layers[recipe.counts] = adata.X.copy()
         adata.X = np.log1p(adata.X)

@@ -117,9 +117,11 @@ def test_names_with_the_separator_survive(screen):
     ]
     pair = next(p for p in joined.obs["perturbation"] if ";" in p)
     result = gpjepa.benchmark.compare(
-        joined, [pair], setup={"separator": ";"},
+        joined,
+        [pair],
+        setup={"separator": ";"},
         train={"max_epochs": 1, "pretrain_epochs": 1, "enable_progress_bar": False},
-    )  # fmt: skip
+    )
     assert set(result.scores["regime"]) == {"seen2"}
     standard = gpjepa.benchmark.standard_cells(joined, separator=";")
     read = {Perturbation.parse(p) for p in standard.obs["perturbation"]}
@@ -144,8 +146,12 @@ def test_results_use_the_labels_of_the_data(screen):
     assert set(fitted.predict_effects(swapped)["perturbation"]) == {swapped}
     assert swapped in fitted.get_perturbation_representation().index
     assert set(fitted.explain(pair).sources["perturbation"]) <= set(adata.obs["guide"])
-    new = next(f"{b}+{a}" for a in "ABCD" for b in "ABCD" if a < b
-               and not {f"{a}+{b}", f"{b}+{a}"} & set(adata.obs["guide"]))  # fmt: skip
+    new = next(
+        f"{b}+{a}"
+        for a in "ABCD"
+        for b in "ABCD"
+        if a < b and not {f"{a}+{b}", f"{b}+{a}"} & set(adata.obs["guide"])
+    )
     assert set(fitted.predict_effects(new)["perturbation"]) == {new}  # as it was asked for
 
 
@@ -221,10 +227,13 @@ def test_names_of_other_models_are_refused_by_name(screen, arguments, message):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"max_epochs": -1}, {"pretrain_epochs": 1.5}, {"max_epochs": True}, {"batch_size": 0},
+        {"max_epochs": -1},
+        {"pretrain_epochs": 1.5},
+        {"max_epochs": True},
+        {"batch_size": 0},
         {"early_stopping_patience": 0},
     ],
-)  # fmt: skip
+)
 def test_numbers_that_make_no_sense(cells, arguments):
     GPJEPA.setup_anndata(cells)
     ((name, _),) = arguments.items()
@@ -365,9 +374,12 @@ def test_columns_that_were_changed_after_set_up_are_refused(screen, column, chan
     adata.obs["total"] = np.asarray(adata.X.sum(1)).ravel() * 2
     adata.obs["dose"] = 0.5
     fitted = quick(
-        adata, perturbation_key="guide", context_key="line", library_size_key="total",
+        adata,
+        perturbation_key="guide",
+        context_key="line",
+        library_size_key="total",
         dosage_key="dose",
-    )  # fmt: skip
+    )
     fitted.adata.obs["line"] = fitted.adata.obs["line"].astype(float)  # the same values
     assert len(fitted._attached_cells()) == 400
     if change is None:

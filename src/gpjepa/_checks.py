@@ -15,16 +15,30 @@ from anndata import AnnData
 
 _CHUNK = 1 << 22  # values looked at in one go
 _LIBRARY_NAMES = {
-    "librarysize", "totalcounts", "ncounts", "ncount", "ncountrna", "numi", "numis", "umicount",
-    "umicounts", "totalumis", "totalumi", "numumis", "coverage", "ntotalcounts",
-}  # fmt: skip
+    "librarysize",
+    "totalcounts",
+    "ncounts",
+    "ncount",
+    "ncountrna",
+    "numi",
+    "numis",
+    "umicount",
+    "umicounts",
+    "totalumis",
+    "totalumi",
+    "numumis",
+    "coverage",
+    "ntotalcounts",
+}
 
 
 def check_anndata(adata: Any) -> None:
     """Refuse what is no AnnData in memory, or has no usable names."""
     if isinstance(adata, str | Path):
-        raise TypeError(f"Expected an AnnData, got the path {str(adata)!r}: read it first, "
-                        "adata = anndata.read_h5ad(path).")  # fmt: skip
+        raise TypeError(
+            f"Expected an AnnData, got the path {str(adata)!r}: read it first, "
+            "adata = anndata.read_h5ad(path)."
+        )
     if type(adata).__name__ == "MuData":
         raise TypeError(
             f"Expected an AnnData, got a MuData with the modalities {list(adata.mod)}: give the "

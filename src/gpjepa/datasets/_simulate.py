@@ -119,9 +119,15 @@ def _draw_network(
         shift[:] = 0
     batch = rng.normal(0, s.batch_sd, (n_batches, n_genes)) * (n_batches > 1)
     return _Network(
-        regulators, regulation, response, _sigmoid(common), basal.astype(np.float32),
-        (log_rate + shift).astype(np.float32), batch.astype(np.float32), float(share),
-    )  # fmt: skip
+        regulators,
+        regulation,
+        response,
+        _sigmoid(common),
+        basal.astype(np.float32),
+        (log_rate + shift).astype(np.float32),
+        batch.astype(np.float32),
+        float(share),
+    )
 
 
 def _steady_state(network: _Network, drive: np.ndarray) -> np.ndarray:
@@ -134,9 +140,13 @@ def _steady_state(network: _Network, drive: np.ndarray) -> np.ndarray:
 
 
 def _rates(
-    network: _Network, s: _Settings, context: np.ndarray, batch: np.ndarray | None,
-    push: np.ndarray, state: np.ndarray,
-) -> np.ndarray:  # fmt: skip
+    network: _Network,
+    s: _Settings,
+    context: np.ndarray,
+    batch: np.ndarray | None,
+    push: np.ndarray,
+    state: np.ndarray,
+) -> np.ndarray:
     """Share of each gene in the panel's counts, shape (n_cells, n_genes)."""
     drive = network.basal[context] + push + state
     activity = _steady_state(network, drive.astype(np.float32))
@@ -186,9 +196,12 @@ class _MeanCounts:
 
 
 def _true_effects(
-    rng: np.random.Generator, network: _Network, s: _Settings, mode: str,
+    rng: np.random.Generator,
+    network: _Network,
+    s: _Settings,
+    mode: str,
     perturbations: list[tuple[int, ...]],
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> dict[str, np.ndarray]:
     """Mean effect of every context × perturbation, from the same virtual cells for all of them."""
     n, k = _N_VIRTUAL, len(network.regulators)
     state = rng.normal(0, s.state_sd, (n, k)).astype(np.float32)
@@ -348,9 +361,14 @@ def simulate(
 
 
 def _check_sizes(
-    s: _Settings, n_cells: int, n_genes: int, n_targets: int, n_combinations: int,
-    n_contexts: int, n_batches: int,
-) -> None:  # fmt: skip
+    s: _Settings,
+    n_cells: int,
+    n_genes: int,
+    n_targets: int,
+    n_combinations: int,
+    n_contexts: int,
+    n_batches: int,
+) -> None:
     n_regulators = min(s.n_regulators, n_genes // 2)
     n_pairs = n_targets * (n_targets - 1) // 2
     n_groups = n_contexts * (1 + n_targets + n_combinations)
@@ -367,9 +385,14 @@ def _check_sizes(
 
 
 def _draw_cells(
-    rng: np.random.Generator, network: _Network, s: _Settings, mode: str, n_cells: int,
-    perturbations: list[tuple[int, ...]], labels: list[str],
-) -> ad.AnnData:  # fmt: skip
+    rng: np.random.Generator,
+    network: _Network,
+    s: _Settings,
+    mode: str,
+    n_cells: int,
+    perturbations: list[tuple[int, ...]],
+    labels: list[str],
+) -> ad.AnnData:
     n_contexts, k = network.basal.shape
     n_control = max(n_contexts * 2, n_cells // 10)
     which = np.concatenate(

@@ -91,9 +91,14 @@ class Registered(BaseModelClass):
         if pretrained is not None:
             source = type(self).load(str(pretrained), adata=False)
             n_latent, encoder, components, n_hidden = self._sizes(
-                {"n_latent": n_latent, "encoder": encoder, "components": components,
-                 "n_hidden": n_hidden}, source,
-            ).values()  # fmt: skip
+                {
+                    "n_latent": n_latent,
+                    "encoder": encoder,
+                    "components": components,
+                    "n_hidden": n_hidden,
+                },
+                source,
+            ).values()
         fields = self.registry_["field_registries"]
         self.genes = np.asarray(fields[REGISTRY_KEYS.X_KEY]["state_registry"]["column_names"])
         self.labelled = PERTURBATION_KEY in fields
@@ -105,11 +110,16 @@ class Registered(BaseModelClass):
             [t for p in known for t in p.targets], [*map(str, self.genes), *featured, *targets]
         )
         self.module = GPJEPAModule(
-            len(self.genes), len(self.vocabulary.perturbed), len(self.vocabulary), self.n_batches,
-            n_latent=n_latent, n_hidden=n_hidden, encoder=encoder,
+            len(self.genes),
+            len(self.vocabulary.perturbed),
+            len(self.vocabulary),
+            self.n_batches,
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            encoder=encoder,
             components=components,
             rest=bool(fields.get(LIBRARY_KEY, {}).get("data_registry")),
-        )  # fmt: skip
+        )
         self._model_summary_string = (
             f"GPJEPA with n_latent: {n_latent}, encoder: {encoder}, n_hidden: {n_hidden}, "
             f"genes: {len(self.genes)}, perturbed targets: {len(self.vocabulary.perturbed)}."
@@ -210,10 +220,13 @@ class Registered(BaseModelClass):
         refuse_unknown("setup_anndata", kwargs, ("source_registry", "extend_categories"))
         check_anndata(adata)
         keys = {
-            "perturbation_key": perturbation_key, "context_key": context_key,
-            "batch_key": batch_key, "dosage_key": dosage_key,
-            "library_size_key": library_size_key, "dataset_key": dataset_key,
-        }  # fmt: skip
+            "perturbation_key": perturbation_key,
+            "context_key": context_key,
+            "batch_key": batch_key,
+            "dosage_key": dosage_key,
+            "library_size_key": library_size_key,
+            "dataset_key": dataset_key,
+        }
         source_registry = kwargs.pop("source_registry", None)
         check_columns(adata, keys)
         if dataset_key is not None and library_size_key is None:
@@ -248,8 +261,10 @@ class Registered(BaseModelClass):
         if arguments["perturbation_key"] is not None:
             dosage_key = arguments["dosage_key"]
             if dosage_key is not None and reader.dose_pattern is not None:
-                raise ValueError("Doses are either in labels (dose_pattern) or in a column "
-                                 "(dosage_key): give one of them.")  # fmt: skip
+                raise ValueError(
+                    "Doses are either in labels (dose_pattern) or in a column "
+                    "(dosage_key): give one of them."
+                )
             fields.append(PerturbationField(arguments["perturbation_key"], reader, dosage_key))
         if arguments["library_size_key"] is not None:
             fields.append(LibraryField(LIBRARY_KEY, arguments["library_size_key"]))
@@ -375,11 +390,14 @@ class Registered(BaseModelClass):
             load_genes(getattr(self.module, part), getattr(source.module, part), places)
         self.module.known.copy_((places >= 0) & source.module.known[places])
         self.pretrained_ = {
-            "path": path, "shared": shared, "new": [str(g) for g in self.genes[where < 0]],
+            "path": path,
+            "shared": shared,
+            "new": [str(g) for g in self.genes[where < 0]],
             "unused": len(source.genes) - shared,
-        }  # fmt: skip
-        logger.info("%d genes that the encoder of %s knows are not here.",
-                    len(source.genes) - shared, path)  # fmt: skip
+        }
+        logger.info(
+            "%d genes that the encoder of %s knows are not here.", len(source.genes) - shared, path
+        )
         if shared < len(self.genes):
             warnings.warn(
                 f"The encoder of {path} knows {shared} of the {len(self.genes)} genes here; the "
@@ -524,9 +542,12 @@ class Registered(BaseModelClass):
 
     @classmethod
     def load(
-        cls, dir_path: str, adata: AnnData | Literal[False] | None = None,
-        prefix: str | None = None, **kwargs: Any,
-    ) -> Self:  # fmt: skip
+        cls,
+        dir_path: str,
+        adata: AnnData | Literal[False] | None = None,
+        prefix: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """Load a saved model.
 
         Parameters

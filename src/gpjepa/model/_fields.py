@@ -81,9 +81,11 @@ class CountsField(LayerField):
         registered = state_registry.get(self.SUMS)  # models of older versions have none
         if registered is None or count_sums(self.get_field_data(adata)) == tuple(registered):
             return
-        shared = _SHARED.format(self.attr_key) if same_values(adata, self.attr_key) else (
-            "Normalise a copy, or keep raw counts: adata.layers['counts'] = adata.X.copy()."
-        )  # fmt: skip
+        shared = (
+            _SHARED.format(self.attr_key)
+            if same_values(adata, self.attr_key)
+            else ("Normalise a copy, or keep raw counts: adata.layers['counts'] = adata.X.copy().")
+        )
         raise ValueError(
             f"{self.where} was changed after setup_anndata: it no longer holds the registered "
             f"counts. {shared} Put the raw counts back, or call setup_anndata and create a new model."
@@ -178,9 +180,11 @@ class _CodesField(BaseAnnDataField):
         code = {None: NO_VALUE} | {value: i for i, value in enumerate(order)}
         adata.obs[self.attr_key] = np.fromiter((code[v] for v in values), np.int64, len(values))
         return {
-            "values": [self._describe(v) for v in order], N_KNOWN: n_known,
-            "obs_key": self.obs_key, HASH: None if self.obs_key is None else _hash(adata.obs[self.obs_key]),
-        }  # fmt: skip
+            "values": [self._describe(v) for v in order],
+            N_KNOWN: n_known,
+            "obs_key": self.obs_key,
+            HASH: None if self.obs_key is None else _hash(adata.obs[self.obs_key]),
+        }
 
     def check_unchanged(self, adata: AnnData, state_registry: dict) -> None:
         """Refuse a column that was changed since it was registered."""

@@ -164,9 +164,13 @@ class Predicting(Embedding):
 
     @torch.inference_mode()
     def _transition(
-        self, state: np.ndarray, noise: np.ndarray, perturbation: Perturbation, anchor: np.ndarray,
+        self,
+        state: np.ndarray,
+        noise: np.ndarray,
+        perturbation: Perturbation,
+        anchor: np.ndarray,
         gate: float = 1.0,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """Perturbed states: z_b + W_A A + g (T + σ ε), shape (n_cells, n_latent)."""
         like = self.module.anchor_map
         base = torch.from_numpy(state).to(like)
@@ -179,9 +183,12 @@ class Predicting(Embedding):
         return (base + shift).cpu().numpy()
 
     def _network_effect(
-        self, perturbation: Perturbation, context: str, anchor: np.ndarray,
+        self,
+        perturbation: Perturbation,
+        context: str,
+        anchor: np.ndarray,
         scales: Sequence[Scale] = SCALES,
-    ) -> dict[Scale, np.ndarray]:  # fmt: skip
+    ) -> dict[Scale, np.ndarray]:
         """N - A: what the residual changes in the mean of the decoded cells."""
         control = self.reference_[context]
         names = np.arange(len(control["state"])).astype(str)
@@ -220,12 +227,16 @@ class Predicting(Embedding):
             network = self._network_effect(perturbation, context, mean["mean_log1p"])
             effect = {s: mean[s] + g * network[s] for s in SCALES}
         return PredictedEffect(
-            perturbation, label, context, regime, g,
+            perturbation,
+            label,
+            context,
+            regime,
+            g,
             {s: effect[s].astype(np.float32) for s in SCALES},
             {s: mean[s] for s in SCALES},
             {s: both[s].variance[0] for s in SCALES},
             anchor.effects_.control["log1p_mean"][context],
-        )  # fmt: skip
+        )
 
     def predict_effects(
         self,
@@ -273,9 +284,12 @@ class Predicting(Embedding):
         return pd.concat(frames, ignore_index=True)
 
     def explain(
-        self, perturbation: str | Perturbation, context: str | None = None, *,
+        self,
+        perturbation: str | Perturbation,
+        context: str | None = None,
+        *,
         scale: Scale = "mean_log1p",
-    ) -> Explanation:  # fmt: skip
+    ) -> Explanation:
         """What the anchor's prediction is made of: which expert says what, with which weight.
 
         Parameters
@@ -345,13 +359,18 @@ class Predicting(Embedding):
                 frames.append(
                     pd.DataFrame(
                         {
-                            "perturbation": label, "context": c, "gene": self.genes,
-                            "interaction": interaction, "sd": sd, "lower": interaction - Z * sd,
-                            "upper": interaction + Z * sd, "additive": additive,
+                            "perturbation": label,
+                            "context": c,
+                            "gene": self.genes,
+                            "interaction": interaction,
+                            "sd": sd,
+                            "lower": interaction - Z * sd,
+                            "upper": interaction + Z * sd,
+                            "additive": additive,
                             "regime": found.regime[0],
                         }
                     )
-                )  # fmt: skip
+                )
         return pd.concat(frames, ignore_index=True)
 
     def predict_enrichment(
@@ -487,9 +506,14 @@ class Predicting(Embedding):
         return _Start(state, share, shape / (theta / mean + cells.visible), shape)
 
     def _predict_cells(
-        self, cells: Cells, start: _Start, draws: np.ndarray, effect: PredictedEffect, seed: int,
+        self,
+        cells: Cells,
+        start: _Start,
+        draws: np.ndarray,
+        effect: PredictedEffect,
+        seed: int,
         return_mean: bool,
-    ) -> PredictedCells:  # fmt: skip
+    ) -> PredictedCells:
         perturbation = effect.perturbation
         stream = (seed, str(perturbation))
         noise = _random.normal(cells.names, draws, start.state.shape[1], *stream)
@@ -503,14 +527,21 @@ class Predicting(Embedding):
         expected *= effect.target_rate / np.maximum(expected.mean(0), 1e-12)
         library = cells.library * np.exp(library_shift(self.library_shifts_, perturbation))
         mean = expected * (library / PER)[:, None]
-        counts = mean if return_mean else _random.gamma_poisson(
-            start.shape, mean / start.shape, cells.names, draws, *stream
-        )  # fmt: skip
+        counts = (
+            mean
+            if return_mean
+            else _random.gamma_poisson(start.shape, mean / start.shape, cells.names, draws, *stream)
+        )
         return PredictedCells(
-            effect, sp.csr_matrix(counts, dtype=np.float32), expected.astype(np.float32),
+            effect,
+            sp.csr_matrix(counts, dtype=np.float32),
+            expected.astype(np.float32),
             moved.astype(np.float32),
-            library, cells.names, draws, cells.labels if perturbation.is_control else None,
-        )  # fmt: skip
+            library,
+            cells.names,
+            draws,
+            cells.labels if perturbation.is_control else None,
+        )
 
     @torch.inference_mode()
     def get_perturbation_representation(self) -> pd.DataFrame:

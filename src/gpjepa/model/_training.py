@@ -93,15 +93,24 @@ class Trainable(Predicting):
         """
         check_plan(PretrainPlan, plan_kwargs, *MASK_OPTIONS)
         check_training(
-            "pretrain", trainer_kwargs, inspect.signature(self.pretrain).parameters,
-            max_epochs=max_epochs, batch_size=batch_size,
-        )  # fmt: skip
+            "pretrain",
+            trainer_kwargs,
+            inspect.signature(self.pretrain).parameters,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+        )
         cells = self._training_cells()
         out = self._hold_out(cells)[1] if self.labelled else np.zeros(len(cells), bool)
         self._pretrain(
-            cells, np.flatnonzero(~out), max_epochs, batch_size, plan_kwargs,
-            accelerator=accelerator, devices=devices, **trainer_kwargs,
-        )  # fmt: skip
+            cells,
+            np.flatnonzero(~out),
+            max_epochs,
+            batch_size,
+            plan_kwargs,
+            accelerator=accelerator,
+            devices=devices,
+            **trainer_kwargs,
+        )
 
     def train(
         self,
@@ -150,10 +159,14 @@ class Trainable(Predicting):
         check_plan(ActionPlan, plan_kwargs)
         check_plan(PretrainPlan, pretrain_kwargs, *MASK_OPTIONS)
         check_training(
-            "train", trainer_kwargs, inspect.signature(self.train).parameters,
-            max_epochs=max_epochs, pretrain_epochs=pretrain_epochs, batch_size=batch_size,
+            "train",
+            trainer_kwargs,
+            inspect.signature(self.train).parameters,
+            max_epochs=max_epochs,
+            pretrain_epochs=pretrain_epochs,
+            batch_size=batch_size,
             early_stopping_patience=early_stopping_patience,
-        )  # fmt: skip
+        )
         if not self.labelled:
             raise ValueError(
                 "The cells have no perturbations (perturbation_key=None): call pretrain(), or set "
@@ -177,9 +190,13 @@ class Trainable(Predicting):
         interrupted = False
         if pretrain_epochs is not None or not self.is_pretrained_:
             interrupted = self._pretrain(
-                cells, np.flatnonzero(~out), pretrain_epochs, batch_size, pretrain_kwargs,
+                cells,
+                np.flatnonzero(~out),
+                pretrain_epochs,
+                batch_size,
+                pretrain_kwargs,
                 **trainer_kwargs,
-            )  # fmt: skip
+            )
         elif not self.history_:  # the encoder was trained elsewhere, the decoder is not yet
             self._standardise(cells, np.flatnonzero(~out))
         state = self._prepare_action(cells, out)
@@ -264,9 +281,14 @@ class Trainable(Predicting):
         return bool(interrupted)
 
     def _pretrain(
-        self, cells: Cells, where: np.ndarray, max_epochs: int | None, batch_size: int,
-        plan_kwargs: dict | None, **trainer_kwargs: Any,
-    ) -> bool:  # fmt: skip
+        self,
+        cells: Cells,
+        where: np.ndarray,
+        max_epochs: int | None,
+        batch_size: int,
+        plan_kwargs: dict | None,
+        **trainer_kwargs: Any,
+    ) -> bool:
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size}: cells are compared, so 2 are needed.")
         plan = PretrainPlan(
@@ -486,8 +508,10 @@ class _ActionStage:
         sampler = CoherentBatches(
             [self.members[row] for row in self.rows],
             [controls[c] for c, _ in self.rows],
-            max(1, batch_size // _CELLS_PER_ROW), _CELLS_PER_ROW, _BATCHES_PER_EPOCH,
-        )  # fmt: skip
+            max(1, batch_size // _CELLS_PER_ROW),
+            _CELLS_PER_ROW,
+            _BATCHES_PER_EPOCH,
+        )
         return Batches(self.cells, sampler, self.state)
 
     def networks(self, scale: Scale) -> np.ndarray:
@@ -513,10 +537,14 @@ class _ActionStage:
         for regime in sorted(set(regimes)):
             mine = np.flatnonzero(regimes == regime)
             gate = fit_gate(
-                network[mine], predicted.mean[mine], self.outside.effect[scale][mine],
-                shared[mine], [self.outside.rows[i][1].targets for i in mine],
-                [self.outside.rows[i][0] for i in mine], self.scored[mine],
-            )  # fmt: skip
+                network[mine],
+                predicted.mean[mine],
+                self.outside.effect[scale][mine],
+                shared[mine],
+                [self.outside.rows[i][1].targets for i in mine],
+                [self.outside.rows[i][0] for i in mine],
+                self.scored[mine],
+            )
             gates[str(regime)] = asdict(gate)
         return gates
 
@@ -528,11 +556,13 @@ class _ActionStage:
         gate = np.array([gates[r] for r in regimes])[:, None]
         pairs = [p for _, p in table.rows], [c for c, _ in table.rows]
         predicted = {
-            "GP-JEPA": anchor + gate * (network - anchor), "anchor": anchor, "network": network,
+            "GP-JEPA": anchor + gate * (network - anchor),
+            "anchor": anchor,
+            "network": network,
             "additive": Additive().fit(self.inside).predict(*pairs),
             "mean effect": MeanEffect().fit(self.inside).predict(*pairs),
             "no change": np.zeros_like(anchor),
-        }  # fmt: skip
+        }
         noise, measured = table.noise(scale), table.effect[scale]
         found = {
             name: noise_corrected_error(effect, measured, noise, self.scored)

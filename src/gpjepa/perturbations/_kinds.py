@@ -18,10 +18,29 @@ from ._reader import LabelReader
 _NOTHING = {"", "nan", "none", "na", "n/a", "null", "<na>", "nat"}
 # As `_plain` gives them: in lower case, without spaces, underscores and hyphens.
 _UNASSIGNED = {
-    "unassigned", "notassigned", "noassignment", "unassignedguide", "doublet", "doublets",
-    "multiplet", "multiplets", "multiple", "multi", "ambiguous", "*", "?", "-", "negative", "unknown",
-    "undetermined", "unmapped", "noguide", "nosgrna", "nogrna", "noguidedetected",
-}  # fmt: skip
+    "unassigned",
+    "notassigned",
+    "noassignment",
+    "unassignedguide",
+    "doublet",
+    "doublets",
+    "multiplet",
+    "multiplets",
+    "multiple",
+    "multi",
+    "ambiguous",
+    "*",
+    "?",
+    "-",
+    "negative",
+    "unknown",
+    "undetermined",
+    "unmapped",
+    "noguide",
+    "nosgrna",
+    "nogrna",
+    "noguidedetected",
+}
 _SHORT = r"neg(ative)?(ctrls?|controls?)?|ctrls?|controls?|ctl|ntc?|nc|non?targeting|safe"
 """Controls that also stand in combinations; GFP or DMSO may be part of another name."""
 _CONTROL = re.compile(
@@ -38,9 +57,14 @@ _ALWAYS = {"＋", ";", "|", "&"}
 _PREFIX = r"^sg[_-]?(?=[A-Z])"
 _POSITION = r"_[+-]_\d+(\.\d+)?(-P\d(P\d)?)?$"
 _GUIDES = (
-    r"[_-](sg|g|guide|sgRNA|gRNA)[_-]?\d+$", r"g\d+$", r"_\d{1,5}$", r"-\d{1,5}$", r"\.\d{1,2}$",
-    r"#\d+$", r" \d{1,2}$",
-)  # fmt: skip
+    r"[_-](sg|g|guide|sgRNA|gRNA)[_-]?\d+$",
+    r"g\d+$",
+    r"_\d{1,5}$",
+    r"-\d{1,5}$",
+    r"\.\d{1,2}$",
+    r"#\d+$",
+    r" \d{1,2}$",
+)
 _NUMBER = r"(?P<dose>\d+(?:[.,]\d+)?(?:[eE][-+]?\d+)?)"
 _UNIT = r"(?P<unit>[pnuµμm][Mg](?:/m[lL])?)"
 _DOSES = (
@@ -194,30 +218,34 @@ def _bare(name: str) -> str:
 
 
 def _without_label(labels: Labels) -> Finding | None:
-    found = [u for u in labels.kept
-             if u.strip().lower() in _NOTHING and not labels.reader.is_control(u)]  # fmt: skip
+    found = [
+        u for u in labels.kept if u.strip().lower() in _NOTHING and not labels.reader.is_control(u)
+    ]
     if not found:
         return None
     n = sum(labels.n_cells[u] for u in found)
     return Finding(
         f"{_n(n, 'cell')} without a perturbation: {labels.count(found)}. To leave them out,",
-        {"drop": found}, f"If they are control cells, name them in control={found}.",
-    )  # fmt: skip
+        {"drop": found},
+        f"If they are control cells, name them in control={found}.",
+    )
 
 
 def _unassigned(labels: Labels) -> Finding | None:
     found = [
-        u for u, names in labels.parts.items()
+        u
+        for u, names in labels.parts.items()
         if not labels.reader.is_control(u)
         and any(re.sub(r"(?<=\D)\d+$", "", _plain(n)) in _UNASSIGNED for n in (u, *names) if n)
-    ]  # fmt: skip
+    ]
     if not found:
         return None
     return Finding(
         f"Some labels look like cells without one assigned perturbation: {labels.count(found)}. "
         "To leave them out,",
-        {"drop": found}, f"If they are perturbations, declare them with targets={found}.",
-    )  # fmt: skip
+        {"drop": found},
+        f"If they are perturbations, declare them with targets={found}.",
+    )
 
 
 def _doses_inside(labels: Labels) -> Finding | None:
@@ -238,7 +266,7 @@ def _doses_inside(labels: Labels) -> Finding | None:
         {"dose_pattern": pattern},
         "Doses in a column of obs are read by dosage_key=. If these are names, declare them with "
         f"targets={_some(found)}.",
-    )  # fmt: skip
+    )
 
 
 def _bare_doses(pattern: str, names: set[str]) -> list[str]:
@@ -272,8 +300,9 @@ def _twice(labels: Labels) -> Finding | None:
 
 def _guides(labels: Labels) -> Finding | None:
     strip = labels.reader.strip
-    positions = [u for u in labels.kept
-                 if re.search(_POSITION, u) and not (strip and re.search(strip, u))]  # fmt: skip
+    positions = [
+        u for u in labels.kept if re.search(_POSITION, u) and not (strip and re.search(strip, u))
+    ]
     if positions:
         return _guide_finding(_POSITION, set(positions), labels)
     names = {n for names in labels.parts.values() for n in names}
@@ -299,8 +328,9 @@ def _guide_finding(pattern: str, names: set[str], labels: Labels) -> Finding:
     return Finding(
         f"{_n(changed, 'name')} that look like guides, such as {', '.join(map(repr, changed[:3]))}: "
         f"{_n(names, 'target')} as they are, {n_targets} without the suffix. To take it off,",
-        {"strip": pattern}, f"If they are targets, declare them with targets={_some(changed)}.",
-    )  # fmt: skip
+        {"strip": pattern},
+        f"If they are targets, declare them with targets={_some(changed)}.",
+    )
 
 
 def _is_guide(suffix: str, names: set[str], labels: Labels) -> bool:
@@ -352,7 +382,7 @@ def _undeclared_control_parts(labels: Labels) -> Finding | None:
         "To read them as control,",
         {"control": [*_present(labels), *sorted(strings), *patterns.values()]},
         f"If they are targets, declare them with targets={_some(strings | others)}.",
-    )  # fmt: skip
+    )
 
 
 def _present(labels: Labels) -> list[str | re.Pattern[str]]:
@@ -371,8 +401,11 @@ def _other_separator(labels: Labels) -> Finding | None:
         split = {n: [_bare(p.strip()) for p in n.split(other)] for n in sorted(singles)}
         counts = Counter(p for parts in split.values() for p in set(parts))
         often = {p for p, n in counts.items() if n > 1} if other in _ALWAYS else set()
-        hits = [n for n, parts in split.items() if _joins(parts, alone, often, labels)
-                or _two_guides(n.split(other), parts)]  # fmt: skip
+        hits = [
+            n
+            for n, parts in split.items()
+            if _joins(parts, alone, often, labels) or _two_guides(n.split(other), parts)
+        ]
         if not hits:
             continue
         found = {p for n in hits for p in split[n] if not labels.reader.is_control(p)}
@@ -384,8 +417,9 @@ def _other_separator(labels: Labels) -> Finding | None:
         return Finding(
             f"{_n(hits, 'label')} that could be combinations joined by {other!r}, such as "
             f"{hits[0]!r}; but the separator is {labels.reader.separator!r}. If they are,",
-            changes, f"If they are single targets, declare them with targets={_some(hits)}.",
-        )  # fmt: skip
+            changes,
+            f"If they are single targets, declare them with targets={_some(hits)}.",
+        )
     return None
 
 
@@ -450,8 +484,13 @@ def _names_with_separator(labels: Labels) -> Iterator[tuple[str, bool]]:
             yield label, False
             continue
         names = labels.parts[label]
-        odd = [n for n in names if not re.search(r"[^\W\d]", n)
-               or n.count("(") != n.count(")") or n.count("[") != n.count("]")]  # fmt: skip
+        odd = [
+            n
+            for n in names
+            if not re.search(r"[^\W\d]", n)
+            or n.count("(") != n.count(")")
+            or n.count("[") != n.count("]")
+        ]
         if len(names) > 1 and odd:
             yield label, any(labels.known(n) or labels.reader.is_control(n) for n in names if n)
 
@@ -463,15 +502,20 @@ def _cut_names(labels: Labels) -> Finding | None:
     return Finding(
         f"The separator {labels.reader.separator!r} cuts {', '.join(map(repr, found[:3]))} into "
         "pieces, some of which are names and some are not. If labels hold one target each,",
-        {"separator": None}, f"If only some do, declare these with targets={_some(found)}.",
-    )  # fmt: skip
+        {"separator": None},
+        f"If only some do, declare these with targets={_some(found)}.",
+    )
 
 
 def _other_controls(labels: Labels) -> Finding | None:
-    found = [u for u in labels.kept
-             if len(labels.parts[u]) == 1 and control_like(labels.parts[u][0])
-             and (u not in labels.genes or u in ("AAVS1", "GFP", "LacZ"))
-             and not labels.reader.is_control(u)]  # fmt: skip
+    found = [
+        u
+        for u in labels.kept
+        if len(labels.parts[u]) == 1
+        and control_like(labels.parts[u][0])
+        and (u not in labels.genes or u in ("AAVS1", "GFP", "LacZ"))
+        and not labels.reader.is_control(u)
+    ]
     if not found:
         return None
     return Finding(
@@ -479,7 +523,7 @@ def _other_controls(labels: Labels) -> Finding | None:
         "To read them as control,",
         {"control": [*labels.reader.controls, *found]},
         f"To keep them without this warning, add targets={sorted({*found, *labels.reader.declared})}.",
-    )  # fmt: skip
+    )
 
 
 def _cases(labels: Labels) -> Finding | None:
@@ -497,7 +541,7 @@ def _cases(labels: Labels) -> Finding | None:
     return Finding(
         f"{_n(found, 'target')} in several spellings, which are kept apart: {shown}. To join them,",
         {"rename": rename},
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -538,9 +582,12 @@ KINDS = (
 
 
 def check_labels(
-    reader: LabelReader, column: str, n_cells: Mapping[str, int], genes: frozenset[str],
+    reader: LabelReader,
+    column: str,
+    n_cells: Mapping[str, int],
+    genes: frozenset[str],
     need_control: bool,
-) -> frozenset[str]:  # fmt: skip
+) -> frozenset[str]:
     """Refuse or warn of what was not declared; names that hold the separator."""
     labels = Labels(reader, column, n_cells, genes, need_control)
     # Names that hold the separator are names in combinations, too.

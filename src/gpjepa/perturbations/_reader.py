@@ -263,9 +263,13 @@ class LabelReader:
     # Columns
 
     def read_column(
-        self, labels: pd.Series, doses: pd.Series | None = None, *, genes: Collection[str] = (),
+        self,
+        labels: pd.Series,
+        doses: pd.Series | None = None,
+        *,
+        genes: Collection[str] = (),
         need_control: bool = True,
-    ) -> list[Perturbation | None]:  # fmt: skip
+    ) -> list[Perturbation | None]:
         """Read a column of ``.obs``, one perturbation per cell.
 
         Parameters
@@ -317,9 +321,12 @@ class LabelReader:
         return replace(self, targets=self.declared | names) if names else self
 
     def read_cells(
-        self, labels: pd.Series, doses: pd.Series | None = None, *,
+        self,
+        labels: pd.Series,
+        doses: pd.Series | None = None,
+        *,
         unreadable: Literal["error"] | None = "error",
-    ) -> list[Perturbation | None]:  # fmt: skip
+    ) -> list[Perturbation | None]:
         """As :meth:`read_column`, of labels that were checked or need not be.
 
         With ``unreadable=None``, a label that cannot be read is one in ``drop``.

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else, and its Markdown twin."""
+"""One HTML page that needs nothing else, and the same as Markdown."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_report(result: BenchmarkResult, out: Path) -> None:
 
 
 def contents(result: BenchmarkResult) -> dict[str, Any]:
-    """Everything that both twins of the report say."""
+    """What the HTML page and the Markdown page show."""
     table, verdicts = result.table(), result.verdicts()
     focus = result.config.focus
     # Our own numbers first; the sections below hold everyone's.
