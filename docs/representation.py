@@ -1,6 +1,7 @@
 """What states of cells hold, and how much of it is left when fewer counts are seen.
 
-Usage: ``python docs/representation.py encoders|ablations|inner|pretrained DATA OUT.csv [DATA_SET ...]``,
+Usage:
+``python docs/representation.py encoders|ablations|inner|pretrained|avgbio DATA OUT.csv [DATA_SET ...]``,
 with DATA the folder of the real cells and of the knowledge. Every encoder learns from the same training cells,
 without labels but where its name says so. Test cells are other cells, or other patients, whose
 counts were thinned to a share of what was measured; no perturbation is held out, as this is about
@@ -19,6 +20,9 @@ names of the encoders; after a change to one, take another.
 
 ``pretrained`` is about encoders that learned from other data sets: their states of cells that they
 never saw, probed for the cell states of Peterson 2017, as they are and after more pretraining there.
+
+``avgbio`` is the benchmark's AvgBIO of test cells at full depth, whose labels no encoder saw: of
+encoders that learned from the training cells, and, zero-shot, from the other files only.
 """
 
 import sys
@@ -44,9 +48,12 @@ from sklearn.preprocessing import StandardScaler
 
 import gpjepa
 from gpjepa import GPJEPA
+from gpjepa.benchmark import avg_bio
 from gpjepa.model import _moments
 
 N_LATENT, DEPTHS, SEEDS, DRAWS = 32, (1.0, 0.5, 0.25, 0.1), (0, 1, 2), 1_000
+TYPED = 2_000  # test cells whose AvgBIO is taken, at most
+FILES = ("datlinger", "zhao", "papalexi", "norman", "mcfaline", "peterson")
 GENE_SETS = ("hallmark.gmt", "reactome.gmt", "go_biological_process.gmt")
 ALONE, FREE = {"components": False}, {"teacher": False}
 
@@ -137,16 +144,87 @@ def screens(data):
         (path,) = data.glob(f"{name.lower()}_*_mini.h5ad")
         cells = ad.read_h5ad(path)
         yield name, cells, "perturbation", halves(cells.obs["perturbation"].astype(str).to_numpy())
+    rna = peterson(data)
+    yield "Peterson", rna, "state", halves(rna.obs["state"].to_numpy())
+    told = gpjepa.datasets.simulate(3_000, 500, seed=0)
+    told.X = told.layers["counts"]
+    yield "simulated", told, "perturbation", halves(told.obs["perturbation"].astype(str).to_numpy())
+
+
+def peterson(data):
+    """RNA, and eight states of the proteins beside it."""
     pair = mudata.read_h5mu(data / "peterson_2017_reapseq_mini.h5mu")
     rna, protein = (pair.mod[m].copy() for m in ("rna", "protein"))
     counts = np.log1p(sp.csr_matrix(protein.X).toarray())
     counts -= counts.mean(1, keepdims=True)
     states = KMeans(8, n_init=10, random_state=0).fit_predict(counts)
     rna.obs["state"] = [f"state {s}" for s in states]
-    yield "Peterson", rna, "state", halves(rna.obs["state"].to_numpy())
-    told = gpjepa.datasets.simulate(3_000, 500, seed=0)
-    told.X = told.layers["counts"]
-    yield "simulated", told, "perturbation", halves(told.obs["perturbation"].astype(str).to_numpy())
+    return rna
+
+
+def labelled(data):
+    """Cells, what separates them, and the names of their files."""
+    yield "Peterson 2017: states of proteins", peterson(data), "state", ["peterson"]
+    lines = [ad.read_h5ad(data / f"{n}_mini.h5ad") for n in ("norman_2019", "mcfaline_2023")]
+    lines = ad.concat(lines, index_unique="-")
+    yield "Norman 2019 and McFaline 2023: cell lines", lines, "cell_line", ["norman", "mcfaline"]
+    datlinger = ad.read_h5ad(data / "datlinger_2021_mini.h5ad")
+    yield "Datlinger 2021: stimulation", datlinger, "treatment", ["datlinger"]
+    zhao = ad.read_h5ad(data / "zhao_2021_mini.h5ad")
+    yield "Zhao 2021: drug", zhao, "perturbation", ["zhao"]
+
+
+def avgbio(data, out, wanted):
+    """AvgBIO per file and encoder; of three seeds, or one of the encoder of all other files."""
+    rows = []
+    for name, cells, key, files in labelled(data):
+        if wanted and not wanted & set(files):
+            continue
+        cells = plain(cells, key)
+        cells = cells[np.asarray(cells.X.sum(1)).ravel() > 0].copy()
+        (train,) = halves(cells.obs["label"].to_numpy())
+        arms = {
+            "JEPA": ({}, {}),
+            "JEPA, of the other files": zero_shot(data, files),
+            "components alone": ({"encoder": "components"}, {}),
+            "PCA": principal_components,
+            "random encoder": (ALONE, None),
+            "scVI": None,
+        }
+        some = np.random.default_rng(0).permutation(np.flatnonzero(~train))[:TYPED]
+        test = cells[np.sort(some)].copy()
+        for title, arm in arms.items():
+            for seed in SEEDS[:1] if title == "JEPA, of the other files" else SEEDS:
+                states = embedder(arm, cells[train].copy(), seed)(test.copy())
+                value = avg_bio(states, test.obs["label"].to_numpy(), seed)
+                rows.append({"data": name, "encoder": title, "seed": seed, "AvgBIO": value})
+                pd.DataFrame(rows).to_csv(out, index=False)
+            print(name, title, [round(r["AvgBIO"], 3) for r in rows[-3:]], flush=True)
+    table = pd.DataFrame(rows).groupby(["encoder", "data"], sort=False)["AvgBIO"]
+    spread = table.agg(["mean", "min", "max"]).apply(
+        lambda r: f"{r['mean']:.3f} ({r['min']:.3f} to {r['max']:.3f})", axis=1
+    )
+    wide = spread.unstack("data")
+    names = list(wide.columns)
+    print(f"| AvgBIO | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", sep="\n")
+    for title, row in wide.iterrows():
+        print(f"| {title} | {' | '.join(row)} |")
+
+
+def zero_shot(data, without):
+    """An encoder of all other files, which share some genes with these cells."""
+
+    def arm(cells, seed):
+        sources = {}
+        for name in (f for f in FILES if f not in without):
+            if name == "peterson":
+                sources[name] = as_source(peterson(data), "state")
+            else:
+                (path,) = data.glob(f"{name}_*_mini.h5ad")
+                sources[name] = as_source(ad.read_h5ad(path), "perturbation")
+        return started(pretrained_on(sources, "mlp", seed), 0)(cells, seed)
+
+    return arm
 
 
 def plain(cells, key):
@@ -346,30 +424,46 @@ def side_by_side(tables, measure):
 
 def pretrained(data, cells):
     """Encoders of other data sets, as they are and trained on; what the genes they share hold."""
-    genes = cells.var_names
-    keys = {"perturbation_key": None, "library_size_key": "library_size"}
-    sources = {}
+    genes, sources = cells.var_names, {}
     for name in ("Datlinger", "Zhao", "Papalexi", "Norman"):
         (path,) = data.glob(f"{name.lower()}_*_mini.h5ad")
-        source = plain(ad.read_h5ad(path), "perturbation")
-        source.obs["library_size"] = source.obs.pop("library")
-        GPJEPA.setup_anndata(source, **keys)
-        sources[name] = source
-    sources["all four"] = gpjepa.datasets.join(sources)
-    GPJEPA.setup_anndata(sources["all four"], **keys, dataset_key="dataset")
+        sources[name] = as_source(ad.read_h5ad(path), "perturbation")
     arms = {"own cells": ({}, {})}
-    for name, source in sources.items():
-        shared = genes[genes.isin(source.var_names)]
+    for name in (*sources, "all four"):
+        some = sources if name == "all four" else {name: sources[name]}
+        known = set().union(*(s.var_names for s in some.values()))
+        shared = genes[genes.isin(known)]
         arms[f"components of own cells, the {len(shared)} genes of {name}"] = only(shared)
         for encoder in ("mlp", "perceiver"):
-            scvi.settings.seed = 0
-            model = GPJEPA(source, n_latent=N_LATENT, encoder=encoder)
-            model.pretrain(enable_progress_bar=False)
-            path = Path(tempfile.mkdtemp()) / "model"
-            model.save(str(path))
+            path = pretrained_on(some, encoder, 0)
             arms[f"{name}, {encoder}"] = started(path, 0)
             arms[f"{name}, {encoder}, then own cells"] = started(path, None)
     return arms
+
+
+SOURCE = {"perturbation_key": None, "library_size_key": "library_size"}
+
+
+def as_source(cells, key):
+    source = plain(cells, key)
+    source.obs["library_size"] = source.obs.pop("library")
+    GPJEPA.setup_anndata(source, **SOURCE)
+    return source
+
+
+def pretrained_on(sources, encoder, seed):
+    """Where the encoder of one data set, or of several together, was saved."""
+    if len(sources) > 1:
+        cells = gpjepa.datasets.join(sources)
+        GPJEPA.setup_anndata(cells, **SOURCE, dataset_key="dataset")
+    else:
+        (cells,) = sources.values()
+    scvi.settings.seed = seed
+    model = GPJEPA(cells, n_latent=N_LATENT, encoder=encoder)
+    model.pretrain(enable_progress_bar=False)
+    path = Path(tempfile.mkdtemp()) / "model"
+    model.save(str(path))
+    return path
 
 
 def only(genes):
@@ -399,6 +493,9 @@ def started(path, epochs):
 
 def main(which, data, out, wanted):
     warnings.filterwarnings("ignore")
+    if which == "avgbio":
+        avgbio(data, out, wanted)
+        return
     tables, folder = [], Path(out).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for name, cells, key, splits in screens(data):

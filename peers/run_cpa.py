@@ -98,6 +98,8 @@ def fit(train, task):
     sys.modules.setdefault("tkinter", types.SimpleNamespace(N=None))
     import cpa
 
+    settings = {**TRAIN, **task["options"]}
+    sizes = {**MODEL, **settings.pop("model", {})}
     # R² of every condition in every training step is only logged, and takes most of the time.
     full = cpa.CPAModule.r2_metric
     cpa.CPAModule.r2_metric = lambda self, *args, **kwargs: (
@@ -120,11 +122,9 @@ def fit(train, task):
         valid_split="valid",
         test_split="ood",
         seed=task["seed"],
-        **MODEL,
+        **sizes,
     )
-    model.train(
-        use_gpu=device() == "cuda", plan_kwargs=PLAN, save_path=".", **{**TRAIN, **task["options"]}
-    )
+    model.train(use_gpu=device() == "cuda", plan_kwargs=PLAN, save_path=".", **settings)
     model.predict(cells, batch_size=2_048)
     asked = cells[(cells.obs["split"] == "ood").to_numpy()].copy()
     return asked, np.exp(model.module.px_r.detach().cpu().numpy())
@@ -190,4 +190,4 @@ def effects(mean, theta, names, library, control):
 
 
 if __name__ == "__main__":
-    serve(fit, predict, GIVEN, TRAIN)
+    serve(fit, predict, GIVEN, {*TRAIN, "model"})

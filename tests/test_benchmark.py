@@ -991,33 +991,44 @@ def test_page_needs_nothing_else_fits_a_phone_and_sorts(result, tmp_path, browse
     assert len(found["up"]) == 6
 
 
-def test_scaling_draws_a_line_per_data_set():
-    table = pd.DataFrame(
+def test_scaling_draws_a_line_per_model_over_its_sizes():
+    methods = {
+        "small": "GP-JEPA",
+        "large": "GP-JEPA",
+        "CPA s": "CPA",
+        "CPA l": "CPA",
+        "mean": "mean",
+    }
+    runs = pd.DataFrame(
         {
-            "data": [d for d in "ab" for _ in range(3)],
+            "data": np.repeat(list("ab"), len(methods)),
             "kind": "doubles",
-            "method": ["small", "large", "mean"] * 2,
-            "metric": "squared_error",
-            "label": "error",
-            "value": [0.5, 0.4, 1.0, 0.6, 0.3, 1.0],
-            "low": 0.2,
-            "high": 1.2,
-            "direction": "lower",
-            "best": 0.0,
-            "n_rows": 4,
-            "role": "method",
+            "method": [*methods] * 2,
+            "family": [*methods.values()] * 2,
+            "seconds_fit": [20, 60, 30, 50, 0.1] * 2,
+            "peak_memory_gb": [0.5, 0.7, 0.6, 0.9, 0.2] * 2,
+            "parameters": [100, 1_000, *[np.nan] * 3] * 2,
         }
     )
-    runs = table[["data", "kind", "method"]].assign(parameters=[100, 1_000, np.nan] * 2)
-    (axes,) = gpjepa.plotting.scaling(table, runs).axes
-    assert [x.get_text() for x in axes.get_legend().get_texts()] == ["a: doubles", "b: doubles"]
-    # One model, whose size differs between splits, is no curve, and no reason for a report to fail.
-    one = pd.concat([runs[runs["method"] == "large"], runs[runs["method"] == "large"]])
-    one["parameters"] = [1_000, 1_000, 1_010, 1_010]
+    table = runs[["data", "kind", "method"]].assign(
+        metric="squared_error",
+        label="error",
+        value=[0.5, 0.4, 0.9, 0.8, 1.0, 0.6, 0.3, 0.9, 0.7, 1.0],
+    )
+    figure = gpjepa.plotting.scaling(table, runs)
+    assert [x.get_text() for x in figure.legends[0].get_texts()] == ["GP-JEPA", "CPA"]
+    assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["a", "b"]
+    line = figure.axes[0].lines[0]
+    assert list(line.get_xdata()) == [20, 60]
+    assert list(line.get_ydata()) == [0.5, 0.4]
+    assert list(figure.axes[3].lines[1].get_xdata()) == [0.6, 0.9]  # memory, b, CPA
     assert "<svg" in _scaling(table, runs)
-    assert _scaling(table, one) == ""
-    with pytest.raises(ValueError, match="two models whose sizes are known"):
-        gpjepa.plotting.scaling(table, runs[runs["method"] != "small"])
+    # Variants that do not grow, such as ablations, are no curve, and no reason for a report to fail.
+    same = runs.assign(parameters=runs["parameters"].where(runs["parameters"].isna(), 100))
+    for other in (same, runs[runs["method"] != "small"], runs.drop(columns="parameters")):
+        assert _scaling(table, other) == ""
+        with pytest.raises(ValueError, match="No model was run in two sizes"):
+            gpjepa.plotting.scaling(table, other)
 
 
 @pytest.mark.slow
@@ -1328,12 +1339,15 @@ def test_scripts_of_peers_declare_what_they_need():
 
 def test_a_method_that_is_left_out_on_purpose_says_why(tmp_path):
     left = {"name": "State", "not_run": "takes 38 h here"}
-    config = {**TINY, "methods": ["mean", "replicate", left], "focus": None}
+    other = {"name": "scGPT", "not_run": "needs weights"}
+    config = {**TINY, "methods": ["mean", "replicate", left, other], "focus": None}
     config["data"] = [{**TINY["data"][0], "splits": [{"kind": "doubles"}]}]
     found = benchmark.run(config, tmp_path / "out", progress=False)
     (row,) = found.runs[found.runs["method"] == "State"].itertuples()
     assert (row.status, row.reason) == ("not run", "takes 38 h here")
-    assert "takes 38 h here" in (tmp_path / "out" / "report.md").read_text()
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| State | not run | takes 38 h here | – |" in page
+    assert "| scGPT | not run | needs weights | 4.62, 0.527 |" in page  # as published for Norman
 
 
 def test_peers_get_what_they_can_use():

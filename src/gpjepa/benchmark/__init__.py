@@ -6,7 +6,7 @@ from ._result import BenchmarkResult
 from ._runner import run
 from ._statistics import calibration, risk_coverage, summarise, verdicts
 from .methods import METHODS, NEGATIVE, ORACLES, Method, Prediction
-from .metrics import INTERVALS, METRICS, Metric, Scoring, energy_distance_unbiased, score
+from .metrics import INTERVALS, METRICS, Metric, Scoring, avg_bio, energy_distance_unbiased, score
 from .tasks import CellSet, Task, Truth, calibrated, standard_cells
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Scoring",
     "Task",
     "Truth",
+    "avg_bio",
     "calibrated",
     "calibration",
     "compare",

@@ -67,6 +67,13 @@ def published_splits(path: Path, rows: Sequence[Row]) -> list[Split]:
     return found
 
 
+def published_means(family: str) -> pd.Series | None:
+    """Mean L2 and Pearson delta of a method on all of Norman's doubles; None if not published."""
+    table = pd.read_csv(NORMAN_DOUBLES)
+    mine = table[table["method"] == family.lower()]
+    return mine[list(SCORES.values())].mean() if len(mine) else None
+
+
 def published_scores(task: Task, effect: np.ndarray) -> pd.DataFrame:
     """L2 and Pearson delta as Ahlmann-Eltze, Huber and Anders 2025 define them, for each row.
 

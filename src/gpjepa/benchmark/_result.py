@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +23,7 @@ _TEXT = (
     "split",
     "kind",
     "method",
+    "family",
     "entry",
     "role",
     "context",
@@ -59,9 +61,11 @@ class BenchmarkResult:
         it calls the prediction (``"GP-JEPA (gate 0)"``), ``role`` what part it plays, ``refused``
         whether the row was not predicted and is scored as the mean response.
     runs
-        One row per cell of the grid: ``status`` (``"run"``, ``"failed"``, ``"not run"``, or
-        ``"not tested"`` for a split with too few cells) and ``reason``, ``seconds_fit``, ``seconds_predict``, ``peak_memory_gb`` of the method's own
-        process, ``parameters``, and what the method was ``given``.
+        One row per cell of the grid: ``method``, its ``family`` (the method's own name, whatever
+        its label), ``status`` (``"run"``, ``"failed"``, ``"not run"``, or ``"not tested"`` for a
+        split with too few cells) and ``reason``, ``seconds_fit``, ``seconds_predict``,
+        ``peak_memory_gb`` of the method's own process, ``parameters``, and what the method was
+        ``given``.
     manifests
         The splits of each data set.
     dropped
@@ -90,7 +94,14 @@ class BenchmarkResult:
         pandas.DataFrame
             As :func:`gpjepa.benchmark.summarise` returns.
         """
+        if not by and metrics is None:
+            return self._whole.copy()
         return summarise(self.scores, by, metrics)
+
+    @cached_property
+    def _whole(self) -> pd.DataFrame:
+        """It takes long, and a report asks for it more than once."""
+        return summarise(self.scores)
 
     def verdicts(self) -> pd.DataFrame:
         """The focus beside the best other method, metric by metric; empty without a focus.

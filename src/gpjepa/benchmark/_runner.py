@@ -149,7 +149,8 @@ class _Grid:
                 step(f"{data.name} · {split.name} · {method.title}", done / total)
                 path = self.kept / _key(self.config, data, manifest, split, method, seed)
                 scores, record = self._cell(path, task, method, seed, features)
-                self.runs.append({**where, "method": method.title, "seed": seed, **record})
+                about = {"method": method.title, "family": method.name, "seed": seed}
+                self.runs.append({**where, **about, **record})
                 frames.append(scores.assign(**where, failed=record["status"] == "failed"))
                 done += 1
         step(data.name, 1.0)

@@ -11,71 +11,28 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ._reader import LabelReader
+from ._names import (
+    ALWAYS,
+    BARE_DOSES,
+    DOSES,
+    GUIDES,
+    NOTHING,
+    POSITION,
+    PREFIX,
+    SEPARATORS,
+    TUPLE,
+    UNASSIGNED,
+    bare,
+    control_guide,
+    control_like,
+    is_short_control,
+    plain,
+)
 
-_NOTHING = {"", "nan", "none", "na", "n/a", "null", "<na>", "nat"}
-# As `_plain` gives them: in lower case, without spaces, underscores and hyphens.
-_UNASSIGNED = {
-    "unassigned",
-    "notassigned",
-    "noassignment",
-    "unassignedguide",
-    "doublet",
-    "doublets",
-    "multiplet",
-    "multiplets",
-    "multiple",
-    "multi",
-    "ambiguous",
-    "*",
-    "?",
-    "-",
-    "negative",
-    "unknown",
-    "undetermined",
-    "unmapped",
-    "noguide",
-    "nosgrna",
-    "nogrna",
-    "noguidedetected",
-}
-_SHORT = r"neg(ative)?(ctrls?|controls?)?|ctrls?|controls?|ctl|ntc?|nc|non?targeting|safe"
-"""Controls that also stand in combinations; GFP or DMSO may be part of another name."""
-_CONTROL = re.compile(
-    rf"({_SHORT}|nontargeting(control|ctrl)|nontarget|safetargeting|safeharbou?r|scrambled?|mock|"
-    r"vehicle|dmso(tf)?|pbs|unperturbed|untreated|untransduced|wt|wildtype|none|aavs1|rosa26|e?gfp|"
-    r"lacz|luciferase|emptyvector|nosite)"
-)
-_GENES_WITH_A_NUMBER = {"wt", "nc", "neg", "gfp", "egfp", "safe"}  # WT1
-_NUMBERED = re.compile(r"(.*?)([\s_.#-]*(?:sg|g|guide|sgrna|grna)?)(\d+)")
-_SEPARATORS = ("__", "+", "＋", "_", ";", "|", ",", "&", "/", ":", "-", " ")
-_ALWAYS = {"＋", ";", "|", "&"}
-"""Separators that hardly occur in names: enough if one of the parts occurs again."""
-# Guides: what they may add to a name, as `strip` would take it off.
-_PREFIX = r"^sg[_-]?(?=[A-Z])"
-_POSITION = r"_[+-]_\d+(\.\d+)?(-P\d(P\d)?)?$"
-_GUIDES = (
-    r"[_-](sg|g|guide|sgRNA|gRNA)[_-]?\d+$",
-    r"g\d+$",
-    r"_\d{1,5}$",
-    r"-\d{1,5}$",
-    r"\.\d{1,2}$",
-    r"#\d+$",
-    r" \d{1,2}$",
-)
-_NUMBER = r"(?P<dose>\d+(?:[.,]\d+)?(?:[eE][-+]?\d+)?)"
-_UNIT = r"(?P<unit>[pnuµμm][Mg](?:/m[lL])?)"
-_DOSES = (
-    rf"[_ @-]{_NUMBER} ?{_UNIT}$",
-    rf" ?\({_NUMBER} ?{_UNIT}\)$",
-    rf"^{_NUMBER} ?{_UNIT}[_ -]",
-    rf"[_ ]{_NUMBER} ?{_UNIT}(?=[_ ])",
-    rf"[_ ]{_NUMBER} ?(?P<unit>[Mg])$",
-)
-_BARE_DOSES = (rf"_{_NUMBER}$", rf"@{_NUMBER}$")
-_TUPLE = r"\('(?P<target>.+?)', (?P<dose>[\d.eE+-]+), '(?P<unit>\w+)'\)"
+if TYPE_CHECKING:
+    from ._reader import LabelReader
 
 
 class _Told(Exception):
@@ -185,41 +142,12 @@ def _n(count: Any, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
-def control_like(name: str) -> bool:
-    """Whether a name is one that control cells often carry."""
-    return _CONTROL.fullmatch(_plain(name)) is not None
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name.lower()) or name.strip()
-
-
-def _control_guide(name: str) -> re.Pattern[str] | None:
-    """For a numbered control such as ``NegCtrl10``, what matches all of them."""
-    match = _NUMBERED.fullmatch(name)
-    if match is None or not control_like(match[1]) or control_like(name):
-        return None
-    if not match[2] and _plain(match[1]) in _GENES_WITH_A_NUMBER:
-        return None
-    return re.compile(
-        "".join(re.escape(m).replace(r"\-", "-") for m in match.groups()[:2]) + r"\d+"
-    )
-
-
-def _bare(name: str) -> str:
-    """A name without what guides and doses add to it."""
-    for pattern in (_PREFIX, _POSITION, *_DOSES, *_GUIDES):
-        if (match := re.search(pattern, name)) and match[0] != name:
-            name = name[: match.start()] + name[match.end() :]
-    return name
-
-
 # One function a kind: what it finds, or None.
 
 
 def _without_label(labels: Labels) -> Finding | None:
     found = [
-        u for u in labels.kept if u.strip().lower() in _NOTHING and not labels.reader.is_control(u)
+        u for u in labels.kept if u.strip().lower() in NOTHING and not labels.reader.is_control(u)
     ]
     if not found:
         return None
@@ -236,7 +164,7 @@ def _unassigned(labels: Labels) -> Finding | None:
         u
         for u, names in labels.parts.items()
         if not labels.reader.is_control(u)
-        and any(re.sub(r"(?<=\D)\d+$", "", _plain(n)) in _UNASSIGNED for n in (u, *names) if n)
+        and any(re.sub(r"(?<=\D)\d+$", "", plain(n)) in UNASSIGNED for n in (u, *names) if n)
     ]
     if not found:
         return None
@@ -253,9 +181,9 @@ def _doses_inside(labels: Labels) -> Finding | None:
         return None
     names = {n for names in labels.parts.values() for n in names} - labels.genes
     found_by = {
-        _TUPLE: [u for u in labels.kept if re.search(_TUPLE, u)],
-        **{p: [n for n in names if (m := re.search(p, n)) and m[0] != n] for p in _DOSES},
-        **{p: _bare_doses(p, names) for p in _BARE_DOSES},
+        TUPLE: [u for u in labels.kept if re.search(TUPLE, u)],
+        **{p: [n for n in names if (m := re.search(p, n)) and m[0] != n] for p in DOSES},
+        **{p: _bare_doses(p, names) for p in BARE_DOSES},
     }
     pattern, found = next(((p, of) for p, of in found_by.items() if of), ("", []))
     if not found:
@@ -301,17 +229,17 @@ def _twice(labels: Labels) -> Finding | None:
 def _guides(labels: Labels) -> Finding | None:
     strip = labels.reader.strip
     positions = [
-        u for u in labels.kept if re.search(_POSITION, u) and not (strip and re.search(strip, u))
+        u for u in labels.kept if re.search(POSITION, u) and not (strip and re.search(strip, u))
     ]
     if positions:
-        return _guide_finding(_POSITION, set(positions), labels)
+        return _guide_finding(POSITION, set(positions), labels)
     names = {n for names in labels.parts.values() for n in names}
     names = {n for n in names if n and n not in labels.genes and n not in labels.reader.declared}
     others = {n for n in names if not control_like(n) and not labels.reader.is_control(n)}
-    prefixed = {n for n in others if re.search(_PREFIX, n)}
-    pattern = _PREFIX if len(prefixed) * 2 > len(others) else ""
+    prefixed = {n for n in others if re.search(PREFIX, n)}
+    pattern = PREFIX if len(prefixed) * 2 > len(others) else ""
     bare = {re.sub(pattern, "", n) if pattern else n for n in names}
-    suffix = next((s for s in _GUIDES if _is_guide(s, bare, labels)), "")
+    suffix = next((s for s in GUIDES if _is_guide(s, bare, labels)), "")
     if strip == "__.*$" and suffix:  # of both halves
         suffix = f"({suffix.removesuffix('$')})?__.*$"
         strip = None
@@ -347,7 +275,7 @@ def _is_guide(suffix: str, names: set[str], labels: Labels) -> bool:
     if suffix == r"g\d+$" and not all(b.isupper() or b[-1:].isdigit() for b in bases):
         return False  # Atg5 and Atg7 are genes
     known = sum(b in labels.genes or b in labels.alone - names for b in bases)
-    if suffix == _GUIDES[0] or 2 * known >= len(bases):
+    if suffix == GUIDES[0] or 2 * known >= len(bases):
         return True
     if suffix not in (r"g\d+$", r"_\d{1,5}$", r"#\d+$"):
         return False  # IL-2 and NKX2-1 are names
@@ -367,7 +295,7 @@ def _undeclared_control_parts(labels: Labels) -> Finding | None:
         for name in names:
             if labels.reader.is_control(name) or name in labels.genes | labels.reader.declared:
                 continue
-            guide = _control_guide(name)
+            guide = control_guide(name)
             if guide is not None:
                 patterns[guide.pattern] = guide
                 others.add(name)
@@ -394,13 +322,13 @@ def _present(labels: Labels) -> list[str | re.Pattern[str]]:
 def _other_separator(labels: Labels) -> Finding | None:
     singles = {names[0] for names in labels.parts.values() if len(names) == 1} - labels.genes
     singles = {n for n in singles if not control_like(n) and not labels.reader.is_control(n)}
-    alone = {_bare(n) for n in singles}
-    for other in _SEPARATORS:
+    alone = {bare(n) for n in singles}
+    for other in SEPARATORS:
         if other == labels.reader.separator:
             continue
-        split = {n: [_bare(p.strip()) for p in n.split(other)] for n in sorted(singles)}
+        split = {n: [bare(p.strip()) for p in n.split(other)] for n in sorted(singles)}
         counts = Counter(p for parts in split.values() for p in set(parts))
-        often = {p for p, n in counts.items() if n > 1} if other in _ALWAYS else set()
+        often = {p for p, n in counts.items() if n > 1} if other in ALWAYS else set()
         hits = [
             n
             for n, parts in split.items()
@@ -409,8 +337,8 @@ def _other_separator(labels: Labels) -> Finding | None:
         if not hits:
             continue
         found = {p for n in hits for p in split[n] if not labels.reader.is_control(p)}
-        guides = {g.pattern: g for p in found if (g := _control_guide(p))}
-        words = sorted(p for p in found if _is_short_control(p) and not _control_guide(p))
+        guides = {g.pattern: g for p in found if (g := control_guide(p))}
+        words = sorted(p for p in found if is_short_control(p) and not control_guide(p))
         changes: dict[str, Any] = {"separator": other}
         if words or guides:
             changes["control"] = [*dict.fromkeys([*_present(labels), *words]), *guides.values()]
@@ -427,10 +355,10 @@ def _joins(parts: list[str], alone: set[str], often: set[str], labels: Labels) -
     """Whether the parts of a name are targets, or a target and a control."""
     if len(parts) < 2 or not all(re.match(r"\w", p) for p in parts):
         return False
-    control = [p for p in parts if labels.reader.is_control(p) or _is_short_control(p)]
+    control = [p for p in parts if labels.reader.is_control(p) or is_short_control(p)]
     rest = [p for p in parts if p not in control]
     if not rest:
-        return any(_control_guide(p) for p in parts)
+        return any(control_guide(p) for p in parts)
     if len(set(parts)) > 1 and (
         often & set(rest) or all(labels.known(p) or p in alone for p in rest)
     ):
@@ -439,7 +367,7 @@ def _joins(parts: list[str], alone: set[str], often: set[str], labels: Labels) -
     if len(parts) != 2 or len(control) != 1 or guide or not rest[0][0].isalpha():
         return False
     # The control stands alone somewhere, or numbered: NTC_ACGT is a guide.
-    return control[0] in labels.kept or _control_guide(control[0]) is not None
+    return control[0] in labels.kept or control_guide(control[0]) is not None
 
 
 def _two_guides(pieces: list[str], parts: list[str]) -> bool:
@@ -453,17 +381,13 @@ def _two_guides(pieces: list[str], parts: list[str]) -> bool:
     )
 
 
-def _is_short_control(name: str) -> bool:
-    return _control_guide(name) is not None or re.fullmatch(_SHORT, _plain(name)) is not None
-
-
 def _no_control(labels: Labels) -> Finding | None:
     if not labels.need_control or any(labels.reader.is_control(u) for u in labels.kept):
         return None
     names = sorted({names[0] for names in labels.parts.values() if len(names) == 1})
     names = [n for n in names if n not in labels.genes]
     likely = [n for n in names if control_like(n)]
-    guides = {g.pattern: g for n in names if (g := _control_guide(n))}
+    guides = {g.pattern: g for n in names if (g := control_guide(n))}
     shown = ", ".join(map(repr, labels.kept[:8])) + (" ..." if len(labels.kept) > 8 else "")
     words = " or ".join(repr(c) if isinstance(c, str) else _said(c) for c in labels.reader.controls)
     said = f"No cell has the control label {words}; the labels are {shown}."

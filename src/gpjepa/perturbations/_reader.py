@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, cast
 
 import pandas as pd
 
+from ._kinds import check_labels
 from ._perturbation import Perturbation, at_dose
 
 NO_LABEL = "nan"
@@ -308,8 +309,6 @@ class LabelReader:
         ValueError
             As :meth:`read_column`.
         """
-        from ._kinds import check_labels
-
         values = _text(labels)
         counts = Counter(label for label in values if isinstance(label, str))
         if not counts:

@@ -71,52 +71,68 @@ def benchmark_scores(table: pd.DataFrame, metric: str = "squared_error") -> Figu
     return figure
 
 
+COSTS = {"seconds_fit": "seconds to fit", "peak_memory_gb": "peak memory, GB"}
+
+
 def scaling(table: pd.DataFrame, runs: pd.DataFrame, metric: str = "squared_error") -> Figure:
-    """One metric over the number of parameters, a line per data set.
+    """One metric over the seconds and the memory that it cost, a line per model over its sizes.
 
     Parameters
     ----------
     table
         :meth:`gpjepa.benchmark.BenchmarkResult.table`.
     runs
-        :attr:`gpjepa.benchmark.BenchmarkResult.runs`.
+        :attr:`gpjepa.benchmark.BenchmarkResult.runs`: entries of one ``family`` are the sizes of a
+        model, from small to large as they were named in the configuration.
     metric
         A metric of the table.
 
     Raises
     ------
     ValueError
-        If no data set has two models whose sizes are known.
+        If no model was run in two sizes.
     """
-    sizes = runs.groupby(["data", "kind", "method"], sort=False)["parameters"].max()
-    part = table[table["metric"] == metric].merge(
-        sizes.dropna().reset_index(), on=["data", "kind", "method"]
-    )
-    # A model's size depends a little on the targets of a split: two models are meant, not two sizes.
-    part = part[part.groupby(["data", "kind"])["method"].transform("nunique") > 1]
+    part = _sizes(table[table["metric"] == metric], runs)
     if part.empty:
-        raise ValueError("No data set has two models whose sizes are known.")
-    figure = new_figure(6, 3.4)
-    axes = figure.add_subplot()
-    for i, (name, group) in enumerate(part.groupby(["data", "kind"], sort=False)):
-        group = group.sort_values("parameters")
-        spread = [group["value"] - group["low"], group["high"] - group["value"]]
-        # Intervals of several data sets would lie on each other.
-        axes.errorbar(
-            group["parameters"] * 1.03**i,
-            group["value"],
-            np.clip(spread, 0, None),
-            fmt="o-",
-            color=PALETTE[i % len(PALETTE)],
-            capsize=2,
-            markersize=4,
-            label=f"{name[0]}: {name[1]}",
-        )
-    axes.set(xscale="log", xlabel="parameters", ylabel=part["label"].iloc[0])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+        raise ValueError("No model was run in two sizes.")
+    panels = list(part.groupby(["data", "kind"], sort=False))
+    families = list(dict.fromkeys(part["family"]))
+    figure = new_figure(1.2 + 2.4 * len(panels), 5.0)
+    axes = figure.subplots(len(COSTS), len(panels), squeeze=False, sharey=True, sharex="row")
+    for (cost, words), line in zip(COSTS.items(), axes, strict=True):
+        for ax, ((data, _), group) in zip(line, panels, strict=True):
+            for family, mine in group.groupby("family", sort=False):
+                i = families.index(family)
+                color = PALETTE[i % len(PALETTE)]
+                ax.plot(mine[cost], mine["value"], color=color, linewidth=1.2)
+                marks = 20 + 30 * np.arange(len(mine))
+                ax.scatter(mine[cost], mine["value"], marks, color=color, zorder=3)
+            ax.set(xscale="log", xlabel=words)
+            ax.set_title(data, loc="left", fontsize=9)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(axis="y", alpha=0.25)
+        line[0].set_ylabel(part["label"].iloc[0])
+    handles = [
+        axes[0, 0].plot([], [], "o-", color=PALETTE[i % len(PALETTE)], label=family)[0]
+        for i, family in enumerate(families)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     return figure
+
+
+def _sizes(part: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Values beside costs, of the families with several sizes; empty if no sizes are known."""
+    key, numbers = ["data", "kind", "method"], [*COSTS, "parameters"]
+    runs = runs.reindex(columns=[*key, "family", *numbers]).dropna(subset="seconds_fit")
+    costs = runs.groupby([*key, "family"], sort=False)[numbers].mean()
+    found = costs.reset_index().merge(part, on=key)
+    found = found[found.groupby("family")["method"].transform("nunique") > 1]
+    # Peers do not count their parameters. Variants of a model that do not grow are no sizes.
+    grows = [
+        p.notna().all() and (p.diff().dropna() > 0).all()
+        for _, p in found.groupby(["data", "kind", "family"])["parameters"]
+    ]
+    return found if any(grows) else found[:0]
 
 
 def calibration(table: pd.DataFrame) -> Figure:

@@ -6,6 +6,7 @@ from ._effect import N_HIGHEST, correlation
 from ._registry import DENOMINATORS, INTERVALS, METRICS, score
 from ._scoring import Scoring
 from ._spec import Metric
+from ._states import avg_bio
 
 __all__ = [
     "DENOMINATORS",
@@ -14,6 +15,7 @@ __all__ = [
     "N_HIGHEST",
     "Metric",
     "Scoring",
+    "avg_bio",
     "cell_eval_config",
     "cell_eval_version",
     "correlation",

@@ -230,7 +230,7 @@ METRICS: dict[str, Metric] = {
         "states that mix cell types; of measured cells, so it judges the representation; needs "
         "cell_type_key",
         "mean of ARI, NMI and scaled silhouette (scGPT, Cui et al. 2024)",
-        states.avg_bio,
+        states.cell_type_separation,
         per_task=True,
         needs=("cell_types",),
         version="2.0.0",

@@ -83,32 +83,47 @@ def neighbour_retrieval(scoring: Scoring) -> np.ndarray:
     return found
 
 
-def avg_bio(scoring: Scoring) -> np.ndarray:
-    """How well states of measured cells separate cell types, the same value for every row.
-
-    Mean of ARI and NMI of a k-means clustering with as many clusters as there are types, and of
-    the silhouette width of the types scaled to 0..1.
-    """
-    from sklearn import metrics
-    from sklearn.cluster import KMeans
-
+def cell_type_separation(scoring: Scoring) -> np.ndarray:
+    """AvgBIO of the states of measured cells, the same value for every row."""
     found = np.full(len(scoring.task.rows), np.nan)
     types = scoring.truth.cells.cell_type
     assert types is not None
     some = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(types != ""))[:N_TYPED])
     types = types[some]
-    if not 1 < len(set(types)) < len(types):
-        return found
-    states = scoring.known_states(scoring.truth.cells)[some]
-    clusters = KMeans(len(set(types)), n_init=10, random_state=0).fit_predict(states)
-    found[:] = np.mean(
-        [
-            metrics.adjusted_rand_score(types, clusters),
-            metrics.normalized_mutual_info_score(types, clusters),
-            (1 + metrics.silhouette_score(states, types)) / 2,
-        ]
-    )
+    if 1 < len(set(types)) < len(types):
+        found[:] = avg_bio(scoring.known_states(scoring.truth.cells)[some], types)
     return found
+
+
+def avg_bio(states: np.ndarray, labels: np.ndarray, seed: int = 0) -> float:
+    """How well states separate labels (scGPT, Cui et al. 2024): 1 is best.
+
+    Mean of ARI and NMI of a k-means clustering with as many clusters as there are labels, and of
+    the silhouette width of the labels scaled to 0..1. Euclidean distances between states.
+
+    Parameters
+    ----------
+    states
+        States of cells, shape (n_cells, n_dimensions).
+    labels
+        Cell types or other labels, shape (n_cells,).
+    seed
+        Seed of the clustering.
+
+    Returns
+    -------
+    float
+    """
+    from sklearn import metrics
+    from sklearn.cluster import KMeans
+
+    clusters = KMeans(len(set(labels)), n_init=10, random_state=seed).fit_predict(states)
+    parts = (
+        metrics.adjusted_rand_score(labels, clusters),
+        metrics.normalized_mutual_info_score(labels, clusters),
+        (1 + metrics.silhouette_score(states, labels)) / 2,
+    )
+    return float(np.mean(parts))
 
 
 def probe_error(scoring: Scoring) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from gpjepa.benchmark._published import beside_published
+from gpjepa.benchmark._published import beside_published, published_means
 from gpjepa.benchmark._splits import Published
 from gpjepa.benchmark.metrics import METRICS
 
@@ -368,7 +368,24 @@ def lost(result: BenchmarkResult) -> list[Table]:
         if len(rows)
         else "Everything that was asked for was run."
     )
+    if (part["status"] == "not run").any():
+        columns["published: L2, Pearson delta"] = _published_elsewhere
+        additive, nothing = (_l2_and_pearson(m) for m in ("additive_model", "no_change"))
+        note += (
+            " Published: on all of Norman's doubles, by Ahlmann-Eltze, Huber and Anders 2025, where "
+            f"additive has {additive} and no change {nothing}; not the rows of this report."
+        )
     return [_table(rows, columns, "", note)]
+
+
+def _l2_and_pearson(method: str) -> str:
+    found = published_means(method)
+    return "–" if found is None else f"{found['l2']:.2f}, {number(found['pearson_delta'])}"
+
+
+def _published_elsewhere(row: Any) -> str:
+    """What others measured of a method that was not run here."""
+    return _l2_and_pearson(str(row["family"])) if row["status"] == "not run" else "–"
 
 
 def splits(result: BenchmarkResult) -> list[Table]:
