@@ -3,6 +3,9 @@ import pytest
 from helpers import train_quickly
 
 import gpjepa
+from gpjepa import splits
+from gpjepa.benchmark import Task, standard_cells
+from gpjepa.benchmark.tasks import measured_rows
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +31,16 @@ def model(simulated, held_out):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def cells():
+    """Cells of a small screen, as the benchmark takes them."""
+    adata = gpjepa.datasets.simulate(2_500, 80, n_targets=12, n_combinations=16, seed=2)
+    return standard_cells(adata, context_key="context")
+
+
+@pytest.fixture(scope="session")
+def task(cells):
+    """Some of its combinations held out."""
+    return Task.of(cells, splits.doubles(measured_rows(cells), seed=1))

@@ -51,17 +51,6 @@ EFFECT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cells():
-    adata = gpjepa.datasets.simulate(2_500, 80, n_targets=12, n_combinations=16, seed=2)
-    return standard_cells(adata, context_key="context")
-
-
-@pytest.fixture(scope="module")
-def task(cells):
-    return Task.of(cells, splits.doubles(measured_rows(cells), seed=1))
-
-
 # What a task shows, and to whom
 
 

@@ -13,7 +13,6 @@ import scipy.sparse as sp
 from benchmarks import QUICK, TINY, Stranger, Unchanged, fitted, one_split, scores
 from helpers import real_file
 
-import gpjepa
 from gpjepa import benchmark, datasets, splits
 from gpjepa.benchmark import METHODS, METRICS, Task, calibrated, standard_cells
 from gpjepa.benchmark._statistics import with_size
@@ -33,17 +32,6 @@ from gpjepa.benchmark.tasks import measured_rows
 from gpjepa.perturbations import TargetFeatures
 
 OF_CELLS = [n for n, m in METRICS.items() if m.axis in ("cells", "embedding")]
-
-
-@pytest.fixture(scope="module")
-def cells():
-    adata = gpjepa.datasets.simulate(2_500, 80, n_targets=12, n_combinations=16, seed=2)
-    return standard_cells(adata, context_key="context")
-
-
-@pytest.fixture(scope="module")
-def task(cells):
-    return Task.of(cells, splits.doubles(measured_rows(cells), seed=1))
 
 
 @pytest.fixture(scope="module")
