@@ -1173,8 +1173,9 @@ def theirs(tmp_path):
     shutil.copy(PEERS / "_serve.py", tmp_path)
     (tmp_path / "theirs.py").write_text(THEIRS)
 
-    def make(**options):
-        return Peer(tmp_path / "theirs.py", options=options, python=Path(sys.executable))
+    def make(keep=None, seed=0, **options):
+        python = Path(sys.executable)
+        return Peer(tmp_path / "theirs.py", (), seed, options, python, keep)
 
     return make
 
@@ -1190,6 +1191,23 @@ def test_a_peer_answers_through_files(task, theirs):
     peer.close()
     assert peer.process.poll() is not None
     assert not folder.exists()
+
+
+def test_answers_of_a_peer_are_kept_and_of_other_questions_are_not(task, theirs, tmp_path):
+    other = task.train[1:].copy()
+    first = None
+    asked = [(task.train, 0, True), (task.train, 0, False), (other, 0, True), (task.train, 1, True)]
+    for train, seed, starts in asked:
+        with theirs(keep=tmp_path / "answers", seed=seed) as peer:
+            peer.fit(train, task.split)
+            found = peer.predict(["A"], task.control)
+            assert hasattr(peer, "process") == starts
+            assert peer.cost["seconds_fit"] > 0
+            first = found if first is None else first
+            if not starts:
+                np.testing.assert_array_equal(found.X, first.X)
+                peer.predict(["B"], task.control)  # that was never asked
+                assert hasattr(peer, "process")
 
 
 @pytest.mark.parametrize("name", sorted(exchange.OPTIONS))
@@ -1255,8 +1273,9 @@ def peer_script(name):
 
 def test_what_happens_to_a_peer_is_told(task, theirs):
     peer = theirs(fail="fit")
+    peer.fit(task.train, task.split)
     with pytest.raises(MethodError, match="ValueError: cannot be fitted"):
-        peer.fit(task.train, task.split)
+        peer.predict(["A"], task.control)
     peer.close()
     peer = theirs(fail="die")
     peer.fit(task.train, task.split)
@@ -1268,14 +1287,15 @@ def test_what_happens_to_a_peer_is_told(task, theirs):
 def test_a_peer_ends_with_who_started_it(task, theirs):
     """Also in the middle of a fit: its input ends when the process at the other end is killed."""
     peer = theirs(fail="sleep")
+    peer.fit(task.train, task.split)
     with ThreadPoolExecutor(1) as pool:
-        fit = pool.submit(peer.fit, task.train, task.split)
+        answer = pool.submit(peer.predict, ["A"], task.control)
         while not hasattr(peer, "process") or "sleeping" not in _log(peer):
             time.sleep(0.1)
         peer.process.stdin.close()
         assert peer.process.wait(timeout=20) == -signal.SIGKILL
         with pytest.raises(MethodError, match="ended with exit code -9 at 'fit'"):
-            fit.result()
+            answer.result()
     peer.close()
 
 
@@ -1407,6 +1427,7 @@ def test_peers_that_take_features_get_them(task, theirs):
     targets = sorted({t for _, p in (*task.split.train, *task.split.test) for t in p.targets})
     peer.features = [TargetFeatures(targets[:2], np.eye(2))]
     peer.fit(task.train, task.split)
+    peer.predict(["A"], task.control)
     given = ad.read_h5ad(Path(peer.folder.name) / "features.h5ad").to_df()
     assert list(given.index) == targets
     np.testing.assert_array_equal(given[:2], np.eye(2))
@@ -1453,6 +1474,7 @@ def test_peers_get_batches_where_the_data_name_them(theirs):
     assert "batch" in found.train.obs
     peer = theirs()
     peer.fit(found.train, found.split)
+    peer.predict(["A"], found.control)
     given = ad.read_h5ad(Path(peer.folder.name) / "train.h5ad")
     assert (given.obs["batch"].astype(str).to_numpy() == found.train.obs["batch"]).all()
     peer.close()

@@ -244,10 +244,10 @@ class MethodConfig(Strict):
             return False
         return self.script is not None or is_seeded(self.name)
 
-    def start(self, features: list[TargetFeatures], seed: int) -> Isolated | Peer:
-        """The method in a process of its own."""
+    def start(self, features: list[TargetFeatures], seed: int, keep: Path) -> Isolated | Peer:
+        """The method in a process of its own; answers of a script are kept in a folder."""
         if self.script is not None:
-            return Peer(self.script, features, seed, self.options, self.python)
+            return Peer(self.script, features, seed, self.options, self.python, keep)
         return Isolated(self.name, features, seed, self.options)
 
     def given(self, features: list[TargetFeatures]) -> str:

@@ -60,7 +60,8 @@ def run(
 
     Finished cells of the grid are kept in ``out/cells`` under a hash of all that decides them:
     cells, split, method, its options and its code, seed, metrics, versions. A run that was stopped
-    goes on where it was. Every method runs in a process of its own.
+    goes on where it was. What scripts of published methods answer is kept in ``out/answers``, so
+    that a new metric does not train them again. Every method runs in a process of its own.
 
     Parameters
     ----------
@@ -177,7 +178,7 @@ class _Grid:
             halves = tuple(oracle(method.name, made, h) for h in (0, 1))
             return self._keep(path, made, method, {method.title: halves}, seed, {"given": "truth"})
         try:
-            running = method.start(features, seed)
+            running = method.start(features, seed, self.kept.with_name("answers"))
         except ValueError as error:
             return pd.DataFrame(), {"status": "not run", "reason": str(error)}
         with running:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from gpjepa._files import written_whole
 from gpjepa.perturbations import TargetFeatures
 from gpjepa.splits import Split
 
 from ._isolated import TAIL, MethodError
+from ._sources import method_source
 
 
 class Peer:
-    """A method behind a script; it is started by ``fit`` and ends with :meth:`close`.
+    """A method behind a script; it is started when an answer is not kept, and ends with :meth:`close`.
 
     Parameters
     ----------
@@ -38,6 +41,9 @@ class Peer:
         What the script gets.
     python
         Interpreter of an environment that is there already, instead of ``uv``.
+    keep
+        Folder where answers and their cost are kept, under a hash of all that the script reads and
+        of its code: they take hours, and metrics change more often.
 
     Attributes
     ----------
@@ -58,12 +64,15 @@ class Peer:
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
         python: Path | None = None,
+        keep: Path | None = None,
     ) -> None:
         check_peer(script, python)
         self.script, self.features = script.absolute(), features
         self.seed, self.options = seed, dict(options or {})
         runner = ["uv", "run", "--quiet", "--script"] if python is None else [python.absolute()]
         self.command = [str(x) for x in (*runner, self.script)]
+        self.folder = tempfile.TemporaryDirectory(prefix="gpjepa-peer-")
+        self.root = Path(self.folder.name) / "answers" if keep is None else keep
         self.cost: dict[str, Any] = {}
 
     def __enter__(self) -> Peer:
@@ -73,10 +82,7 @@ class Peer:
         self.close()
 
     def fit(self, train: ad.AnnData, split: Split) -> None:
-        """Start the script and let it train."""
-        self.folder = tempfile.TemporaryDirectory(prefix="gpjepa-peer-")
-        here = Path(self.folder.name)
-        _write(train, here / "train.h5ad")
+        """Say what to learn from; the script is started when an answer is not kept."""
         rows = {*split.train, *split.test}
         task = {
             "test": [[c, str(p)] for c, p in split.test],
@@ -84,11 +90,43 @@ class Peer:
             "seed": self.seed,
             "options": self.options,
         }
-        (here / "task.json").write_text(json.dumps(task))
+        self._task, self._train, self._of_targets = json.dumps(task), train, None
         if self.features:
             names = sorted({t for _, p in rows for t in p.targets})
             wide = sp.csr_matrix(sp.hstack([f.take(names) for f in self.features]))
-            ad.AnnData(wide, pd.DataFrame(index=names)).write_h5ad(here / "features.h5ad")
+            self._of_targets = ad.AnnData(wide, pd.DataFrame(index=names))
+        read = [_digest(x) for x in (train, self._of_targets) if x is not None]
+        code = method_source(self.script.name, self.script)
+        self.keep = self.root / _hash(code, self._task, *read)
+
+    def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> ad.AnnData:
+        """The kept answer, or let it predict."""
+        wanted = json.dumps(list(perturbations))
+        kept = self.keep / f"{_hash(wanted, _digest(control))}.h5ad"
+        cost = self.keep / "cost.json"
+        if kept.exists():
+            self.cost = json.loads(cost.read_text())
+            return _read(kept)
+        if not hasattr(self, "process"):
+            self._start()
+        here = Path(self.folder.name)
+        _write(control, here / "control.h5ad")
+        (here / "wanted.json").write_text(wanted)
+        self._ask("predict")
+        with written_whole(cost) as draft:
+            draft.write_text(json.dumps(self.cost))
+        with written_whole(kept) as draft:
+            shutil.copyfile(here / "prediction.h5ad", draft)
+        return _read(kept)
+
+    def _start(self) -> None:
+        """Start the script and let it train."""
+        self.cost = {}
+        here = Path(self.folder.name)
+        _write(self._train, here / "train.h5ad")
+        (here / "task.json").write_text(self._task)
+        if self._of_targets is not None:
+            self._of_targets.write_h5ad(here / "features.h5ad")
         with (here / "log.txt").open("w") as log:
             self.process = subprocess.Popen(
                 [*self.command, str(here)],
@@ -102,22 +140,6 @@ class Peer:
             )
         self._ask("start")  # the environment is made first, which is no part of the fit
         self._ask("fit")
-
-    def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> ad.AnnData:
-        """Let it predict, and read the answer."""
-        here = Path(self.folder.name)
-        _write(control, here / "control.h5ad")
-        (here / "wanted.json").write_text(json.dumps(list(perturbations)))
-        self._ask("predict")
-        found = ad.read_h5ad(here / "prediction.h5ad")
-        for key in ("effect", "effect_sd"):
-            if key in found.uns:
-                # As arrays: the columns of a frame do not fit into a file's header.
-                parts = {k: np.asarray(v) for k, v in found.uns[key].items()}
-                found.uns[key] = pd.DataFrame(
-                    parts["values"], parts["perturbations"].astype(str), parts["genes"].astype(str)
-                )
-        return found
 
     def _ask(self, command: str) -> None:
         assert self.process.stdin is not None
@@ -151,8 +173,7 @@ class Peer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # and all that it started
             self.process.wait()
-        if hasattr(self, "folder"):
-            self.folder.cleanup()
+        self.folder.cleanup()
 
 
 def check_peer(script: Path, python: Path | None) -> None:
@@ -165,6 +186,34 @@ def check_peer(script: Path, python: Path | None) -> None:
         raise ValueError(
             f"{script.name} runs in an environment of its own, which uv makes: pip install uv"
         )
+
+
+def _digest(cells: ad.AnnData) -> str:
+    """A hash of counts, names and labels."""
+    x = sp.csr_matrix(cells.X)
+    names = [list(map(str, cells.obs_names)), list(map(str, cells.var_names))]
+    labels = cells.obs.to_csv(index=False)
+    parts = [x.data.astype(float), x.indices.astype(np.int64), x.indptr.astype(np.int64)]
+    return _hash(json.dumps(names), labels, *(p.tobytes() for p in parts))
+
+
+def _hash(*parts: str | bytes) -> str:
+    found = sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()[:32]
+
+
+def _read(path: Path) -> ad.AnnData:
+    found = ad.read_h5ad(path)
+    for key in ("effect", "effect_sd"):
+        if key in found.uns:
+            # As arrays: the columns of a frame do not fit into a file's header.
+            parts = {k: np.asarray(v) for k, v in found.uns[key].items()}
+            found.uns[key] = pd.DataFrame(
+                parts["values"], parts["perturbations"].astype(str), parts["genes"].astype(str)
+            )
+    return found
 
 
 def _write(cells: ad.AnnData, path: Path) -> None:
