@@ -80,6 +80,19 @@ def test_blocks_stay_together():
     family = gene_families(names)
     assert family["IFNGR1"] == family["IFNGR2"] == "IFNGR"
     assert family["MAP2K3"] == family["MAP2K6"] == "MAP2K"
+    families = {
+        "TMEM14": ["TMEM14A", "TMEM14B"],
+        "TMEM9": ["TMEM9"],
+        "ZNF10": ["ZNF10"],
+        "C19orf12": ["C19orf12"],
+        "NKX2": ["NKX2-1", "NKX2-5"],
+        "HLA-DRB": ["HLA-DRB1", "HLA-DRB5"],
+        "KLF": ["KLF1", "KLF14"],
+        "TP": ["TP53"],
+        "12": ["12"],
+    }
+    expected = {gene: family for family, genes in families.items() for gene in genes}
+    assert gene_families(expected) == expected
     read = LabelReader().read
     for fold in unseen_singles([("a", read(n)) for n in names], folds=3, blocks=family):
         assert not {family[t] for t in targets(fold.test)} & {

@@ -343,14 +343,25 @@ def few_shot_context(rows: Iterable[Row], *, known: int, seed: int = 0) -> list[
     return found
 
 
+# Roots of symbols whose numbers count genes that share a domain, or nothing, and not a family.
+_ROOTS = "ANKRD|CCDC|C[0-9XY]+orf|FAM|KIAA|LINC|LOC|LRRC|RNF|TMEM|TTC|WDR|ZNF"
+
+
 def gene_families(targets: Iterable[str]) -> dict[str, str]:
     """Family of each gene: its symbol without the last number and what follows it.
 
-    ``IFNGR1`` and ``IFNGR2`` are of the family ``IFNGR``, ``MAP2K3`` and ``MAP2K6`` of ``MAP2K``;
-    a symbol without a number is a family of its own. HGNC numbers most families so; for others
-    use :func:`gene_set_blocks`.
+    ``IFNGR1`` and ``IFNGR2`` are of the family ``IFNGR``, ``NKX2-1`` and ``NKX2-5`` of ``NKX2``; a
+    symbol without a number is a family of its own. HGNC numbers most families so. Where it numbers
+    genes that share a domain or are not known yet (``TMEM``, ``ZNF``, ``C19orf``, ``FAM``), only
+    letters after the number make a family: ``FAM83A`` and ``FAM83B``. For others use
+    :func:`gene_set_blocks`.
     """
-    return {t: re.sub(r"(?<=[A-Za-z])\d+[A-Za-z]?$", "", t) for t in targets}
+    found = {}
+    for target in targets:
+        numbered = re.fullmatch(rf"((?:{_ROOTS})[0-9]+)[A-Z]?", target)
+        own = re.sub(r"((?<=[A-Za-z])|(?<=\d)-)\d+[A-Za-z]?$", "", target)
+        found[target] = numbered[1] if numbered else own
+    return found
 
 
 def gene_set_blocks(targets: Iterable[str], sets: Mapping[str, Iterable[str]]) -> dict[str, str]:

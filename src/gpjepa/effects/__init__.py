@@ -11,6 +11,7 @@ from ._baselines import (
     ShrunkenAdditive,
     WeightedBaseline,
 )
+from ._cells import CellSums, effect_table
 from ._enrichment import enrichment, gene_set_scores
 from ._features import coexpression_features, effect_features, gene_loadings
 from ._gate import Gate, fit_gate
@@ -23,7 +24,7 @@ from ._library import library_shift, library_shifts
 from ._regression import KernelRidge, LinearModel, NearestPerturbation, ShrunkenMean, UnseenTargets
 from ._scales import PER, SCALES, Scale, check_scale, expected_log1p, log1p_rates
 from ._stack import Experts, Shrunken, Stack, fit_stack, shrink, targeted
-from ._table import EffectTable, effect_table, noise_corrected_error
+from ._table import EffectTable, noise_corrected_error
 from ._transfer import Transfer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Additive",
     "AnchorPrediction",
     "Baseline",
+    "CellSums",
     "EffectAnchor",
     "EffectTable",
     "Experts",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
@@ -40,7 +40,8 @@ class AnchorPrediction:
         Regime of each pair: ``control``, ``seen``, ``seen2``/``seen1``/``seen0`` (a combination of
         which both, one or none of two targets were measured alone; of more: all, some, none),
         ``in combinations`` (a target measured in combinations alone), ``unseen`` (in no
-        perturbation), ``new dose`` or ``new context``.
+        perturbation, or in those of one other context alone, where this one has effects of its
+        own), ``new dose`` or ``new context``.
     """
 
     mean: np.ndarray
@@ -132,7 +133,10 @@ class EffectAnchor:
         fit = self._fit_of(scale)
         pairs = self._checked(perturbations, contexts)
         estimates = [fit.estimate(p, c) for p, c in pairs]
-        return self._prediction(fit, estimates, pairs)
+        found = self._prediction(fit, estimates, pairs)
+        # Sums of effects may ask for less expression than none.
+        floor = [-self.effects_.control[scale][c] for _, c in pairs]
+        return replace(found, mean=np.maximum(found.mean, np.reshape(floor, found.mean.shape)))
 
     def predict_interactions(
         self, perturbations: Sequence[Perturbation], contexts: Sequence[str], scale: Scale
@@ -157,6 +161,9 @@ class EffectAnchor:
         scale: Scale = "mean_log1p", vocabulary: Vocabulary | None = None,
     ) -> Explanation:  # fmt: skip
         """Which expert says what of a mean effect, and with which weight.
+
+        It speaks of the sum of what the experts say. Predictions are that sum, but not less
+        than no expression.
 
         Parameters
         ----------
@@ -278,16 +285,19 @@ class EffectAnchor:
             return "control"
         if (context, perturbation) in self._rows:
             return "seen"
+        if context not in self._contexts or self.effects_.can_be_carried(perturbation, context):
+            return "new context"
         here = self._alone_here.get(context, set())
-        known = [t in self._alone for t in perturbation.targets]
-        carried = (set(perturbation.targets) & self._alone) - here
-        elsewhere = perturbation in self._measured and not here.issuperset(perturbation.targets)
-        if carried or elsewhere or context not in self._contexts:
+        known = [t in here for t in perturbation.targets]
+        if len(known) == 1 and known[0]:
+            return "new dose"
+        away = [s for s, k in zip(perturbation.singles, known, strict=True) if not k]
+        if any(self.effects_.can_be_carried(s, context) for s in away):
             return "new context"
         if len(known) == 1:
-            if known[0]:
-                return "new dose"
-            return "unseen" if self.never_perturbed(perturbation) else "in combinations"
+            # Of a target that one other context knows, this context's own targets speak.
+            alone = perturbation.targets[0] in self._alone
+            return "unseen" if alone or self.never_perturbed(perturbation) else "in combinations"
         return "seen2" if all(known) else "seen1" if any(known) else "seen0"
 
     def never_perturbed(self, perturbation: Perturbation) -> bool:

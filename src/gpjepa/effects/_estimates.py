@@ -60,12 +60,13 @@ class ScaleFit:
         self.residuals = np.stack(
             [self.spread if r is None else r + _SURPLUS * self.spread for r in kinds]
         )
-        self.alone = {p.targets[0] for _, p in effects.rows if len(p.targets) == 1}
+        self.alone = {(c, p.targets[0]) for c, p in effects.rows if len(p.targets) == 1}
         self.combinations: dict[str, list[int]] = {}
         for i, (context, perturbation) in enumerate(effects.rows):
             if len(perturbation.targets) > 1:
                 self.combinations.setdefault(context, []).append(i)
         self._cache: dict[tuple[str, Perturbation], Estimate] = {}
+        self.bias = np.zeros_like(self.values)
         self._shrink_singles()
         self._fit_combinations()
 
@@ -102,7 +103,18 @@ class ScaleFit:
                 if found.target:
                     other = names[found.target]
                     shares.append(self._share(perturbation, other, 1 - factor, towards[j]))
-                self._cache[context, perturbation] = self._estimate(shares, left=found.left[j])
+                estimate = self._estimate(shares, left=found.left[j])
+                self._cache[context, perturbation] = self._seen_bias(estimate, i)
+
+    def _seen_bias(self, estimate: Estimate, row: int) -> Estimate:
+        """What shrinkage took off a measured effect, gene by gene, beyond what its noise explains.
+
+        One factor serves all genes, so that it takes too much off the few that respond strongly.
+        """
+        apart = self.values[row] - self.mean([estimate])[0]
+        taken = self._on_profiles(self._one(row)) - self._on_profiles(estimate.weights)
+        self.bias[row] = np.maximum(apart**2 - taken**2 @ self.variance, 0)
+        return replace(estimate, bias=self._one(row))
 
     def _fit_combinations(self) -> None:
         """Weights of experts for combinations, by how many of their targets were measured."""
@@ -112,7 +124,7 @@ class ScaleFit:
         for i in sorted(i for rows in self.combinations.values() for i in rows):
             context, perturbation = self.effects.rows[i]
             singles = perturbation.singles
-            known = [self._known(s) for s in singles]
+            known = [self._known(s, context) for s in singles]
             # Where nothing was perturbed alone, combinations predict each other: not themselves.
             own = ["+".join(perturbation.targets)]
             parts = [self.single(s, context) if k else self._left_out(s, context, own)
@@ -134,12 +146,13 @@ class ScaleFit:
             neither.append((i, all_out, [self._without(context, perturbation.targets)]))
         self.both = self._fit_parts(both, np.array([1.0, 0.0, 0.0]))
         self.partly = self._fit_parts(partly, np.array([1.0, 1.0, 0.0]))
-        self.neither = self._fit_parts(neither, np.array([1.0, 0.0]))
+        self.neither = self._fit_parts(neither, self._prior_of_neither())
         self.misfit = self._misfit(both)
 
-    def _known(self, single: Perturbation) -> bool:
-        """Whether its target was measured alone, in whatever context and dose."""
-        return single.targets[0] in self.alone
+    def _known(self, single: Perturbation, context: str) -> bool:
+        """Whether its target was measured alone: here, at whatever dose, or in enough contexts."""
+        here = (context, single.targets[0]) in self.alone
+        return here or self.effects.can_be_carried(single, context)
 
     def _mean_combination(self, context: str, without: int | None = None) -> Estimate:
         """Mean effect of the measured combinations, but for one row; else of other contexts."""
@@ -175,6 +188,15 @@ class ScaleFit:
         rows = [item[0] for item in found]
         units = [self.effects.rows[i][1].targets for i in rows]
         return fit_stack(self.effects, self.scale, Experts(rows, weights, units, controls), prior)
+
+    def _prior_of_neither(self) -> np.ndarray:
+        """The mean of the combinations without its noise; the sum of the targets if there are none."""
+        means = [self._mean_combination(c) for c in self.combinations]
+        if not means:
+            return np.array([1.0, 0.0])
+        square = sum((self.mean([m])[0] ** 2).sum() for m in means)
+        noise = sum((self._on_profiles(m.weights) ** 2 @ self.variance).sum() for m in means)
+        return np.array([0.0, max(1 - noise / square, 0.0) if square > 0 else 0.0])
 
     def _misfit(self, both: list[_Row]) -> float:
         """Squared interaction over squared predicted effect, freed of sampling noise."""
@@ -220,6 +242,7 @@ class ScaleFit:
         noise = self.effects.on_profiles(weights, controls) ** 2 @ self.variance
         left = np.array([e.left for e in estimates]) @ self.variance
         left += np.array([e.residual for e in estimates]) @ self.residuals
+        left += np.array([e.bias for e in estimates]) @ self.bias
         interaction = np.array([e.interaction for e in estimates])[:, None]
         square = size**2
         left += interaction * 0.5 * (square + square.mean(1, keepdims=True))
@@ -253,7 +276,7 @@ class ScaleFit:
     def _expected(self, perturbation: Perturbation, context: str) -> Estimate:
         """A combination from its singles alone."""
         parts = [self.single(s, context) for s in perturbation.singles]
-        known = [self._known(s) for s in perturbation.singles]
+        known = [self._known(s, context) for s in perturbation.singles]
         others = self._mean_combination(context, self.row.get((context, perturbation)))
         if all(known):
             larger = self._larger(parts)
@@ -278,16 +301,14 @@ class ScaleFit:
         taken = whole.singles or (0.0,) * len(parts)
         summed = total([whole, *(part.times(-1) for part in parts)])
         measured = (context, perturbation) in self.row
-        left, residual = whole.left.copy(), whole.residual.copy()
+        doubts = {name: getattr(whole, name).copy() for name in ("left", "residual", "bias")}
         for part, share in zip(parts, taken, strict=True):
             # A measured combination's own doubt is that of its distance from what was expected.
             of_single = (share - 1) ** 2 - (0 if measured else share**2)
-            left += of_single * part.left
-            residual += of_single * part.residual
-        return replace(
-            summed, left=np.maximum(left, 0), residual=np.maximum(residual, 0),
-            interaction=whole.interaction,
-        )  # fmt: skip
+            for name, doubt in doubts.items():
+                doubt += of_single * getattr(part, name)
+        doubts = {name: np.maximum(doubt, 0) for name, doubt in doubts.items()}
+        return replace(summed, **doubts, interaction=whole.interaction)
 
     def _towards(self, row: int, expected: Estimate) -> Estimate:
         """A measured combination, shrunk towards what its singles say."""
@@ -298,7 +319,7 @@ class ScaleFit:
         own = self._share(self.effects.rows[row][1], "measured effect", factor, self._one(row))
         rest = expected.times(1 - factor)
         whole = self._estimate([own, *rest.shares], left=found.left[0])
-        return replace(whole, singles=rest.singles)
+        return replace(self._seen_bias(whole, row), singles=rest.singles)
 
     def _other_dose(self, single: Perturbation, context: str) -> Estimate | None:
         """Between measured doses of the target: linear in log1p dose, from no effect at dose 0."""
@@ -402,14 +423,17 @@ class ScaleFit:
         return self.effects.on_profiles(weights[None])[0]
 
     def _estimate(self, shares: Sequence[Share], left: np.ndarray | None = None) -> Estimate:
-        n = len(self.row) + len(self.controls)
+        n = len(self.variance)
         return Estimate(
             tuple(shares),
             np.sum([s.weights for s in shares], axis=0) if shares else np.zeros(len(self.row)),
-            np.sum([s.controls for s in shares], axis=0) if shares else np.zeros(len(self.controls)),
+            np.sum([s.controls for s in shares], axis=0)
+            if shares
+            else np.zeros(len(self.controls)),
             np.zeros(n) if left is None else left,
             np.zeros(4),
-        )  # fmt: skip
+            np.zeros(len(self.row)),
+        )
 
 
 def _divide(parts: list[Estimate], known: list[bool]) -> tuple[list[Estimate], list[Estimate]]:

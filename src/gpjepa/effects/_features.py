@@ -39,7 +39,7 @@ def effect_features(
     shrunken = shrink(effects, singles, [nothing], scale).weights @ effects.effect[scale]
     names = [effects.rows[i][1].targets[0] for i in singles]
     mean = pd.DataFrame(shrunken, names).groupby(level=0).mean()
-    return TargetFeatures(list(mean.index), mean.to_numpy(), name, source=effects.fingerprints)
+    return TargetFeatures(list(mean.index), mean.to_numpy(), name, source=effects.cells)
 
 
 def gene_loadings(values: np.ndarray, n_components: int) -> np.ndarray:

@@ -71,16 +71,16 @@ def kernel_leave_one_out(kernel: np.ndarray, ridge: float) -> np.ndarray:
     return (hat - np.diag(own)) / (1 - own)[:, None]
 
 
-def check_no_leak(name: str, source: frozenset[bytes], effects: EffectTable) -> None:
-    """Refuse what was made of the profiles whose effects it is to predict.
+def check_no_leak(name: str, source: np.ndarray, effects: EffectTable) -> None:
+    """Refuse what was made of the cells whose effects it is to predict.
 
     Raises
     ------
     ValueError
-        If source and table share measured profiles: targets that are held out would be known by
-        their own effects.
+        If source and table share cells: targets that are held out would be known by their own
+        effects.
     """
-    if source & effects.fingerprints:
+    if effects.shares_cells(source):
         raise ValueError(
             f"{name}: made from effects of the same cells as the training effects, so that "
             "held-out targets are known by their own effects. Take another data set."
@@ -367,7 +367,7 @@ class LinearModel(Baseline):
     def _fit(self) -> None:
         given = self.embedding
         if isinstance(given, EffectTable):
-            check_no_leak("The embedding", given.fingerprints, self.effects_)
+            check_no_leak("The embedding", given.cells, self.effects_)
             given = _screen_embedding(given, self.n_components, self.scale)
         self._models = {
             c: self._fit_context(c, single_units(self.effects_, c), given) for c in self._in_context

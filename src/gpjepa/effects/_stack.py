@@ -238,7 +238,7 @@ def _normal_equations(
     variance = effects.profile_variance(scale)
     square, along = np.empty((n, k, k)), np.empty((n, k))
     n_rows = len(effects.rows)
-    shared = np.zeros((len(effects.contexts), k))
+    shared = np.zeros((len(variance) - n_rows, k))
     for block in _blocks(experts):
         rows = np.asarray(experts.rows)[block]
         hidden = targeted(effects, rows)

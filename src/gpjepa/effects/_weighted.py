@@ -56,6 +56,8 @@ class Estimate:
         Weights on the kinds of residual variance.
     interaction
         Weight on the variance of interactions.
+    bias
+        Weights on what shrinkage is seen to take off each measured effect beyond its noise.
     singles
         Of a combination: what it takes of the estimate of each single.
     """
@@ -65,16 +67,22 @@ class Estimate:
     controls: np.ndarray
     left: np.ndarray
     residual: np.ndarray
+    bias: np.ndarray
     interaction: float = 0.0
     singles: tuple[float, ...] = ()
 
     def times(self, factor: float) -> Estimate:
         """The estimate times a factor."""
         return Estimate(
-            tuple(s.times(factor) for s in self.shares), factor * self.weights,
-            factor * self.controls, factor**2 * self.left, factor**2 * self.residual,
-            factor**2 * self.interaction, tuple(factor * s for s in self.singles),
-        )  # fmt: skip
+            tuple(s.times(factor) for s in self.shares),
+            factor * self.weights,
+            factor * self.controls,
+            factor**2 * self.left,
+            factor**2 * self.residual,
+            factor**2 * self.bias,
+            factor**2 * self.interaction,
+            tuple(factor * s for s in self.singles),
+        )
 
 
 def total(estimates: Sequence[Estimate]) -> Estimate:
@@ -85,6 +93,7 @@ def total(estimates: Sequence[Estimate]) -> Estimate:
         np.sum([e.controls for e in estimates], axis=0),
         np.sum([e.left for e in estimates], axis=0),
         np.sum([e.residual for e in estimates], axis=0),
+        np.sum([e.bias for e in estimates], axis=0),
         float(np.sum([e.interaction for e in estimates])),
     )
 

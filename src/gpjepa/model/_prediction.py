@@ -226,16 +226,17 @@ class Predicting(Embedding):
         if g:
             network = self._network_effect(perturbation, context, mean["mean_log1p"])
             effect = {s: mean[s] + g * network[s] for s in SCALES}
+        control = {s: anchor.effects_.control[s][context] for s in SCALES}
         return PredictedEffect(
             perturbation,
             label,
             context,
             regime,
             g,
-            {s: effect[s].astype(np.float32) for s in SCALES},
+            {s: np.maximum(effect[s], -control[s]).astype(np.float32) for s in SCALES},
             {s: mean[s] for s in SCALES},
             {s: both[s].variance[0] for s in SCALES},
-            anchor.effects_.control["log1p_mean"][context],
+            control,
         )
 
     def predict_effects(

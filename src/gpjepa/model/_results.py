@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from scipy.stats import false_discovery_control, norm
 
+from gpjepa.effects import Scale
 from gpjepa.perturbations import Perturbation
 
 from ._held_out import REGIMES
@@ -43,12 +44,12 @@ class PredictedEffect:
     effect: dict[str, np.ndarray]
     anchor: dict[str, np.ndarray]
     variance: dict[str, np.ndarray]
-    control: np.ndarray
+    control: dict[Scale, np.ndarray]  # profile of the control, per scale
 
     @property
     def target_rate(self) -> np.ndarray:
         """Mean rate per 10,000 that predicted cells must have: expm1(y_ctrl + d), floored at 0."""
-        y = self.control.astype(float) + self.effect["log1p_mean"]
+        y = self.control["log1p_mean"].astype(float) + self.effect["log1p_mean"]
         return np.expm1(np.maximum(y, 0))
 
     @property
@@ -58,17 +59,24 @@ class PredictedEffect:
         total = residual + np.linalg.norm(self.anchor["mean_log1p"])
         return float(residual / total) if total else 0.0
 
-    def frame(self, genes: np.ndarray, scale: str) -> pd.DataFrame:
+    def frame(self, genes: np.ndarray, scale: Scale) -> pd.DataFrame:
         """One row per gene."""
         sd = np.sqrt(self.variance[scale])
         effect = self.effect[scale]
         return pd.DataFrame(
             {
-                "perturbation": self.label, "context": self.context, "gene": genes,
-                "effect": effect, "sd": sd, "lower": effect - Z * sd, "upper": effect + Z * sd,
-                "anchor": self.anchor[scale], "regime": self.regime,
+                "perturbation": self.label,
+                "context": self.context,
+                "gene": genes,
+                "effect": effect,
+                "sd": sd,
+                # Expression is not negative.
+                "lower": np.maximum(effect - Z * sd, -self.control[scale]),
+                "upper": effect + Z * sd,
+                "anchor": self.anchor[scale],
+                "regime": self.regime,
             }
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ def _rank_genes(groups: list[PredictedCells], genes: np.ndarray, reference: str)
     }
     for label in dict.fromkeys(g.effect.label for g in groups):
         mine = [g.effect for g in groups if g.effect.label == label]
-        control = np.mean([e.control.astype(float) for e in mine], axis=0)
+        control = np.mean([e.control["log1p_mean"].astype(float) for e in mine], axis=0)
         changed = np.mean([np.log1p(e.target_rate) for e in mine], axis=0)
         variance = np.mean([e.variance["log1p_mean"] for e in mine], axis=0) / len(mine)
         score = (changed - control) / np.sqrt(np.maximum(variance, 1e-12))

@@ -36,6 +36,7 @@ from . import _random
 from ._arguments import check_plan, check_training
 from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
 from ._components import fit_components, worth_keeping
+from ._fields import BATCH_KEY
 from ._held_out import HeldOut
 from ._module import MATCHINGS
 from ._plans import ActionPlan, finish_on_interrupt
@@ -377,13 +378,25 @@ class Trainable(Predicting):
 
     def _fit_closed_form(self, cells: Cells, out: np.ndarray) -> None:
         """Effects of all cells; library shifts without what is held out, until training ends."""
-        self.effects_ = effect_table(
-            cells.counts, cells.library, cells.each_perturbation, cells.contexts, self.genes
-        )
+        self.effects_ = self._effects_of(cells)
         self._anchor = None
         self._warn_of_coverage()
         self.library_shifts_ = library_shifts(
             cells.library, cells.each_perturbation, cells.contexts, ~out
+        )
+
+    def _effects_of(self, cells: Cells, keep: np.ndarray | None = None) -> EffectTable:
+        """Effects of training cells, or of some of them, within batches."""
+        known = self.adata_manager.get_state_registry(BATCH_KEY)["values"]
+        return effect_table(
+            cells.counts,
+            cells.library,
+            cells.each_perturbation,
+            cells.contexts,
+            self.genes,
+            keep,
+            batches=[str(known[b]) for b in cells.batch] if len(known) > 1 else None,
+            names=cells.names,
         )
 
     def _warn_of_coverage(self) -> None:
@@ -471,14 +484,9 @@ class _ActionStage:
         control = pd.Series(cells.contexts)[keep & cells.is_control].value_counts()
         enough = set(control.index[control > 1])
         keep = keep & np.fromiter((c in enough for c in cells.contexts), bool, len(cells))
-        return effect_table(
-            cells.counts,
-            cells.library,
-            cells.each_perturbation,
-            cells.contexts,
-            self.model.genes,
-            keep,
-        )
+        with warnings.catch_warnings():  # which batches have no controls is said of all cells
+            warnings.simplefilter("ignore", UserWarning)
+            return self.model._effects_of(cells, keep)
 
     def plan(self, matching: str, plan_kwargs: dict, shown: bool) -> ActionPlan:
         module = self.model.module

@@ -23,8 +23,8 @@ class TargetFeatures:
     name
         What explanations and errors call these features.
     source
-        Fingerprints of the measured profiles that the features are made of, so that they are not
-        used to predict those same profiles.
+        Hashes of the perturbed cells that the features are made of, so that they are not used to
+        predict effects of those same cells.
 
     Raises
     ------
@@ -34,7 +34,7 @@ class TargetFeatures:
 
     def __init__(
         self, targets: Sequence[str], values: np.ndarray | sp.spmatrix, name: str = "features",
-        source: frozenset[bytes] = frozenset(),
+        source: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         names = [str(t) for t in targets]
         rows = sp.csr_matrix(values, dtype=float)
@@ -45,7 +45,8 @@ class TargetFeatures:
             raise ValueError(f"{name}: targets occur more than once, such as {repeats}.")
         if not np.isfinite(rows.data).all():
             raise ValueError(f"{name}: features hold NaN or infinite values; fill or drop them.")
-        self.name, self.source = name, source
+        self.name = name
+        self.source = np.zeros(0, np.uint64) if source is None else source
         self.index = {t: i for i, t in enumerate(names)}
         length = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
         self._covered = length > 0

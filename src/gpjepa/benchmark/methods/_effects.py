@@ -11,14 +11,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from gpjepa.benchmark.tasks import SCALE
+from gpjepa.benchmark.tasks import SCALE, effects_of
 from gpjepa.effects import (
     Baseline,
     EffectAnchor,
     EffectTable,
     LinearModel,
     MeanEffect,
-    effect_table,
 )
 from gpjepa.perturbations import Perturbation, TargetFeatures
 from gpjepa.splits import Split
@@ -45,14 +44,7 @@ class EffectMethod:
 
     def fit(self, train: ad.AnnData, split: Split) -> None:
         """Make the table of training effects."""
-        read = {p: Perturbation.parse(p) for p in train.obs["perturbation"].unique()}
-        self.effects_ = effect_table(
-            train.X,
-            train.obs["library_size"].to_numpy(float),
-            [read[p] for p in train.obs["perturbation"]],
-            train.obs["context"].tolist(),
-            train.var_names,
-        )
+        self.effects_ = effects_of(train)
 
     def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> ad.AnnData:
         """Mean profiles of the perturbations."""

@@ -2,7 +2,7 @@
 
 from ._calibrate import calibrated
 from ._cells import CellSet, data_hash, measured_rows, standard_cells
-from ._task import MIN_CELLS, SCALE, VERSION, Task, Truth, too_small
+from ._task import MIN_CELLS, SCALE, VERSION, Task, Truth, effects_of, too_small
 
 __all__ = [
     "MIN_CELLS",
@@ -15,5 +15,6 @@ __all__ = [
     "data_hash",
     "measured_rows",
     "standard_cells",
+    "effects_of",
     "too_small",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from tempfile import TemporaryDirectory
@@ -257,10 +258,27 @@ def _keys(cells: ad.AnnData) -> list[Row]:
     return [(str(c), read[p]) for c, p in pairs]
 
 
+def effects_of(cells: ad.AnnData) -> EffectTable:
+    """Mean effects of the cells of a task, within batches where the data name them."""
+    return _effects(cells, _keys(cells), np.ones(cells.n_obs, bool))
+
+
 def _effects(cells: ad.AnnData, keys: list[Row], keep: np.ndarray) -> EffectTable:
     library = cells.obs["library_size"].to_numpy(float)
     contexts, perturbations = [c for c, _ in keys], [p for _, p in keys]
-    return effect_table(cells.X, library, perturbations, contexts, cells.var_names, keep)
+    batches = cells.obs["batch"].astype(str).tolist() if "batch" in cells.obs else None
+    with warnings.catch_warnings():  # a half may lack controls of a batch that the data have
+        warnings.simplefilter("ignore", UserWarning)
+        return effect_table(
+            cells.X,
+            library,
+            perturbations,
+            contexts,
+            cells.var_names,
+            keep,
+            batches=batches,
+            names=cells.obs_names,
+        )
 
 
 def _truth(cells: ad.AnnData, keys: list[Row], rows: tuple[Row, ...], part: np.ndarray) -> Truth:

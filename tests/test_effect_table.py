@@ -1,0 +1,265 @@
+"""Mean effects from cells: batches, replicates, few counts, and cells that lie elsewhere."""
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import gpjepa
+from gpjepa.effects import CellSums, EffectAnchor, effect_table
+from gpjepa.perturbations import Perturbation
+
+CONTROL = Perturbation()
+A, B = map(Perturbation.parse, "AB")
+
+
+def made(x, library, labels, batches=None, **more):
+    genes = [f"g{i}" for i in range(x.shape[1])]
+    contexts = more.pop("contexts", ["c"] * len(labels))
+    return effect_table(sp.csr_matrix(x), library, labels, contexts, genes, batches=batches, **more)
+
+
+@pytest.fixture(scope="module")
+def screen():
+    """Two perturbations in four batches that shift all genes; A mostly in the first two."""
+    rng = np.random.default_rng(1)
+    n, genes = 1_200, 30
+    batch = rng.integers(4, size=n)
+    chance = np.where(batch < 2, 0.6, 0.1)
+    kind = np.where(rng.random(n) < chance, 1, np.where(rng.random(n) < 0.4, 2, 0))
+    library = rng.integers(500, 3_000, n)
+    shift = rng.normal(0, 1, (4, genes))
+    effect = np.vstack([np.zeros(genes), rng.normal(0, 0.3, (2, genes))])
+    rate = np.exp(rng.normal(-6, 1, genes) + shift[batch] + effect[kind])
+    counts = rng.poisson(rate * library[:, None])
+    labels = [(CONTROL, A, B)[k] for k in kind]
+    return counts, library, labels, [f"b{b}" for b in batch]
+
+
+def test_effects_are_differences_within_batches(screen):
+    """Against a plain loop over the batches."""
+    counts, library, labels, batches = screen
+    table = made(*screen)
+    y = np.log1p(1e4 * counts / library[:, None])
+    labels, batches = np.array(labels, object), np.array(batches)
+    for i, (_, perturbation) in enumerate(table.rows):
+        weights, effects, rates = [], [], []
+        for b in sorted(set(batches)):
+            own = (labels == perturbation) & (batches == b)
+            control = (labels == CONTROL) & (batches == b)
+            n, m = own.sum(), control.sum()
+            weights.append(n * m / (n + m))
+            effects.append(y[own].mean(0) - y[control].mean(0))
+            rates.append([1e4 * counts[x].sum(0) / library[x].sum() for x in (own, control)])
+        weights = np.array(weights) / np.sum(weights)
+        np.testing.assert_allclose(table.effect["mean_log1p"][i], weights @ effects, atol=1e-5)
+        ours, theirs = np.log1p(np.einsum("b,bkg->kg", weights, rates))
+        np.testing.assert_allclose(table.effect["log1p_mean"][i], ours - theirs, atol=1e-5)
+    # One batch that all cells are in is no batch.
+    same, none = made(*screen[:3], ["b"] * len(labels)), made(*screen[:3])
+    for scale in table.scales:
+        np.testing.assert_array_equal(same.effect[scale], none.effect[scale])
+        np.testing.assert_array_equal(same.variance[scale], none.variance[scale])
+
+
+def test_noise_of_effects_within_batches_is_that_of_repeated_experiments():
+    rng = np.random.default_rng(0)
+    n, genes = 240, 12
+    batch = np.repeat([0, 0, 1, 1, 1, 2], n // 6)
+    kind = np.tile([0, 1, 1, 2], n // 4)
+    library = rng.integers(500, 3_000, n)
+    rate = np.exp(rng.normal(-5, 0.5, genes) + rng.normal(0, 0.5, (3, genes))[batch])
+    labels = [(CONTROL, A, B)[k] for k in kind]
+    found, noise = [], []
+    for _ in range(200):
+        counts = rng.poisson(rate * library[:, None])
+        table = made(counts, library, labels, [f"b{b}" for b in batch])
+        weights = np.array([[1.0, 0], [0, 1], [1, -1]])
+        profiles = table.on_profiles(weights)
+        for scale in table.scales:
+            found.append(weights @ table.effect[scale])
+            noise.append(profiles**2 @ table.profile_variance(scale))
+            np.testing.assert_allclose(noise[-1][:2], table.noise(scale), rtol=1e-4)
+    ratio = np.var(np.reshape(found, (200, 2, 3, genes)), 0) / np.mean(
+        np.reshape(noise, (200, 2, 3, genes)), 0
+    )
+    # A variance between batches that is estimated as 0 or more adds some.
+    assert 0.75 < ratio.mean() < 1.05
+
+
+def test_perturbations_of_one_batch_each_are_compared_with_its_own_controls():
+    """Simulated screen whose perturbations were each made in one of four batches."""
+    adata = gpjepa.datasets.simulate(
+        3_000, 100, n_targets=24, n_combinations=0, n_batches=4, seed=3
+    )
+    labels = [Perturbation.parse(p) for p in adata.obs["perturbation"]]
+    batch = adata.obs["batch"].astype(str).to_numpy()
+    names = sorted({str(p) for p in labels if not p.is_control})
+    mine = {name: sorted(set(batch))[i % 4] for i, name in enumerate(names)}
+    keep = np.array([p.is_control or mine[str(p)] == b for p, b in zip(labels, batch, strict=True)])
+    x, library = adata.layers["counts"], np.asarray(adata.layers["counts"].sum(1)).ravel()
+
+    def errors(keep, batches):
+        table = made(x, library, labels, batches, keep=keep)
+        return table, table.effect["mean_log1p"]
+
+    whole = made(x, library, labels, list(batch))  # all four batches: what is to be found
+    within, stratified = errors(keep, list(batch))
+    _, pooled = errors(keep, None)
+    truth = whole.effect["mean_log1p"]
+    by_batch = np.zeros_like(truth)
+    for i, (_, p) in enumerate(within.rows):
+        own = keep & (batch == mine[str(p)])
+        alone = made(x, library, labels, keep=own)
+        by_batch[i] = alone.effect["mean_log1p"][alone.rows.index(("c", p))]
+    np.testing.assert_allclose(stratified, by_batch, atol=1e-5)
+    assert ((stratified - truth) ** 2).sum() < 0.75 * ((pooled - truth) ** 2).sum()
+
+
+def test_a_batch_without_controls_is_named_and_compared_with_all(screen):
+    counts, library, labels, batches = screen
+    keep = np.array(
+        [not (p == CONTROL and b == "b3") for p, b in zip(labels, batches, strict=True)]
+    )
+    with pytest.warns(UserWarning, match="Batches without control cells: 'b3'"):
+        table = made(counts, library, labels, batches, keep=keep)
+    only = keep & np.array(
+        [p == CONTROL or b == "b3" for p, b in zip(labels, batches, strict=True)]
+    )
+    with pytest.warns(UserWarning, match="'b3'"):
+        lonely = made(counts, library, labels, batches, keep=only)
+    pooled = made(counts, library, labels, keep=only)
+    np.testing.assert_allclose(lonely.effect["mean_log1p"], pooled.effect["mean_log1p"], atol=1e-5)
+    # Other batches' controls differ from its own: that is part of its variance, and was not before.
+    assert np.median(lonely.noise("mean_log1p") / pooled.noise("mean_log1p")) > 2
+    assert np.isfinite(table.noise("log1p_mean")).all()
+
+
+@pytest.mark.parametrize("of", ["batches", "replicates"])
+def test_intervals_hold_what_differs_between_batches_and_replicates(of):
+    """Effects of guides, or of batches, that scatter around a perturbation's own."""
+    rng = np.random.default_rng(0)
+    genes, n_targets, each = 40, 20, 4
+    covered, plain = [], []
+    for _ in range(5):
+        effect = rng.normal(0, 0.3, (n_targets, genes))
+        labels, parts, logs = (
+            [CONTROL] * 400,
+            [f"p{i % each}" for i in range(400)],
+            [np.zeros(genes)] * 400,
+        )
+        for t in range(n_targets):
+            # Two of the four, and each has an effect of its own.
+            for r in rng.permutation(each)[:2]:
+                own = effect[t] + rng.normal(0, 0.3, genes)
+                labels += [Perturbation.parse(f"T{t:02d}")] * 30
+                parts += [f"p{r}" if of == "batches" else f"T{t}-{r}"] * 30
+                logs += [own] * 30
+        library = rng.integers(2_000, 6_000, len(labels))
+        counts = rng.poisson(np.exp(-5 + np.array(logs)) * library[:, None])
+        for found, more in ((covered, {of: parts}), (plain, {})):
+            table = made(counts, library, labels, **more)
+            scale = "log1p_mean"
+            truth = np.log1p(1e4 * np.exp(-5 + effect)) - np.log1p(1e4 * np.exp(-5))
+            z = (table.effect[scale] - truth) / np.sqrt(table.noise(scale))
+            found.append(np.abs(z) < 1.96)
+    assert np.mean(plain) < 0.7
+    assert 0.9 < np.mean(covered) < 0.98
+
+
+def test_no_variance_is_zero():
+    """Genes without counts in some or all cells, and perturbations of one cell."""
+    rng = np.random.default_rng(0)
+    n = 400
+    library = rng.integers(500, 3_000, n)
+    rate = np.exp(rng.normal(-8, 1.5, 60))
+    rate[:5] = 0
+    counts = rng.poisson(rate * library[:, None])
+    labels = [CONTROL] * 300 + [A] * 99 + [B]
+    table = made(counts, library, labels)
+    assert (counts[399] == 0).sum() > 30
+    for scale in table.scales:
+        noise = table.noise(scale)
+        assert (noise > 0).all()
+        assert (table.variance[scale] > 0).all()
+        # A gene that was never counted is known better than one that was counted a little.
+        assert noise[0, :5].max() < np.median(noise[0, 5:])
+        # One cell says less than 99.
+        assert np.median(table.variance[scale][1] / table.variance[scale][0]) > 10
+
+
+def test_variance_of_few_counts_is_right_on_average():
+    """Groups of few cells, over repeated experiments, against the variance of many cells."""
+    rng = np.random.default_rng(0)
+    genes = 300
+    rate = np.exp(rng.normal(-8.5, 1.5, genes))
+
+    def cells(n):
+        size = rng.integers(1_000, 5_000, n)
+        return rng.poisson(rng.gamma(4, rate / 4, (n, genes)) * size[:, None]), size
+
+    many, size = cells(20_000)
+    true = np.log1p(1e4 * many / size[:, None]).var(0)
+    sizes = {"T1": 1, "T2": 3, "T3": 10, "T4": 50, "T5": 200}
+    labels = [CONTROL] * 300 + [Perturbation.parse(p) for p, n in sizes.items() for _ in range(n)]
+    ratio = []
+    for _ in range(20):
+        table = made(*cells(len(labels)), labels)
+        expected = true / table.n_cells[:, None]
+        ratio.append(table.variance["mean_log1p"].sum(1) / expected.sum(1))
+    found = np.mean(ratio, 0)
+    np.testing.assert_allclose(found[2:], 1, atol=0.1)
+    assert (found[:2] < 1.3).all()  # one and three cells: rather too large
+    assert (found[:2] > 0.9).all()
+
+
+def test_large_library_sizes_in_small_integers(screen):
+    counts, library, labels, _ = screen
+    small = made(counts, (library * 40).astype(np.int32), labels)
+    large = made(counts, (library * 40).astype(float), labels)
+    assert (library.astype(np.int64) * 40).max() ** 2 > np.iinfo(np.int32).max
+    for scale in small.scales:
+        np.testing.assert_array_equal(small.variance[scale], large.variance[scale])
+
+
+def test_sums_add_up_over_files_and_arrays_on_disk(screen, tmp_path):
+    dask = pytest.importorskip("dask.array")
+    counts, library, labels, batches = screen
+    whole = made(*screen)
+    sums = CellSums([f"g{i}" for i in range(counts.shape[1])])
+    for half in (slice(0, 500), slice(500, None)):
+        sums.add(
+            sp.csr_matrix(counts[half]), library[half], labels[half], ["c"] * len(labels[half]),
+            batches=batches[half],
+        )  # fmt: skip
+    ad.AnnData(sp.csr_matrix(counts.astype(np.float32))).write_h5ad(tmp_path / "x.h5ad")
+    backed = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
+    lazy = dask.from_array(counts, chunks=(300, counts.shape[1]))
+    contexts = ["c"] * len(labels)
+    others = [sums.table()]
+    for x in (backed.X, lazy):
+        others.append(effect_table(x, library, labels, contexts, whole.genes, batches=batches))
+    for other in others:
+        assert other.rows == whole.rows
+        for scale in whole.scales:
+            np.testing.assert_allclose(other.effect[scale], whole.effect[scale], atol=1e-5)
+            np.testing.assert_allclose(other.noise(scale), whole.noise(scale), rtol=1e-4)
+
+
+def test_the_anchor_knows_which_noise_effects_of_different_batches_share():
+    """Pure noise: perturbations of one batch share that of its controls, which is no mean effect."""
+    rng = np.random.default_rng(0)
+    gains = []
+    for _ in range(5):
+        n = 20 * 60 + 80
+        labels = [Perturbation.parse(f"T{i:02d}") for i in range(20) for _ in range(60)] + [
+            CONTROL
+        ] * 80
+        batches = [f"b{i % 2}" for i in range(20) for _ in range(60)] + ["b0"] * 40 + ["b1"] * 40
+        library = rng.integers(800, 2_000, n)
+        rate = np.exp(rng.normal(-6, 1, 150))
+        table = made(rng.poisson(rate * library[:, None]), library, labels, batches)
+        anchor = EffectAnchor().fit(table)
+        left_out = anchor.out_of_fold("mean_log1p")
+        gains.append((left_out**2).sum() / (table.effect["mean_log1p"] ** 2).sum())
+    assert np.mean(gains) < 0.05
