@@ -19,10 +19,12 @@ GIVEN = "contexts as cell types; takes no features of targets"
 def fit(train, task):
     import pertpy
 
+    settings = {**PUBLISHED, **task["options"]}
+    sizes = settings.pop("model", {})
     train.X = log1p(train)
     pertpy.tl.Scgen.setup_anndata(train, batch_key="perturbation", labels_key="context")
-    model = pertpy.tl.Scgen(train)
-    model.train(seed=task["seed"], **{**PUBLISHED, **task["options"]})
+    model = pertpy.tl.Scgen(train, **sizes)
+    model.train(seed=task["seed"], **settings)
     return model, set(train.obs["perturbation"])
 
 
@@ -43,4 +45,4 @@ def predict(state, control, wanted):
 
 
 if __name__ == "__main__":
-    serve(fit, predict, GIVEN, PUBLISHED)
+    serve(fit, predict, GIVEN, {*PUBLISHED, "model"})
