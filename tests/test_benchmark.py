@@ -768,6 +768,19 @@ def test_errors_of_a_configuration_name_the_key(change, message):
         benchmark.BenchmarkConfig.read({**TINY, **change})
 
 
+def test_some_contexts_can_be_held_out():
+    split = {"kind": "held-out-context", "contexts": ["context1"]}
+    screen = {"n_cells": 600, "n_genes": 30, "n_targets": 4, "n_combinations": 0, "n_contexts": 3}
+    data = {"name": "x", "simulate": screen, "context_key": "context", "splits": [split]}
+    (read,) = benchmark.BenchmarkConfig.read({**TINY, "data": [data]}).data
+    (made,) = read.make_splits(*read.load_joined()).splits
+    assert {c for c, _ in made.test} == {"context1"}
+    split["contexts"] = ["context9"]
+    (read,) = benchmark.BenchmarkConfig.read({**TINY, "data": [data]}).data
+    with pytest.raises(ValueError, match=r"\['context9'\] do not occur"):
+        read.make_splits(*read.load_joined())
+
+
 def test_configurations_that_are_not_there_name_the_presets(tmp_path):
     with pytest.raises(ValueError, match="presets are .*smoke"):
         benchmark.BenchmarkConfig.read("smok")

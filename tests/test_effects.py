@@ -99,15 +99,10 @@ def test_effects_and_variances_agree_with_scanpy(cells):
         control = (grouped.obs["context"] == context) & (grouped.obs["perturbation"] == "control")
         effect = grouped.layers["mean"][mine] - grouped.layers["mean"][control]
         np.testing.assert_allclose(table.effect["mean_log1p"][i], effect[0], atol=1e-5)
-        # Where counts are few, the variance is drawn to that of all groups.
-        cells_of = (adata.obs["context"] == context) & (
-            adata.obs["perturbation"] == str(perturbation)
+        n = table.n_cells[i]
+        np.testing.assert_allclose(
+            table.variance["mean_log1p"][i], grouped.layers["var"][mine][0] / n, rtol=1e-4
         )
-        counted = np.asarray(adata.X[cells_of.to_numpy()].sum(0)).ravel()
-        own = grouped.layers["var"][mine][0] / table.n_cells[i]
-        assert (table.variance["mean_log1p"][i] >= counted / (counted + 3) * own - 1e-9).all()
-        many = counted > 100
-        np.testing.assert_allclose(table.variance["mean_log1p"][i][many], own[many], rtol=0.1)
 
 
 def test_pooled_rate_and_its_variance_by_bootstrap(cells, rng):
@@ -157,7 +152,7 @@ def test_baselines_by_hand():
     assert MeanEffect().fit(table).predict(*pairs).tolist() == [[1, 1]] * 3
     assert Additive().fit(table).predict(*pairs).tolist() == [[1, 2], [2, 1], [1, 1]]
     with pytest.raises(ValueError, match="scale='log'"):
-        NoChange("log")
+        NoChange("log").fit(table)
 
 
 def test_without_noise_the_anchor_is_additive():

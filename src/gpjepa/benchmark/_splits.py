@@ -74,12 +74,19 @@ class Doubles(Strict):
 
 
 class HeldOutContext(Strict):
-    """Each context in turn, of which only control cells are known."""
+    """Each context in turn, or some of them, of which only control cells are known."""
 
     kind: Literal["held-out-context"]
+    contexts: list[str] | None = None
 
     def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
-        return splits.leave_one_context_out(rows)
+        found = splits.leave_one_context_out(rows)
+        if self.contexts is None:
+            return found
+        held = {s.test[0][0]: s for s in found}
+        if missing := sorted(set(self.contexts) - set(held)):
+            raise ValueError(f"contexts: {missing} do not occur; there are {sorted(held)}.")
+        return [held[c] for c in self.contexts]
 
 
 class FewShot(Strict):

@@ -20,7 +20,7 @@ from gpjepa.splits import MIN_UNITS
 from ._estimates import ScaleFit
 from ._explanation import Explanation
 from ._regression import check_no_leak
-from ._scales import Scale, check_scale
+from ._scales import SCALES, Scale
 from ._table import EffectTable
 from ._weighted import Estimate
 
@@ -134,6 +134,8 @@ class EffectAnchor:
         pairs = self._checked(perturbations, contexts)
         estimates = [fit.estimate(p, c) for p, c in pairs]
         found = self._prediction(fit, estimates, pairs)
+        if scale not in SCALES or not self.effects_.has_controls:
+            return found
         # Sums of effects may ask for less expression than none.
         floor = [-self.effects_.control[scale][c] for _, c in pairs]
         return replace(found, mean=np.maximum(found.mean, np.reshape(floor, found.mean.shape)))
@@ -223,7 +225,9 @@ class EffectAnchor:
 
     def _fit_of(self, scale: Scale) -> ScaleFit:
         if scale not in self._fits:
-            self._fits[scale] = ScaleFit(self.effects_, check_scale(scale), self.features)
+            self._fits[scale] = ScaleFit(
+                self.effects_, self.effects_.check_scale(scale), self.features
+            )
         return self._fits[scale]
 
     def _checked(

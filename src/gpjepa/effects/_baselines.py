@@ -16,7 +16,7 @@ import numpy as np
 
 from gpjepa.perturbations import Perturbation
 
-from ._scales import Scale, check_scale
+from ._scales import Scale
 from ._stack import shrink
 from ._table import EffectTable
 
@@ -27,14 +27,15 @@ class Baseline(ABC):
     Parameters
     ----------
     scale
-        ``"mean_log1p"`` or ``"log1p_mean"``.
+        ``"mean_log1p"`` or ``"log1p_mean"``, or the unit of a table without cells.
     """
 
     def __init__(self, scale: Scale = "mean_log1p") -> None:
-        self.scale = check_scale(scale)
+        self.scale = scale
 
     def fit(self, effects: EffectTable) -> Self:
         """Learn from the effects of the training perturbations."""
+        effects.check_scale(self.scale)
         self.effects_ = effects
         self._row = {row: i for i, row in enumerate(effects.rows)}
         self._in_context: dict[str, list[int]] = {}

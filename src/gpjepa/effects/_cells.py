@@ -186,7 +186,7 @@ class CellSums:
         n = self._of_cells["n"][order]
         _check_controls(groups, n)
         profile, variance = self._profiles(order)
-        table = _Parts.of(groups, n, profile, variance).table(self.genes)
+        table = Parts.of(groups, n, profile, variance).table(self.genes)
         if not self._cells:
             return table
         cells, code = map(np.concatenate, zip(*self._cells, strict=True))
@@ -271,7 +271,7 @@ def _check_controls(groups: list[Group], n: np.ndarray) -> None:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Profiles of a perturbation, or the control, in one batch of a context.
 
     Attributes
@@ -281,7 +281,7 @@ class _Parts:
     n
         Cells of each.
     profile, variance
-        ``"mean_log1p"`` and ``"rate"``, shape (n_parts, n_genes).
+        Per scale, such as ``"mean_log1p"`` and ``"rate"``, shape (n_parts, n_genes).
     """
 
     keys: list[tuple[str, Perturbation, str]]
@@ -313,6 +313,7 @@ class _Parts:
         return cls(keys, total, mean, found)
 
     def table(self, genes: np.ndarray) -> EffectTable:
+        """Effects on each scale; rates are brought to the log scale."""
         contexts = sorted({c for c, _, _ in self.keys})
         rows = sorted({(c, p) for c, p, _ in self.keys if not p.is_control})
         strata = [i for i, (_, p, _) in enumerate(self.keys) if p.is_control]
@@ -320,48 +321,28 @@ class _Parts:
         shares = self._shares(contexts, strata)
         control = {s: p[strata] for s, p in self.profile.items()}
         noise = {s: v[strata] for s, v in self.variance.items()}
-        y, r = (of_rows @ self.profile[s] for s in ("mean_log1p", "rate"))
-        y0, r0 = (of_strata @ control[s] for s in ("mean_log1p", "rate"))
         own = {s: of_rows.power(2) @ v for s, v in self.variance.items()}
         for s, added in self._between_batches(rows, strata, of_rows, control, noise).items():
             own[s] = own[s] + added
-        pooled = shares @ control["rate"]
-        slope, slope0 = (PER / (1 + PER * x) for x in (r, pooled))
-        of_context = np.array([contexts.index(self.keys[i][0]) for i in strata], int)
-        variance: dict[Scale, np.ndarray] = {
-            "mean_log1p": own["mean_log1p"],
-            "log1p_mean": slope**2 * own["rate"],
-        }
-        strata_variance: dict[Scale, np.ndarray] = {
-            "mean_log1p": noise["mean_log1p"],
-            "log1p_mean": slope0[of_context] ** 2 * noise["rate"],
-        }
-        effect: dict[Scale, np.ndarray] = {
-            "mean_log1p": y - y0,
-            "log1p_mean": np.log1p(PER * r) - np.log1p(PER * r0),
-        }
-        profiles: dict[Scale, np.ndarray] = {
-            "mean_log1p": shares @ control["mean_log1p"],
-            "log1p_mean": np.log1p(PER * pooled),
-        }
-        counted = of_rows.astype(bool).astype(float) @ self.n
+        profile, effect = {}, {}
+        for s, values in self.profile.items():
+            mine, theirs, profile[s] = of_rows @ values, of_strata @ control[s], shares @ control[s]
+            if s == "rate":
+                own[s] *= (PER / (1 + PER * mine)) ** 2
+                slope = PER / (1 + PER * profile[s])
+                noise[s] = (shares.astype(bool).T @ slope) ** 2 * noise[s]
+                mine, theirs, profile[s] = (np.log1p(PER * x) for x in (mine, theirs, profile[s]))
+            effect[s] = mine - theirs
+        batches = len(strata) > len(contexts)
         return EffectTable(
             genes,
             tuple(rows),
-            counted.astype(int),
-            _single(effect),
-            _single(variance),
-            {
-                s: dict(zip(contexts, x.astype(np.float32), strict=True))
-                for s, x in profiles.items()
-            },
-            {
-                s: dict(zip(contexts, (shares.power(2) @ x).astype(np.float32), strict=True))
-                for s, x in strata_variance.items()
-            },
-            Strata(of_strata, shares, _single(strata_variance))
-            if len(strata) > len(contexts)
-            else None,
+            (of_rows.astype(bool).astype(float) @ self.n).astype(int),
+            _by_scale(effect),
+            _by_scale(own),
+            {s: _by_context(contexts, x) for s, x in _by_scale(profile).items()},
+            {s: _by_context(contexts, shares.power(2) @ x) for s, x in _by_scale(noise).items()},
+            Strata(of_strata, shares, _by_scale(noise)) if batches else None,
         )
 
     def _compared(
@@ -490,5 +471,11 @@ def _sparse(
     return sp.csr_matrix((values, (rows, columns)), shape=shape)
 
 
-def _single(values: dict[Scale, np.ndarray]) -> dict[Scale, np.ndarray]:
-    return {s: np.asarray(v, np.float32) for s, v in values.items()}
+def _by_scale(values: dict[str, np.ndarray]) -> dict[Scale, np.ndarray]:
+    """Rates are on the log scale by now."""
+    names = {"rate": "log1p_mean"}
+    return {names.get(s, s): np.asarray(v, np.float32) for s, v in values.items()}
+
+
+def _by_context(contexts: list[str], values: np.ndarray) -> dict[str, np.ndarray]:
+    return dict(zip(contexts, values.astype(np.float32), strict=True))

@@ -16,7 +16,7 @@ from ._table import EffectTable
 
 
 def effect_features(
-    effects: EffectTable, scale: Scale = "mean_log1p", name: str = "effects elsewhere"
+    effects: EffectTable, scale: Scale | None = None, name: str = "effects elsewhere"
 ) -> TargetFeatures:
     """Effects of the same targets in another data set, shrunk and averaged over its contexts.
 
@@ -28,10 +28,11 @@ def effect_features(
     effects
         Effects of the other data set; its genes need not be those of the data to be predicted.
     scale
-        Scale of the effects.
+        Scale of the effects; the table's first by default.
     name
         What explanations call these features.
     """
+    scale = effects.check_scale(effects.scales[0] if scale is None else scale)
     singles = [i for i, (_, p) in enumerate(effects.rows) if len(p.targets) == 1]
     if not singles:
         raise ValueError(f"{name}: the other data set has no target that was perturbed alone.")

@@ -368,7 +368,8 @@ class LinearModel(Baseline):
         given = self.embedding
         if isinstance(given, EffectTable):
             check_no_leak("The embedding", given.cells, self.effects_)
-            given = _screen_embedding(given, self.n_components, self.scale)
+            scale = self.scale if self.scale in given.scales else given.scales[0]
+            given = _screen_embedding(given, self.n_components, scale)
         self._models = {
             c: self._fit_context(c, single_units(self.effects_, c), given) for c in self._in_context
         }

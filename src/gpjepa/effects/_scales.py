@@ -1,4 +1,6 @@
-"""The two scales on which a mean effect is measured, and the expectation of one under the NB.
+"""The two scales of mean effects of cells, and the expectation of one under the NB.
+
+Tables of effects that were published have a scale of their own, named by its unit.
 
 ``mean_log1p``
     Mean over cells of log1p counts per 10,000: what the field scores.
@@ -9,13 +11,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 import scipy.sparse as sp
 
-Scale = Literal["mean_log1p", "log1p_mean"]
-SCALES: tuple[Scale, ...] = get_args(Scale)
+Scale = str
+SCALES: tuple[Scale, ...] = ("mean_log1p", "log1p_mean")
 PER = 1e4
 """Rates are counts per this many counts of the cell."""
 
@@ -24,7 +24,7 @@ _V = np.linspace(np.log(1e-7), np.log(40.0), 24)
 
 
 def check_scale(scale: Scale) -> Scale:
-    """Refuse anything but the two scales."""
+    """Refuse anything but the two scales of cells."""
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r} is not known; choose one of {list(SCALES)}.")
     return scale

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -55,6 +56,8 @@ class EffectTable:
         shape (n_genes,).
     strata
         Controls of batches, where effects are differences within batches; else None.
+    has_controls
+        Whether the control profiles are known; where they are not they are 0.
     cells, cell_rows
         A hash of each perturbed cell and the row that it is part of; empty where cells have no
         names.
@@ -68,13 +71,103 @@ class EffectTable:
     control: dict[Scale, dict[str, np.ndarray]]
     control_variance: dict[Scale, dict[str, np.ndarray]]
     strata: Strata | None = None
+    has_controls: bool = True
     cells: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     cell_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+
+    @classmethod
+    def from_frame(
+        cls,
+        values: pd.DataFrame,
+        perturbation: Sequence[str | Perturbation],
+        context: Sequence[str] | None = None,
+        *,
+        sd: pd.DataFrame | np.ndarray | None = None,
+        n: Sequence[float] | np.ndarray | None = None,
+        batch: Sequence[str] | None = None,
+        control: Mapping[str, np.ndarray] | None = None,
+        unit: str,
+    ) -> EffectTable:
+        """Effects without cells: published tables, L1000 signatures, wells, pseudobulk, ranks.
+
+        With control rows among them, ``values`` are profiles, and effects are differences from the
+        mean control of the context, within batches where these are named. Without, they are effects.
+        Rows with one perturbation and context are replicates, and averaged.
+
+        Parameters
+        ----------
+        values
+            One row per perturbation, or replicate of it; columns are genes.
+        perturbation, context
+            Of each row. Text is read as ``"A+B"``; give a
+            :class:`gpjepa.perturbations.Perturbation` for names that hold a ``+``.
+        sd
+            Standard error of each value. Otherwise the replicates show it; where there are none
+            either, it is how far each value lies from what the other rows and genes predict of it,
+            out of fold: rather too large, as what is special to a gene counts as noise.
+        n
+            Cells, or replicates, behind each row; 1 by default.
+        batch
+            Batch of each row, such as a plate.
+        control
+            Profile of the control in each context, where values are effects.
+        unit
+            What the values are, such as ``"z-score"``: the name of the table's scale.
+
+        Returns
+        -------
+        EffectTable
+            With one scale, ``unit``. Without control profiles, experts that need them stand aside.
+
+        Raises
+        ------
+        ValueError
+            If lengths differ, values are not finite, or a context has no control row and others do.
+        """
+        from ._frames import table_of_frame
+
+        return table_of_frame(values, perturbation, context, sd, n, batch, control, unit)
+
+    @classmethod
+    def from_anndata(
+        cls,
+        adata: AnnData,
+        perturbation_key: str = "perturbation",
+        context_key: str | None = None,
+        *,
+        layer: str | None = None,
+        sd_layer: str | None = None,
+        n_key: str | None = None,
+        batch_key: str | None = None,
+        unit: str,
+    ) -> EffectTable:
+        """As :meth:`from_frame`, of ``X`` or a layer, with columns of ``obs``."""
+        columns = [perturbation_key, *filter(None, [context_key, n_key, batch_key])]
+        missing = [c for c in columns if c not in adata.obs]
+        if missing:
+            raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
+        text = {k: adata.obs[k].astype(str).tolist() for k in (context_key, batch_key) if k}
+        labels = adata.obs[perturbation_key]
+        return cls.from_frame(
+            adata.to_df(layer),
+            [p if isinstance(p, Perturbation) else str(p) for p in labels],
+            text.get(context_key or ""),
+            sd=None if sd_layer is None else adata.to_df(sd_layer),
+            n=None if n_key is None else adata.obs[n_key].to_numpy(float),
+            batch=text.get(batch_key or ""),
+            unit=unit,
+        )
 
     @property
     def scales(self) -> list[Scale]:
         """The scales of its effects."""
         return list(self.effect)
+
+    def check_scale(self, scale: Scale) -> Scale:
+        """Refuse a scale that the table does not have."""
+        if scale not in self.effect:
+            raise ValueError(f"scale={scale!r} is not known; choose one of {self.scales}.")
+        return scale
 
     @property
     def contexts(self) -> list[str]:
@@ -163,13 +256,13 @@ class EffectTable:
             on_controls = on_controls + controls @ shares
         return np.hstack([weights, on_controls])
 
-    def to_anndata(self, scale: Scale = "mean_log1p", context: str | None = None) -> AnnData:
+    def to_anndata(self, scale: Scale | None = None, context: str | None = None) -> AnnData:
         """The effects as an AnnData, one row per perturbation, for scanpy and pertpy.
 
         Parameters
         ----------
         scale
-            Scale of the effects.
+            Scale of the effects; the table's first by default.
         context
             The context to take; all of them by default.
 
@@ -185,6 +278,7 @@ class EffectTable:
         """
         from anndata import AnnData
 
+        scale = self.check_scale(self.scales[0] if scale is None else scale)
         if context is not None and context not in self.contexts:
             raise ValueError(f"Unknown context {context!r}; known are {self.contexts}.")
         contexts = self.contexts if context is None else [context]
@@ -228,6 +322,7 @@ class EffectTable:
             self.control,
             self.control_variance,
             self.strata and replace(self.strata, weights=self.strata.weights[where]),
+            self.has_controls,
             self.cells[cells],
             new[self.cell_rows[cells]],
         )

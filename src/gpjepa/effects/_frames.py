@@ -1,0 +1,145 @@
+"""Effect tables of effects that somebody else has measured, or of values that are no counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gpjepa.perturbations import Perturbation
+from gpjepa.splits import MIN_UNITS
+
+from ._cells import Parts
+from ._table import EffectTable
+
+_FOLDS = 5
+_SHOWN = 10.0  # differences between replicates that a gene's variance needs to stand on its own
+
+
+def table_of_frame(
+    values: pd.DataFrame,
+    perturbation: Sequence[str | Perturbation],
+    context: Sequence[str] | None,
+    sd: pd.DataFrame | np.ndarray | None,
+    n: Sequence[float] | np.ndarray | None,
+    batch: Sequence[str] | None,
+    control: Mapping[str, np.ndarray] | None,
+    unit: str,
+) -> EffectTable:
+    """As :meth:`gpjepa.effects.EffectTable.from_frame` says."""
+    read = [p if isinstance(p, Perturbation) else Perturbation.parse(p) for p in perturbation]
+    contexts = ["all"] * len(read) if context is None else [str(c) for c in context]
+    batches = [""] * len(read) if batch is None else [str(b) for b in batch]
+    size = np.ones(len(read)) if n is None else np.asarray(n, float)
+    x = values.to_numpy(float)
+    errors = None if sd is None else np.asarray(sd, float)
+    _check(values, {"perturbation": read, "context": contexts, "batch": batches, "n": size}, errors)
+    profiles = any(p.is_control for p in read)
+    if profiles and control is not None:
+        raise ValueError("There are control rows among the values: leave `control` out.")
+    keys = list(zip(contexts, read, batches if profiles else [""] * len(read), strict=True))
+    groups = sorted(set(keys))
+    at = {key: i for i, key in enumerate(groups)}
+    code = np.array([at[key] for key in keys], int)
+    share = np.zeros((len(groups), len(read)))
+    share[code, np.arange(len(read))] = size
+    total = share.sum(1)
+    share /= total[:, None]
+    mean = share @ x
+    if errors is not None:
+        variance = share**2 @ errors**2
+    elif len(groups) < len(read):
+        variance = _between_replicates(x - mean[code], size, code) / total[:, None]
+    else:
+        # The same of all rows, and less of those that more lies behind.
+        variance = _out_of_fold(mean, [c for c, *_ in groups]) * (np.median(total) / total)[:, None]
+    genes = np.asarray(values.columns.astype(str), dtype=object)
+    if not profiles:
+        return _of_effects(genes, groups, total, mean, variance, control, unit)
+    lacking = sorted(set(contexts) - {c for c, p, _ in groups if p.is_control})
+    if lacking:
+        raise ValueError(f"No control rows in context {', '.join(map(repr, lacking))}.")
+    return Parts(groups, total, {unit: mean}, {unit: variance}).table(genes)
+
+
+def _check(values: pd.DataFrame, columns: dict[str, Any], sd: np.ndarray | None) -> None:
+    for name, column in columns.items():
+        if len(column) != len(values):
+            raise ValueError(
+                f"{name} has {len(column)} entries; the values have {len(values)} rows."
+            )
+    if not values.columns.is_unique:
+        repeats = sorted(set(values.columns[values.columns.duplicated()].astype(str)))[:3]
+        raise ValueError(f"Genes occur more than once, such as {repeats}.")
+    if not np.isfinite(values.to_numpy(float)).all():
+        raise ValueError("The values hold NaN or infinite entries; fill them or drop the genes.")
+    if sd is not None and (sd.shape != values.shape or not (sd > 0).all()):
+        raise ValueError(
+            f"sd must be positive and of shape {values.shape}; its shape is {sd.shape}."
+        )
+    if not (np.asarray(columns["n"], float) > 0).all():
+        raise ValueError("n must be positive.")
+
+
+def _of_effects(
+    genes: np.ndarray,
+    groups: list[tuple[str, Perturbation, str]],
+    size: np.ndarray,
+    effect: np.ndarray,
+    variance: np.ndarray,
+    control: Mapping[str, np.ndarray] | None,
+    unit: str,
+) -> EffectTable:
+    """A table of what are differences already."""
+    contexts = sorted({c for c, *_ in groups})
+    if control is not None and (missing := [c for c in contexts if c not in control]):
+        raise ValueError(f"control has no profile of {missing}.")
+    nothing = np.zeros(len(genes), np.float32)
+    known = {c: np.asarray(control[c], np.float32) if control else nothing for c in contexts}
+    return EffectTable(
+        genes,
+        tuple((c, p) for c, p, _ in groups),
+        size,
+        {unit: effect.astype(np.float32)},
+        {unit: variance.astype(np.float32)},
+        {unit: known},
+        {unit: dict.fromkeys(contexts, nothing)},
+        has_controls=control is not None,
+    )
+
+
+def _between_replicates(apart: np.ndarray, size: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Variance of a single replicate, pooled over all groups, shape (n_genes,)."""
+    freedom = len(code) - len(np.unique(code))
+    own = (size[:, None] * apart**2).sum(0) / freedom
+    return (freedom * own + _SHOWN * own.mean()) / (freedom + _SHOWN)
+
+
+def _out_of_fold(values: np.ndarray, contexts: Sequence[str]) -> np.ndarray:
+    """Variance of what other rows and other genes do not predict of a gene, shape (n_genes,).
+
+    Rows and genes are left out together (bi-cross-validation, Owen and Perry 2009), and the block
+    that both leave out is predicted by ridge regression. What is left is noise, and what is special
+    to a gene: an upper bound, never 0.
+    """
+    centred = values.astype(float).copy()
+    for context in set(contexts):
+        mine = np.array([c == context for c in contexts])
+        centred[mine] -= centred[mine].mean(0)
+    least = 1e-3 * max((values**2).mean(), 1e-12)
+    if len(values) < MIN_UNITS:
+        return np.maximum((values**2).mean(0), least)
+    rng = np.random.default_rng(0)
+    rows, genes = (rng.permutation(n) % _FOLDS for n in values.shape)
+    error = np.zeros(values.shape[1])
+    for i in range(_FOLDS):
+        for j in range(_FOLDS):
+            there, here = rows != i, rows == i
+            x, y = centred[there][:, genes != j], centred[there][:, genes == j]
+            kernel = x @ x.T
+            kernel[np.diag_indices_from(kernel)] += np.trace(kernel) / len(kernel)
+            predicted = centred[here][:, genes != j] @ x.T @ np.linalg.solve(kernel, y)
+            error[genes == j] += ((centred[here][:, genes == j] - predicted) ** 2).sum(0)
+    return np.maximum(error / len(values), least)
