@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -17,11 +17,12 @@ from ._scales import PER, Scale, log1p_rates
 from ._table import EffectTable, Strata
 
 _CHUNK = 1_000  # cells normalised at a time
-_FEW = 3.0  # counts below which the spread within a group of cells says little of its variance
+_FEW = 3.0  # counts below which the spread within a group of cells says little
 _SHOWN = 10.0  # differences that a variance between batches needs to stand on its own
 _SUMS = ("y", "yy", "k", "kk", "kl")  # of log1p rates, of counts K, and of KL; squares of both
 _OF_CELLS = ("n", "l", "ll", "q")  # cells, library sizes L, L², and L log1p(PER / L)²
 Group = tuple[str, Perturbation, str, str]  # context, perturbation, batch, replicate
+_ByScale = dict[str, np.ndarray]
 
 
 def effect_table(
@@ -92,11 +93,11 @@ class CellSums:
 
     The pooled rate is the ratio r = ΣK / ΣL, with the ratio estimator's variance
     Σ(K - rL)² / (ΣL)² · n/(n-1) (Cochran, Sampling Techniques, ch. 6), brought to the log scale by
-    the delta method. Where a group has K counts of a gene, its own spread has the weight K / (K + 3)
-    in the variance, and that of all groups the rest: cells without counts differ in nothing, and yet
-    their rate is not known. It is scaled to the posterior rate of the group under a gamma prior, and
-    a gene that was never counted has the rate and the Poisson variance that the others lead to
-    expect.
+    the delta method. These variances are unbiased, as corrections for noise need them; but cells
+    without counts of a gene differ in nothing, and yet their rate is not known. What intervals need
+    on top (``few``) is the spread of all groups, scaled to the posterior rate of the group under a
+    gamma prior; a gene that was never counted has the rate and the Poisson variance that the others
+    lead to expect. Of a group with K counts it has the weight 3 / (K + 3).
 
     Parameters
     ----------
@@ -185,8 +186,7 @@ class CellSums:
         order = np.array([self._index[g] for g in groups], int)
         n = self._of_cells["n"][order]
         _check_controls(groups, n)
-        profile, variance = self._profiles(order)
-        table = Parts.of(groups, n, profile, variance).table(self.genes)
+        table = Parts.of(groups, n, *self._profiles(order)).table(self.genes)
         if not self._cells:
             return table
         cells, code = map(np.concatenate, zip(*self._cells, strict=True))
@@ -194,8 +194,8 @@ class CellSums:
         of_group = np.array([row.get(g[:2], -1) for g in self._index])[code]
         return replace(table, cells=cells[of_group >= 0], cell_rows=of_group[of_group >= 0])
 
-    def _profiles(self, order: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Mean log1p rates and pooled rates of each group, and the variances of both."""
+    def _profiles(self, order: np.ndarray) -> tuple[_ByScale, _ByScale, _ByScale]:
+        """Mean log1p rates and pooled rates of each group, their variances, and what these miss."""
         y, yy, k, kk, kl = (self._sums[name][order] for name in _SUMS)
         n, size, square, q = (self._of_cells[name][order][:, None] for name in _OF_CELLS)
         mean, rate = y / n, k / size
@@ -203,7 +203,7 @@ class CellSums:
         scatter = np.maximum(kk - 2 * rate * kl + rate**2 * square, 0)  # Σ (K - rL)²
         gene, less = _rates(k, size)
         bessel = n / np.maximum(n - 1, 1)
-        variance = {}
+        variance, few = {}, {}
         for name, own, poisson in (
             ("mean_log1p", spread * bessel / n**2, gene * q / n**2),
             ("rate", scatter * bessel / size**2, gene / size),
@@ -212,9 +212,9 @@ class CellSums:
             several = np.where(n > 1, n, 0)
             pooled = (several * own).sum(0) + poisson.mean(0)
             pooled /= (several * poisson).sum(0) + poisson.mean(0)
-            known = np.where(n > 1, k / (k + _FEW), 0)
-            variance[name] = known * own + (1 - known) * less * pooled * poisson
-        return {"mean_log1p": mean, "rate": rate}, variance
+            variance[name] = np.where(n > 1, own, pooled * poisson)
+            few[name] = np.maximum(less * pooled * poisson - own, 0) * _FEW / (k + _FEW)
+        return {"mean_log1p": mean, "rate": rate}, variance, few
 
 
 def _rows(counts: Any, start: int, stop: int) -> sp.csr_matrix:
@@ -280,22 +280,24 @@ class Parts:
         (context, perturbation, batch) of each, sorted.
     n
         Cells of each.
-    profile, variance
+    profile, variance, few
         Per scale, such as ``"mean_log1p"`` and ``"rate"``, shape (n_parts, n_genes).
     """
 
     keys: list[tuple[str, Perturbation, str]]
     n: np.ndarray
-    profile: dict[str, np.ndarray]
-    variance: dict[str, np.ndarray]
+    profile: _ByScale
+    variance: _ByScale
+    few: _ByScale = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
         groups: list[Group],
         n: np.ndarray,
-        profile: dict[str, np.ndarray],
-        variance: dict[str, np.ndarray],
+        profile: _ByScale,
+        variance: _ByScale,
+        few: _ByScale,
     ) -> Self:
         """Replicates put together, with the variance that they show between them."""
         keys = sorted({g[:3] for g in groups})
@@ -310,7 +312,7 @@ class Parts:
                 apart = profile[s] - mean[s][parent]
                 between = _between(share, apart, variance[s])
                 found[s] += share.power(2).sum(1).A1[:, None] * between
-        return cls(keys, total, mean, found)
+        return cls(keys, total, mean, found, {s: share.power(2) @ v for s, v in few.items()})
 
     def table(self, genes: np.ndarray) -> EffectTable:
         """Effects on each scale; rates are brought to the log scale."""
@@ -324,13 +326,16 @@ class Parts:
         own = {s: of_rows.power(2) @ v for s, v in self.variance.items()}
         for s, added in self._between_batches(rows, strata, of_rows, control, noise).items():
             own[s] = own[s] + added
+        few = {s: np.vstack([of_rows.power(2) @ v, v[strata]]) for s, v in self.few.items()}
         profile, effect = {}, {}
         for s, values in self.profile.items():
             mine, theirs, profile[s] = of_rows @ values, of_strata @ control[s], shares @ control[s]
             if s == "rate":
                 own[s] *= (PER / (1 + PER * mine)) ** 2
                 slope = PER / (1 + PER * profile[s])
-                noise[s] = (shares.astype(bool).T @ slope) ** 2 * noise[s]
+                slope = shares.astype(bool).T @ slope
+                noise[s] *= slope**2
+                few[s] *= np.vstack([(PER / (1 + PER * mine)) ** 2, slope**2])
                 mine, theirs, profile[s] = (np.log1p(PER * x) for x in (mine, theirs, profile[s]))
             effect[s] = mine - theirs
         batches = len(strata) > len(contexts)
@@ -343,6 +348,7 @@ class Parts:
             {s: _by_context(contexts, x) for s, x in _by_scale(profile).items()},
             {s: _by_context(contexts, shares.power(2) @ x) for s, x in _by_scale(noise).items()},
             Strata(of_strata, shares, _by_scale(noise)) if batches else None,
+            few=_by_scale(few),
         )
 
     def _compared(

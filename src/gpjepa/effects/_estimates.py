@@ -239,8 +239,9 @@ class ScaleFit:
         """
         weights = np.array([e.weights for e in estimates])
         controls = np.array([e.controls for e in estimates])
-        noise = self.effects.on_profiles(weights, controls) ** 2 @ self.variance
-        left = np.array([e.left for e in estimates]) @ self.variance
+        variance = self.effects.interval_variance(self.scale)
+        noise = self.effects.on_profiles(weights, controls) ** 2 @ variance
+        left = np.array([e.left for e in estimates]) @ variance
         left += np.array([e.residual for e in estimates]) @ self.residuals
         left += np.array([e.bias for e in estimates]) @ self.bias
         interaction = np.array([e.interaction for e in estimates])[:, None]

@@ -58,6 +58,9 @@ class EffectTable:
         Controls of batches, where effects are differences within batches; else None.
     has_controls
         Whether the control profiles are known; where they are not they are 0.
+    few
+        Per scale: what intervals need on top of the variance where counts are few, of the perturbed
+        profiles, then of the control profiles, shape (n_rows + n_strata, n_genes).
     cells, cell_rows
         A hash of each perturbed cell and the row that it is part of; empty where cells have no
         names.
@@ -72,6 +75,7 @@ class EffectTable:
     control_variance: dict[Scale, dict[str, np.ndarray]]
     strata: Strata | None = None
     has_controls: bool = True
+    few: dict[Scale, np.ndarray] = field(default_factory=dict)
     cells: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     cell_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
@@ -235,6 +239,10 @@ class EffectTable:
         """
         return np.concatenate([self.variance[scale], self._strata_variance(scale)]).astype(float)
 
+    def interval_variance(self, scale: Scale) -> np.ndarray:
+        """As :meth:`profile_variance`, and nowhere 0: for intervals, not for corrections."""
+        return self.profile_variance(scale) + self.few.get(scale, 0.0)
+
     def on_profiles(self, weights: np.ndarray, controls: np.ndarray | None = None) -> np.ndarray:
         """Weights of profiles in weighted sums of effects and control profiles.
 
@@ -323,6 +331,10 @@ class EffectTable:
             self.control_variance,
             self.strata and replace(self.strata, weights=self.strata.weights[where]),
             self.has_controls,
+            {
+                s: np.concatenate([values[where], values[len(self.rows) :]])
+                for s, values in self.few.items()
+            },
             self.cells[cells],
             new[self.cell_rows[cells]],
         )
