@@ -369,6 +369,18 @@ def test_a_report_of_any_one_metric_can_be_written(result, name):
         assert page["short"] == []
 
 
+def test_a_data_set_without_any_headline_metric_does_not_end_the_report(result):
+    """As where no change is no worse than the noise of the measurement."""
+    others = [
+        m for m in METRICS if m in result.scores and m not in ("squared_error", "pearson_delta")
+    ]
+    one = result.scores.assign(data="other", squared_error=np.nan).drop(columns=others)
+    both = pd.concat([result.scores, one], ignore_index=True)
+    page = contents(replace(result, scores=both))
+    (methods,) = (s for s in page["sections"] if s.id == "methods")
+    assert {t.title.split(":")[0] for t in methods.tables} == {"simulated"}
+
+
 def test_an_interpolated_duplicate_is_half_replicate_half_mean(task):
     found, replicate = (oracle(n, task, 0) for n in ("interpolated duplicate", "replicate"))
     mean = mean_prediction(task)

@@ -838,3 +838,30 @@ def test_compare_refuses_targets_without_features_before_training(simulated, mon
     single = label.split("+")[0]
     with pytest.raises(UnknownTargetError, match=f"without any feature in own: {single}"):
         gpjepa.benchmark.compare(simulated, [single], model={"target_features": features})
+
+
+def test_batches_and_replicates_reach_the_effects(simulated, tmp_path):
+    """Within batches, with what guides differ by; cells to predict from need no guides."""
+    adata = simulated.copy()
+    rng = np.random.default_rng(0)
+    adata.obs["guide"] = adata.obs["perturbation"].astype(str) + rng.choice(
+        ["-1", "-2"], adata.n_obs
+    )
+    plain, model = (
+        train_quickly(adata, context_key="context", batch_key="batch", replicate_key=key)
+        for key in (None, "guide")
+    )
+    scale = "mean_log1p"
+    assert model.effects_.strata.weights.shape[1] == 4  # two contexts × two batches
+    np.testing.assert_allclose(
+        model.effects_.effect[scale], plain.effects_.effect[scale], atol=1e-5
+    )
+    assert model.effects_.variance[scale].mean() > plain.effects_.variance[scale].mean()
+    model.save(str(tmp_path / "model"))
+    control = adata[adata.obs["perturbation"] == "control"].copy()
+    del control.obs["guide"]
+    loaded = gpjepa.GPJEPA.load(str(tmp_path / "model"), control)
+    name = next(p for p in adata.obs["perturbation"].unique() if p != "control")
+    assert loaded.predict_perturbation(control, name, n_samples=5).n_obs == 10
+    found = loaded.predict_effects(name)
+    assert (found["lower"] < found["upper"]).all()

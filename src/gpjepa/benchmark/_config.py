@@ -80,6 +80,7 @@ class _Cells(Strict):
     control_pattern: str | None = Field(None, description="Regular expression of control labels.")
     context_key: str | None = None
     batch_key: str | None = None
+    replicate_key: str | None = None
     dosage_key: str | None = None
     library_size_key: str | None = None
     cell_type_key: str | None = Field(None, description="Column of cell types, for avg_bio.")

@@ -76,6 +76,10 @@ _LABELS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "batch_key": (Annotated[str | None, typer.Option(help="Column of obs with the batch.")], None),
+    "replicate_key": (
+        Annotated[str | None, typer.Option(help="Column of obs with guides, animals or wells.")],
+        None,
+    ),
     "dosage_key": (Annotated[str | None, typer.Option(help="Column of obs with the dose.")], None),
     "library_size_key": (
         Annotated[

@@ -40,11 +40,13 @@ from ._fields import (
     LIBRARY_KEY,
     N_KNOWN,
     PERTURBATION_KEY,
+    REPLICATE_KEY,
     CountsField,
     DatasetField,
     LabelField,
     LibraryField,
     PerturbationField,
+    ReplicateField,
 )
 from ._held_out import HeldOut
 from ._module import GPJEPAModule
@@ -156,6 +158,7 @@ class Registered(BaseModelClass):
         control: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] = "control",
         context_key: str | None = None,
         batch_key: str | None = None,
+        replicate_key: str | None = None,
         dosage_key: str | None = None,
         library_size_key: str | None = None,
         dataset_key: str | None = None,
@@ -185,7 +188,11 @@ class Registered(BaseModelClass):
             Column of ``obs`` with the context: cell line, cell type, donor, treatment. Every
             context needs control cells.
         batch_key
-            Column of ``obs`` with the batch; the decoder has an offset for each.
+            Column of ``obs`` with the batch: effects are differences from the controls of the same
+            batch, and the decoder has an offset for each.
+        replicate_key
+            Column of ``obs`` with what was repeated, such as guides, animals or wells; intervals
+            hold how far these differ.
         dosage_key
             Column of ``obs`` with the dose: a number, or one per target (``"0.5+1"``).
         library_size_key
@@ -223,11 +230,14 @@ class Registered(BaseModelClass):
             "perturbation_key": perturbation_key,
             "context_key": context_key,
             "batch_key": batch_key,
+            "replicate_key": replicate_key,
             "dosage_key": dosage_key,
             "library_size_key": library_size_key,
             "dataset_key": dataset_key,
         }
         source_registry = kwargs.pop("source_registry", None)
+        if source_registry is not None and replicate_key not in adata.obs:
+            del keys["replicate_key"]  # cells to predict from need none
         check_columns(adata, keys)
         if dataset_key is not None and library_size_key is None:
             raise ValueError(
@@ -257,6 +267,8 @@ class Registered(BaseModelClass):
             LabelField(CONTEXT_KEY, arguments["context_key"]),
             LabelField(BATCH_KEY, arguments["batch_key"]),
         ]
+        if arguments.get("replicate_key") is not None:
+            fields.append(ReplicateField(REPLICATE_KEY, arguments["replicate_key"]))
         reader = LabelReader.from_setup(arguments)
         if arguments["perturbation_key"] is not None:
             dosage_key = arguments["dosage_key"]

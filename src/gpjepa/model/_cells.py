@@ -28,6 +28,7 @@ from ._fields import (
     LIBRARY_KEY,
     MEASURED,
     PERTURBATION_KEY,
+    REPLICATE_KEY,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Cells:
         Mask of the cells that have counts; the others have no rates, shape (n_cells,).
     labels
         What results call each control cell's perturbation, empty for other cells.
+    replicate
+        Code of what was repeated, such as the guide, shape (n_cells,); None where nothing says.
     dataset, measured
         Code of each cell's data set, and the genes that each of them measured, shape (n_datasets,
         n_genes); None where all measured the same.
@@ -73,6 +76,7 @@ class Cells:
     visible: np.ndarray
     expressed: np.ndarray
     labels: np.ndarray | None = None
+    replicate: np.ndarray | None = None
     dataset: np.ndarray | None = None
     measured: np.ndarray | None = None
 
@@ -113,6 +117,7 @@ class Cells:
             names=self.names[where],
             expressed=self.expressed[where],
             labels=None if self.labels is None else self.labels[where],
+            replicate=None if self.replicate is None else self.replicate[where],
             dataset=None if self.dataset is None else self.dataset[where],
         )
 
@@ -208,6 +213,7 @@ def read_cells(
         np.ones(counts.shape[1], bool) if visible is None else visible,
         expressed,
         labels,
+        _codes(manager, REPLICATE_KEY) if REPLICATE_KEY in has else None,
         *_read_datasets(manager),
     )
 

@@ -28,6 +28,7 @@ from gpjepa.perturbations import LabelReader, Perturbation
 PERTURBATION_KEY = "perturbation"
 CONTEXT_KEY = "context"
 BATCH_KEY = "batch_label"
+REPLICATE_KEY = "replicate"
 LIBRARY_KEY = "library_size"
 DATASET_KEY = "dataset"
 MEASURED = "measured"
@@ -183,7 +184,7 @@ class _CodesField(BaseAnnDataField):
             "values": [self._describe(v) for v in order],
             N_KNOWN: n_known,
             "obs_key": self.obs_key,
-            HASH: None if self.obs_key is None else _hash(adata.obs[self.obs_key]),
+            HASH: _hash(adata.obs[self.obs_key]) if self.obs_key in adata.obs else None,
         }
 
     def check_unchanged(self, adata: AnnData, state_registry: dict) -> None:
@@ -209,7 +210,7 @@ class _CodesField(BaseAnnDataField):
 class LabelField(_CodesField):
     """Context or batch of each cell; one for all where no column is given."""
 
-    def _read(self, adata: AnnData, training: bool) -> list[str]:
+    def _read(self, adata: AnnData, training: bool) -> list[Any]:
         if self.obs_key is None:
             return [ONLY] * adata.n_obs
         column = self._column(adata)
@@ -219,6 +220,15 @@ class LabelField(_CodesField):
                 "label or remove them."
             )
         return text_of(column).tolist()
+
+
+class ReplicateField(LabelField):
+    """Guide, animal or well of each cell; cells to predict from need none."""
+
+    def _read(self, adata: AnnData, training: bool) -> list[Any]:
+        if not training and self.obs_key not in adata.obs:
+            return [None] * adata.n_obs
+        return super()._read(adata, training)
 
 
 class DatasetField(LabelField):

@@ -396,6 +396,7 @@ class Trainable(Predicting):
             self.genes,
             keep,
             batches=[str(known[b]) for b in cells.batch] if len(known) > 1 else None,
+            replicates=None if cells.replicate is None else [str(r) for r in cells.replicate],
             names=cells.names,
         )
 

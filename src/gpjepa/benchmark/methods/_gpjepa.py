@@ -54,6 +54,7 @@ class GPJEPAMethod:
             context_key="context",
             library_size_key="library_size",
             batch_key="batch" if "batch" in cells.obs else None,
+            replicate_key="replicate" if "replicate" in cells.obs else None,
         )
         targets = sorted({t for _, p in split.test for t in p.targets})
         options = {"targets": targets, "missing_features": "mean", **(self.model or {})}

@@ -116,6 +116,8 @@ def headlines(table: pd.DataFrame) -> list[Table]:
         first = part[part["metric"] == metrics[0]].set_index("method")["value"]
         good = METRICS[metrics[0]].goodness(first).reindex(part["method"].unique())
         shown = part[part["metric"].isin(metrics)].copy()
+        if shown.empty:  # such as an error relative to no change, where nothing is there
+            continue
         shown["text"] = [
             _value(r) + (f" · scaled {number(r['scaled'])}" if np.isfinite(r["scaled"]) else "")
             for _, r in shown.iterrows()
@@ -126,7 +128,7 @@ def headlines(table: pd.DataFrame) -> list[Table]:
         as_mean = part.groupby("method")["n_as_mean"].max()
         wide.insert(1, "rows as mean", [str(int(as_mean[m]) or "") for m in wide["method"]])
         note = (
-            f"{int(part[part['metric'] == metrics[0]]['n_rows'].max() or 0)} rows; 95% intervals. "
+            f"{shown['n_rows'].max():.0f} rows; 95% intervals. "
             "Rows as mean: what a method did not predict, or failed on, is scored as the mean "
             "response. Scaled: 0 is the mean response, 1 a replicate. A dash: not applicable, such "
             "as metrics of counts for cells without counts."
@@ -369,7 +371,7 @@ def lost(result: BenchmarkResult) -> list[Table]:
         else "Everything that was asked for was run."
     )
     if (part["status"] == "not run").any():
-        columns["published: L2, Pearson delta"] = _published_elsewhere
+        columns["published, Norman's doubles: L2, Pearson delta"] = _published_elsewhere
         additive, nothing = (_l2_and_pearson(m) for m in ("additive_model", "no_change"))
         note += (
             " Published: on all of Norman's doubles, by Ahlmann-Eltze, Huber and Anders 2025, where "

@@ -35,6 +35,7 @@ def standard_cells(
     perturbation_key: str = "perturbation",
     context_key: str | None = None,
     batch_key: str | None = None,
+    replicate_key: str | None = None,
     dosage_key: str | None = None,
     library_size_key: str | None = None,
     cell_type_key: str | None = None,
@@ -46,7 +47,7 @@ def standard_cells(
     ----------
     adata
         Cells with raw counts.
-    layer, perturbation_key, context_key, batch_key, dosage_key, library_size_key
+    layer, perturbation_key, context_key, batch_key, replicate_key, dosage_key, library_size_key
         As in :meth:`gpjepa.GPJEPA.setup_anndata`.
     cell_type_key
         Column of ``obs`` with cell types, which no method sees and the metric ``avg_bio`` needs; a
@@ -59,7 +60,8 @@ def standard_cells(
     anndata.AnnData
         Counts in ``X``; ``obs`` ``perturbation`` (``"A+B"``, ``"control"``), ``context``
         (``"all"`` if there is one), ``library_size`` (the counts of the whole cell, whatever genes
-        are chosen later), and ``batch`` and ``cell_type`` if they were named; cells sorted by name.
+        are chosen later), and ``batch``, ``replicate`` and ``cell_type`` if they were named; cells
+        sorted by name.
 
     Raises
     ------
@@ -70,8 +72,9 @@ def standard_cells(
     check_anndata(adata)
     check_layer(adata, layer)
     keys = {"perturbation_key": perturbation_key, "context_key": context_key}
-    keys |= {"batch_key": batch_key, "dosage_key": dosage_key, "cell_type_key": cell_type_key}
-    check_columns(adata, {**keys, "library_size_key": library_size_key})
+    named = {"batch": batch_key, "replicate": replicate_key, "cell_type": cell_type_key}
+    keys |= {f"{name}_key": key for name, key in named.items()}
+    check_columns(adata, {**keys, "dosage_key": dosage_key, "library_size_key": library_size_key})
     if layer is None and "counts" in adata.layers:
         layer = "counts"
     matrix = adata.X if layer is None else adata.layers[layer]
@@ -95,7 +98,7 @@ def standard_cells(
         },
         index=adata.obs_names.astype(str),
     )
-    for name, key in (("batch", batch_key), ("cell_type", cell_type_key)):
+    for name, key in named.items():
         if key is not None:
             known = adata.obs[key].notna().to_numpy()
             obs[name] = np.where(known, adata.obs[key].astype(str).to_numpy(), "")

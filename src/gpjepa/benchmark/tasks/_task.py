@@ -137,7 +137,7 @@ class Task:
             cells = chosen
         keys = _keys(cells)
         train = cells[part == 0].copy()
-        shown = ["perturbation", "context", "library_size", "batch"]
+        shown = ["perturbation", "context", "library_size", "batch", "replicate"]
         train.obs = train.obs[[c for c in shown if c in train.obs]]
         is_control = (train.obs["perturbation"] == "control").to_numpy()
         held = train.obs["context"].isin([c for c, _ in rows]).to_numpy()
@@ -266,7 +266,10 @@ def effects_of(cells: ad.AnnData) -> EffectTable:
 def _effects(cells: ad.AnnData, keys: list[Row], keep: np.ndarray) -> EffectTable:
     library = cells.obs["library_size"].to_numpy(float)
     contexts, perturbations = [c for c, _ in keys], [p for _, p in keys]
-    batches = cells.obs["batch"].astype(str).tolist() if "batch" in cells.obs else None
+    batches, replicates = (
+        cells.obs[key].astype(str).tolist() if key in cells.obs else None
+        for key in ("batch", "replicate")
+    )
     with warnings.catch_warnings():  # a half may lack controls of a batch that the data have
         warnings.simplefilter("ignore", UserWarning)
         return effect_table(
@@ -277,6 +280,7 @@ def _effects(cells: ad.AnnData, keys: list[Row], keep: np.ndarray) -> EffectTabl
             cells.var_names,
             keep,
             batches=batches,
+            replicates=replicates,
             names=cells.obs_names,
         )
 
