@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 from pydantic import (
     BaseModel,
@@ -129,6 +130,7 @@ class Data(_Cells):
     join: dict[str, Source] | None = Field(
         None, description="Data sets by name instead of `source`; contexts are named after them."
     )
+    n_cells: Positive | None = Field(None, description="Cells to draw, for curves over size.")
     n_genes: Positive | None = Field(None, description="Variable genes, chosen on training cells.")
     features: list[Features] = []
     gene_sets: list[Path] = Field([], description="GMT files, for the agreement of enrichment.")
@@ -145,6 +147,9 @@ class Data(_Cells):
         """The cells, and the data set that each context comes from."""
         if self.join is None:
             cells = self.load()
+            if self.n_cells is not None and self.n_cells < cells.n_obs:
+                some = np.random.default_rng(0).permutation(cells.n_obs)[: self.n_cells]
+                cells = cells[np.sort(some)].copy()
             return cells, dict.fromkeys(cells.obs["context"].unique(), self.name)
         parts: list[ad.AnnData] = []
         origin: dict[str, str] = {}
