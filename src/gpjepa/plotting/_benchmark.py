@@ -92,6 +92,8 @@ def scaling(table: pd.DataFrame, runs: pd.DataFrame, metric: str = "squared_erro
     ValueError
         If no model was run in two sizes.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     part = _sizes(table[table["metric"] == metric], runs)
     if part.empty:
         raise ValueError("No model was run in two sizes.")
@@ -107,7 +109,12 @@ def scaling(table: pd.DataFrame, runs: pd.DataFrame, metric: str = "squared_erro
                 ax.plot(mine[cost], mine["value"], color=color, linewidth=1.2)
                 marks = 20 + 30 * np.arange(len(mine))
                 ax.scatter(mine[cost], mine["value"], marks, color=color, zorder=3)
-            ax.set(xscale="log", xlabel=words)
+            ax.set_xlabel(words)
+            if cost == "seconds_fit":
+                ax.set_xscale("log")
+                ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.xaxis.set_major_formatter("{x:g}")
+                ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_title(data, loc="left", fontsize=9)
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(axis="y", alpha=0.25)
