@@ -270,3 +270,16 @@ def test_the_anchor_knows_which_noise_effects_of_different_batches_share():
         left_out = anchor.out_of_fold("mean_log1p")
         gains.append((left_out**2).sum() / (table.effect["mean_log1p"] ** 2).sum())
     assert np.mean(gains) < 0.05
+
+
+def test_tables_of_older_versions_can_be_read(screen):
+    """As they stand in saved models: without batches, cells and what few counts need."""
+    table = made(*screen[:3])
+    old = object.__new__(type(table))
+    later = {"strata", "has_controls", "few", "cells", "cell_rows"}
+    old.__setstate__({k: v for k, v in vars(table).items() if k not in later})
+    found, expected = (
+        EffectAnchor().fit(t).predict([A], ["c"], "mean_log1p") for t in (old, table)
+    )
+    np.testing.assert_array_equal(found.mean, expected.mean)
+    assert old.subset(np.array([0])).few == {}

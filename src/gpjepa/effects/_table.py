@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -78,6 +78,11 @@ class EffectTable:
     few: dict[Scale, np.ndarray] = field(default_factory=dict)
     cells: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     cell_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tables in models of older versions lack what came later."""
+        later = {f.name: f.default_factory() for f in fields(self) if callable(f.default_factory)}
+        self.__dict__.update({**later, **state})
 
     @classmethod
     def from_frame(
