@@ -1221,6 +1221,13 @@ def test_answers_of_a_peer_are_kept_and_of_other_questions_are_not(task, theirs,
                 np.testing.assert_array_equal(found.X, first.X)
                 peer.predict(["B"], task.control)  # that was never asked
                 assert hasattr(peer, "process")
+    # What it needs is part of it, although it stands in a comment.
+    script = tmp_path / "theirs.py"
+    script.write_text("# /// script\n# dependencies = []\n# ///\n" + script.read_text())
+    with theirs(keep=tmp_path / "answers") as peer:
+        peer.fit(task.train, task.split)
+        peer.predict(["A"], task.control)
+        assert hasattr(peer, "process")
 
 
 @pytest.mark.parametrize("name", sorted(exchange.OPTIONS))

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from helpers import real_file
 
-from gpjepa.effects import EffectAnchor, EffectTable, effect_features
+from gpjepa.effects import EffectAnchor, EffectTable, Transfer, effect_features
 from gpjepa.perturbations import Perturbation, TargetFeatures
 
 GENES = [f"g{i}" for i in range(60)]
@@ -59,6 +59,24 @@ def test_wells_with_controls_are_differences_within_plates(rng):
     np.testing.assert_allclose(ratio, 1, atol=0.15)
 
 
+def test_controls_have_a_label_and_replicates_that_differ_count(rng):
+    values = rng.normal(size=(6, 60))
+    names = ["DMSO", "vehicle", "A", "A", "B", "B"]
+    table = EffectTable.from_frame(
+        frame(values), names, control=["DMSO", "vehicle"], batch=["p"] * 6, unit="z"
+    )
+    assert [str(p) for _, p in table.rows] == ["A", "B"]
+    np.testing.assert_allclose(
+        table.effect["z"][0], values[2:4].mean(0) - values[:2].mean(0), rtol=1e-4
+    )
+    apart = EffectTable.from_frame(
+        frame(values[2:]), names[2:], sd=np.full((4, 60), 0.01), unit="z"
+    )
+    assert apart.variance["z"].mean() > 0.2
+    same = EffectTable.from_frame(frame(np.repeat(values[:2], 2, 0)), list("AABB"), unit="z")
+    assert (same.variance["z"] > 0).all()
+
+
 def test_noise_that_nobody_states_is_never_zero(rng):
     low = rng.normal(size=(80, 3)) @ rng.normal(size=(3, 60))
     noisy = EffectTable.from_frame(frame(low + rng.normal(0, 0.3, low.shape)), labels(80), unit="z")
@@ -96,8 +114,13 @@ def test_the_anchor_works_on_effects_without_cells(rng):
     carried = EffectAnchor().fit(held).predict([Perturbation.parse("T00")], ["z"], "z")
     assert carried.regime == ["new context"]
     assert ((carried.mean[0] - groups[0]) ** 2).sum() < 0.2 * (groups[0] ** 2).sum()
-    # They may also be what other data are predicted with.
+    # They may also be what other data are predicted with, and not these.
     assert effect_features(table).covers("T00")
+    with pytest.raises(ValueError, match="same cells"):
+        EffectAnchor(effect_features(table)).fit(table)
+    with pytest.raises(ValueError, match="form='log_rate' needs the control profiles"):
+        Transfer("log_rate", "z").fit(table)
+    assert "control" not in table.to_anndata().varm
 
 
 @pytest.mark.parametrize(
@@ -108,14 +131,20 @@ def test_the_anchor_works_on_effects_without_cells(rng):
         ({"sd": np.zeros((2, 60))}, "sd must be positive"),
         ({"n": [1, 0]}, "n must be positive"),
         ({"values": frame(np.full((2, 60), np.nan))}, "NaN or infinite"),
-        ({"control": {"x": np.zeros(60)}}, r"control has no profile of \['all'\]"),
+        (
+            {"control_profiles": {"x": np.zeros(60)}},
+            r"control_profiles has no profile of \['all'\]",
+        ),
+        ({"perturbation": ["A", None]}, "1 rows have no perturbation"),
+        ({"context": ["x", np.nan]}, "1 rows have no context"),
+        ({"batch": ["p", "q"]}, r"No row is a control \('control'\).*control="),
         (
             {"perturbation": ["control", "A"], "context": ["x", "y"]},
             "No control rows in context 'y'",
         ),
         (
-            {"perturbation": ["control", "A"], "control": {"all": np.zeros(60)}},
-            "leave `control` out",
+            {"perturbation": ["control", "A"], "control_profiles": {"all": np.zeros(60)}},
+            "leave control_profiles out",
         ),
     ],
 )

@@ -926,3 +926,47 @@ def test_combinations_of_unknown_targets_are_the_mean_of_the_combinations(rng):
     found = anchor.predict([read("X+Y")], ["c"], "mean_log1p")
     assert found.regime == ["seen0"]
     assert ((found.mean[0] - common) ** 2).sum() < 0.1 * (common**2).sum()
+
+
+@pytest.mark.parametrize("n_pairs", [1, 2, 4, 12])
+def test_intervals_of_combinations_of_unknown_targets(rng, n_pairs):
+    """Every combination is its own: how far they lie apart is in the interval of another one."""
+    inside = []
+    for _ in range(10):
+        effects = {("c", f"T{i:02d}"): rng.normal(size=100) for i in range(20)}
+        names = [f"T{2 * i % 20:02d}+T{(2 * i + 1 + i // 10) % 20:02d}" for i in range(n_pairs)]
+        effects |= {("c", x): rng.normal(size=100) for x in names}
+        anchor = EffectAnchor().fit(table_of(effects, noise=1e-3))
+        found = anchor.predict([read("Y+Z")], ["c"], "mean_log1p")
+        z = (found.mean[0] - rng.normal(size=100)) / np.sqrt(found.variance[0])
+        inside.append(np.abs(z) < 1.96)
+    assert np.mean(inside) > 0.85
+
+
+def test_what_shrinkage_leaves_is_counted_once(rng):
+    """Variance of measured singles against their error, at several levels of noise."""
+    for noise in (0.3, 1.0, 3.0):
+        stated = true = 0.0
+        for _ in range(10):
+            truth = {f"T{i:02d}": rng.normal(size=200) for i in range(10)}
+            noisy = {("c", t): v + rng.normal(0, noise**0.5, 200) for t, v in truth.items()}
+            table = table_of(noisy, noise=0.0)
+            for scale in SCALES:
+                table.variance[scale][:] = noise
+            names = [read(t) for t in truth]
+            found = EffectAnchor().fit(table).predict(names, ["c"] * 10, "mean_log1p")
+            stated += found.variance.sum()
+            true += ((found.mean - np.stack(list(truth.values()))) ** 2).sum()
+        assert 0.85 < stated / true < 1.6
+
+
+def test_regimes_are_how_a_prediction_is_made():
+    singles = {("z", "A"): [1.0, 2], ("z", "B"): [2.0, 1]}
+    pairs = {(c, "A+B"): [5.0, 5] for c in "xy"}
+    anchor = EffectAnchor().fit(table_of(singles | pairs, noise=1e-6, contexts="xyz"))
+    found = anchor.predict([read("A+B")], ["z"], "mean_log1p")
+    assert found.regime == ["seen2"]
+    np.testing.assert_allclose(found.mean[0], [3, 3], atol=0.01)
+    doses = {("z", "A@1"): [1.0, 2]} | {(c, "A@5"): [5.0, 5] for c in "xy"}
+    anchor = EffectAnchor().fit(table_of(doses, noise=1e-6, contexts="xyz"))
+    assert anchor.predict([read("A@5")], ["z"], "mean_log1p").regime == ["new dose"]

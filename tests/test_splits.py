@@ -83,6 +83,7 @@ def test_blocks_stay_together():
     families = {
         "TMEM14": ["TMEM14A", "TMEM14B"],
         "TMEM9": ["TMEM9"],
+        "Tmem14": ["Tmem14a", "Tmem14b"],  # of the mouse
         "ZNF10": ["ZNF10"],
         "C19orf12": ["C19orf12"],
         "NKX2": ["NKX2-1", "NKX2-5"],

@@ -358,7 +358,7 @@ def gene_families(targets: Iterable[str]) -> dict[str, str]:
     """
     found = {}
     for target in targets:
-        numbered = re.fullmatch(rf"((?:{_ROOTS})[0-9]+)[A-Z]?", target)
+        numbered = re.fullmatch(rf"((?:{_ROOTS})[0-9]+)[A-Z]?", target, re.IGNORECASE)
         own = re.sub(r"((?<=[A-Za-z])|(?<=\d)-)\d+[A-Za-z]?$", "", target)
         found[target] = numbered[1] if numbered else own
     return found

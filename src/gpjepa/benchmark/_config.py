@@ -141,6 +141,8 @@ class Data(_Cells):
         given = [k for k in ("source", "simulate", "join") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of `source`, `simulate` and `join`; found {given}")
+        if self.join is not None and self.n_cells is not None:
+            raise ValueError("n_cells draws from one data set; leave it out with `join`")
         return self
 
     def load_joined(self) -> tuple[ad.AnnData, dict[str, str]]:

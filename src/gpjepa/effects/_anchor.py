@@ -137,8 +137,10 @@ class EffectAnchor:
         if scale not in SCALES or not self.effects_.has_controls:
             return found
         # Sums of effects may ask for less expression than none.
-        floor = [-self.effects_.control[scale][c] for _, c in pairs]
-        return replace(found, mean=np.maximum(found.mean, np.reshape(floor, found.mean.shape)))
+        floor = np.reshape([-self.effects_.control[scale][c] for _, c in pairs], found.mean.shape)
+        # What was measured was measured against controls of its own batches.
+        seen = np.array([r == "seen" for r in found.regime], bool)[:, None]
+        return replace(found, mean=np.where(seen, found.mean, np.maximum(found.mean, floor)))
 
     def predict_interactions(
         self, perturbations: Sequence[Perturbation], contexts: Sequence[str], scale: Scale
@@ -289,12 +291,14 @@ class EffectAnchor:
             return "control"
         if (context, perturbation) in self._rows:
             return "seen"
-        if context not in self._contexts or self.effects_.can_be_carried(perturbation, context):
-            return "new context"
         here = self._alone_here.get(context, set())
         known = [t in here for t in perturbation.targets]
         if len(known) == 1 and known[0]:
             return "new dose"
+        alone = all((context, s) in self._rows for s in perturbation.singles)
+        carried = not alone and self.effects_.can_be_carried(perturbation, context)
+        if context not in self._contexts or carried:
+            return "new context"
         away = [s for s, k in zip(perturbation.singles, known, strict=True) if not k]
         if any(self.effects_.can_be_carried(s, context) for s in away):
             return "new context"

@@ -18,6 +18,7 @@ from ._table import EffectTable, Strata
 
 _CHUNK = 1_000  # cells normalised at a time
 _FEW = 3.0  # counts below which the spread within a group of cells says little
+_EXPRESSED = 10  # genes that a cell must express to be recognised
 _SHOWN = 10.0  # differences that a variance between batches needs to stand on its own
 _SUMS = ("y", "yy", "k", "kk", "kl")  # of log1p rates, of counts K, and of KL; squares of both
 _OF_CELLS = ("n", "l", "ll", "q")  # cells, library sizes L, L², and L log1p(PER / L)²
@@ -128,15 +129,21 @@ class CellSums:
         n = len(perturbations)
         # As floating numbers: squares of library sizes do not fit into 32 bits.
         library = np.asarray(library, float)
-        nowhere = [""] * n
-        keys = list(
-            zip(contexts, perturbations, batches or nowhere, replicates or nowhere, strict=True)
+        labels = {"batches": batches, "replicates": replicates, "names": names}
+        _check_cells(counts.shape, len(self.genes), library, n, contexts, labels)
+        batch, replicate = (
+            [""] * n if each is None else [str(x) for x in each] for each in (batches, replicates)
         )
+        keys = list(zip(contexts, perturbations, batch, replicate, strict=True))
         where = np.arange(n) if keep is None else np.flatnonzero(keep)
+        if lost := int((library[where] <= 0).sum()):
+            raise ValueError(f"{lost} cells have no counts; leave them out (keep=library > 0).")
         code = np.full(n, -1)
         code[where] = [self._index.setdefault(keys[i], len(self._index)) for i in where]
         self._grow(len(self._index))
-        hashed = None if names is None else pd.util.hash_array(np.asarray(names, dtype=object))
+        # Without names, cells are known by their counts alone.
+        named = np.zeros(n, object) if names is None else np.asarray(names, dtype=object)
+        hashed = pd.util.hash_array(named)
         salt = pd.util.hash_array(self.genes.astype(str).astype(object)) | np.uint64(1)
         for start in range(0, n, _CHUNK):
             rows = start + np.flatnonzero(code[start : start + _CHUNK] >= 0)
@@ -144,8 +151,10 @@ class CellSums:
                 continue
             block = _rows(counts, start, min(start + _CHUNK, n))[rows - start]
             self._add(block, library[rows], code[rows])
-            if hashed is not None:
-                self._cells.append((_fingerprints(block, salt) ^ hashed[rows], code[rows]))
+            # Cells with hardly any counts are like cells of other data.
+            cells = _fingerprints(block, salt) ^ hashed[rows]
+            known = np.diff(block.indptr) >= _EXPRESSED
+            self._cells.append((cells[known], code[rows][known]))
         return self
 
     def _grow(self, n: int) -> None:
@@ -213,7 +222,7 @@ class CellSums:
             pooled = (several * own).sum(0) + poisson.mean(0)
             pooled /= (several * poisson).sum(0) + poisson.mean(0)
             variance[name] = np.where(n > 1, own, pooled * poisson)
-            few[name] = np.maximum(less * pooled * poisson - own, 0) * _FEW / (k + _FEW)
+            few[name] = np.maximum(less * pooled * poisson - variance[name], 0) * _FEW / (k + _FEW)
         return {"mean_log1p": mean, "rate": rate}, variance, few
 
 
@@ -252,6 +261,31 @@ def _rates(k: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return gene, np.minimum((k + shape) / (expected + shape), 1)
 
 
+def _check_cells(
+    shape: tuple[int, int],
+    n_genes: int,
+    library: np.ndarray,
+    n: int,
+    contexts: Sequence[str],
+    labels: dict[str, Any],
+) -> None:
+    lengths = {"counts": shape[0], "library": len(library), "contexts": len(contexts)}
+    lengths |= {name: len(each) for name, each in labels.items() if each is not None}
+    if wrong := {name: found for name, found in lengths.items() if found != n}:
+        raise ValueError(
+            f"There are perturbations of {n} cells, but lengths of others are {wrong}."
+        )
+    if shape[1] != n_genes:
+        raise ValueError(f"counts has {shape[1]} columns; there are {n_genes} genes.")
+    for name in ("batches", "replicates"):
+        if labels[name] is not None and (lost := int(pd.isna(np.asarray(labels[name])).sum())):
+            raise ValueError(f"{lost} cells have no value in {name}; label or remove them.")
+
+
+def _whole(n: np.ndarray) -> np.ndarray:
+    return n if (n % 1).any() else n.astype(int)
+
+
 def _check_controls(groups: list[Group], n: np.ndarray) -> None:
     controls: dict[str, float] = {}
     for (context, perturbation, *_), cells in zip(groups, n, strict=True):
@@ -282,6 +316,9 @@ class Parts:
         Cells of each.
     profile, variance, few
         Per scale, such as ``"mean_log1p"`` and ``"rate"``, shape (n_parts, n_genes).
+    replicates, between
+        Weight of each replicate in each part, shape (n_parts, n_replicates), and per scale the
+        variance between the replicates of a perturbation, shape (n_genes,).
     """
 
     keys: list[tuple[str, Perturbation, str]]
@@ -289,6 +326,8 @@ class Parts:
     profile: _ByScale
     variance: _ByScale
     few: _ByScale = field(default_factory=dict)
+    replicates: sp.csr_matrix | None = None
+    between: _ByScale = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -299,20 +338,40 @@ class Parts:
         variance: _ByScale,
         few: _ByScale,
     ) -> Self:
-        """Replicates put together, with the variance that they show between them."""
+        """Replicates put together; what they differ by is kept beside."""
         keys = sorted({g[:3] for g in groups})
         at = {key: i for i, key in enumerate(keys)}
         parent = np.array([at[g[:3]] for g in groups], int)
         total = np.bincount(parent, n)
         share = _sparse(parent, np.arange(len(groups)), n / total[parent], (len(keys), len(groups)))
-        mean = {s: share @ p for s, p in profile.items()}
-        found = {s: share.power(2) @ v for s, v in variance.items()}
-        if len(groups) > len(keys):
-            for s in found:
-                apart = profile[s] - mean[s][parent]
-                between = _between(share, apart, variance[s])
-                found[s] += share.power(2).sum(1).A1[:, None] * between
-        return cls(keys, total, mean, found, {s: share.power(2) @ v for s, v in few.items()})
+        made = cls(
+            keys,
+            total,
+            {s: share @ p for s, p in profile.items()},
+            {s: share.power(2) @ v for s, v in variance.items()},
+            {s: share.power(2) @ v for s, v in few.items()},
+        )
+        if len(groups) == len(keys):
+            return made
+        # A guide is the same in every batch: what it adds does not average out over them.
+        units = sorted({(c, p, r) for c, p, _, r in groups})
+        unit = {u: i for i, u in enumerate(units)}
+        code = np.array([unit[c, p, r] for c, p, _, r in groups], int)
+        member = _sparse(np.arange(len(code)), code, np.ones(len(code)), (len(code), len(units)))
+        is_control = np.array([p.is_control for _, p, _ in keys])
+        between = {}
+        for s, values in profile.items():
+            apart = values - made.profile[s][parent]
+            # Guides of controls need not differ, although those of perturbations do.
+            between[s] = [
+                _between(sp.diags(mine.astype(float)) @ share, apart, variance[s])
+                for mine in (~is_control, is_control)
+            ]
+            on_control = (share @ member).power(2).sum(1).A1 * is_control
+            made.variance[s] += on_control[:, None] * between[s][1]
+        return replace(
+            made, replicates=share @ member, between={s: b[0] for s, b in between.items()}
+        )
 
     def table(self, genes: np.ndarray) -> EffectTable:
         """Effects on each scale; rates are brought to the log scale."""
@@ -326,14 +385,16 @@ class Parts:
         own = {s: of_rows.power(2) @ v for s, v in self.variance.items()}
         for s, added in self._between_batches(rows, strata, of_rows, control, noise).items():
             own[s] = own[s] + added
+        if self.replicates is not None:
+            of_each = (of_rows @ self.replicates).power(2).sum(1).A1[:, None]
+            own = {s: v + of_each * self.between[s] for s, v in own.items()}
         few = {s: np.vstack([of_rows.power(2) @ v, v[strata]]) for s, v in self.few.items()}
         profile, effect = {}, {}
         for s, values in self.profile.items():
             mine, theirs, profile[s] = of_rows @ values, of_strata @ control[s], shares @ control[s]
             if s == "rate":
                 own[s] *= (PER / (1 + PER * mine)) ** 2
-                slope = PER / (1 + PER * profile[s])
-                slope = shares.astype(bool).T @ slope
+                slope = PER / (1 + PER * control[s])
                 noise[s] *= slope**2
                 few[s] *= np.vstack([(PER / (1 + PER * mine)) ** 2, slope**2])
                 mine, theirs, profile[s] = (np.log1p(PER * x) for x in (mine, theirs, profile[s]))
@@ -342,7 +403,7 @@ class Parts:
         return EffectTable(
             genes,
             tuple(rows),
-            (of_rows.astype(bool).astype(float) @ self.n).astype(int),
+            _whole(of_rows.astype(bool).astype(float) @ self.n),
             _by_scale(effect),
             _by_scale(own),
             {s: _by_context(contexts, x) for s, x in _by_scale(profile).items()},

@@ -23,12 +23,14 @@ _PRIOR_INTERACTION = 0.1
 doubles (``published`` L2 of Ahlmann-Eltze 2025: additive 2.42, no change 5.82, sampling noise
 taken off) it is 0.08."""
 
-_SPREAD, _UNSEEN, _WITHOUT_FEATURES, _TRANSFER = range(4)  # kinds of residual variance
+# Kinds of residual variance.
+_SPREAD, _UNSEEN, _WITHOUT_FEATURES, _TRANSFER, _COMBINATIONS = range(5)
 # Experts on combinations, by how many of their targets were measured alone.
 _OTHERS = "mean of the combinations"
 _BOTH = ("sum of the singles", "larger single", _OTHERS)
 _PARTLY = ("measured targets", "targets never measured", _OTHERS)
 _NEITHER = ("sum of the targets", _OTHERS)
+_STANDS_OUT = 3.0  # standard deviations
 _SURPLUS = 0.1  # share of the spread of effects that a residual variance never falls below
 
 
@@ -56,15 +58,18 @@ class ScaleFit:
         )
         transfer_residual = stack_residual(effects, scale, elsewhere, self.transfer_stack.weights)
         kinds = (None, self.unseen.residual_, self.unseen.mean_residual_, transfer_residual)
-        # Residual variances of each kind, shape (4, n_genes).
-        self.residuals = np.stack(
-            [self.spread if r is None else r + _SURPLUS * self.spread for r in kinds]
-        )
         self.alone = {(c, p.targets[0]) for c, p in effects.rows if len(p.targets) == 1}
         self.combinations: dict[str, list[int]] = {}
         for i, (context, perturbation) in enumerate(effects.rows):
             if len(perturbation.targets) > 1:
                 self.combinations.setdefault(context, []).append(i)
+        # Residual variances of each kind, shape (5, n_genes).
+        self.residuals = np.stack(
+            [
+                self.spread if r is None else r + _SURPLUS * self.spread
+                for r in (*kinds, self._apart_from_mean())
+            ]
+        )
         self._cache: dict[tuple[str, Perturbation], Estimate] = {}
         self.bias = np.zeros_like(self.values)
         self._shrink_singles()
@@ -113,7 +118,10 @@ class ScaleFit:
         """
         apart = self.values[row] - self.mean([estimate])[0]
         taken = self._on_profiles(self._one(row)) - self._on_profiles(estimate.weights)
-        self.bias[row] = np.maximum(apart**2 - taken**2 @ self.variance, 0)
+        explained = (taken**2 + estimate.left) @ self.variance
+        # Only what stands out: the positive part of noise would add up to a bias everywhere.
+        strong = apart**2 > _STANDS_OUT**2 * explained
+        self.bias[row] = np.where(strong, apart**2 - explained, 0)
         return replace(estimate, bias=self._one(row))
 
     def _fit_combinations(self) -> None:
@@ -147,6 +155,10 @@ class ScaleFit:
         self.both = self._fit_parts(both, np.array([1.0, 0.0, 0.0]))
         self.partly = self._fit_parts(partly, np.array([1.0, 1.0, 0.0]))
         self.neither = self._fit_parts(neither, self._prior_of_neither())
+        if self.combinations:  # what is not taken of their mean is unknown of another one
+            means = [self.values[rows].mean(0) ** 2 for rows in self.combinations.values()]
+            untaken = (1 - min(self.neither.weights[1], 1)) ** 2
+            self.residuals[_COMBINATIONS] += untaken * np.mean(means, 0)
         self.misfit = self._misfit(both)
 
     def _known(self, single: Perturbation, context: str) -> bool:
@@ -190,13 +202,30 @@ class ScaleFit:
         return fit_stack(self.effects, self.scale, Experts(rows, weights, units, controls), prior)
 
     def _prior_of_neither(self) -> np.ndarray:
-        """The mean of the combinations without its noise; the sum of the targets if there are none."""
-        means = [self._mean_combination(c) for c in self.combinations]
-        if not means:
+        """The mean of the combinations, as far as it says something of another one.
+
+        The sum of the targets if fewer than two combinations of a context show it.
+        """
+        several = [rows for rows in self.combinations.values() if len(rows) > 1]
+        if not several:
             return np.array([1.0, 0.0])
-        square = sum((self.mean([m])[0] ** 2).sum() for m in means)
-        noise = sum((self._on_profiles(m.weights) ** 2 @ self.variance).sum() for m in means)
-        return np.array([0.0, max(1 - noise / square, 0.0) if square > 0 else 0.0])
+        square = left = 0.0
+        for rows in several:
+            mean = self.values[rows].mean(0)
+            square += (mean**2).sum()
+            # How far combinations lie apart, and the noise of the controls that they share.
+            left += ((self.values[rows] - mean) ** 2).sum() / (len(rows) - 1) / len(rows)
+            on_profiles = self._on_profiles(self._mean_of([rows]).weights)
+            left += (on_profiles[len(self.row) :] ** 2 @ self.variance[len(self.row) :]).sum()
+        return np.array([0.0, max(1 - left / square, 0.0) if square > 0 else 0.0])
+
+    def _apart_from_mean(self) -> np.ndarray | None:
+        """Variance of combinations around their mean, without noise, shape (n_genes,)."""
+        several = [rows for rows in self.combinations.values() if len(rows) > 1]
+        if not several:
+            return None
+        found = [self.values[r].var(0, ddof=1) - self.variance[r].mean(0) for r in several]
+        return np.maximum(np.mean(found, 0), 0)
 
     def _misfit(self, both: list[_Row]) -> float:
         """Squared interaction over squared predicted effect, freed of sampling noise."""
@@ -289,6 +318,8 @@ class ScaleFit:
             singles = [self.partly.weights[0 if k else 1] for k in known]
         else:
             expected = weigh([parts, [others]], self.neither.weights, _NEITHER)
+            if not self.neither.weights[0]:  # nothing of the targets, whose doubt would be in it
+                expected = less_sure(expected, _COMBINATIONS, 1.0)
             singles = [self.neither.weights[0]] * len(parts)
         return replace(expected, singles=tuple(map(float, singles)))
 
@@ -432,7 +463,7 @@ class ScaleFit:
             if shares
             else np.zeros(len(self.controls)),
             np.zeros(n) if left is None else left,
-            np.zeros(4),
+            np.zeros(len(self.residuals)),
             np.zeros(len(self.row)),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +14,7 @@ from ._cells import Parts
 from ._table import EffectTable
 
 _FOLDS = 5
+_LEAST = 1e-3  # share of the mean square that a variance never falls below
 _SHOWN = 10.0  # differences between replicates that a gene's variance needs to stand on its own
 
 
@@ -22,54 +22,65 @@ def table_of_frame(
     values: pd.DataFrame,
     perturbation: Sequence[str | Perturbation],
     context: Sequence[str] | None,
+    control: str | Sequence[str],
     sd: pd.DataFrame | np.ndarray | None,
     n: Sequence[float] | np.ndarray | None,
     batch: Sequence[str] | None,
-    control: Mapping[str, np.ndarray] | None,
+    control_profiles: Mapping[str, np.ndarray] | None,
     unit: str,
 ) -> EffectTable:
     """As :meth:`gpjepa.effects.EffectTable.from_frame` says."""
-    read = [p if isinstance(p, Perturbation) else Perturbation.parse(p) for p in perturbation]
+    x = values.to_numpy(float)
+    size = np.ones(len(x)) if n is None else np.asarray(n, float)
+    errors = None if sd is None else np.asarray(sd, float)
+    labels = {"perturbation": perturbation, "context": context, "batch": batch}
+    _check(values, labels, size, errors)
+    named = {control} if isinstance(control, str) else set(control)
+    read = [_read(p, named) for p in perturbation]
     contexts = ["all"] * len(read) if context is None else [str(c) for c in context]
     batches = [""] * len(read) if batch is None else [str(b) for b in batch]
-    size = np.ones(len(read)) if n is None else np.asarray(n, float)
-    x = values.to_numpy(float)
-    errors = None if sd is None else np.asarray(sd, float)
-    _check(values, {"perturbation": read, "context": contexts, "batch": batches, "n": size}, errors)
     profiles = any(p.is_control for p in read)
-    if profiles and control is not None:
-        raise ValueError("There are control rows among the values: leave `control` out.")
-    keys = list(zip(contexts, read, batches if profiles else [""] * len(read), strict=True))
-    groups = sorted(set(keys))
-    at = {key: i for i, key in enumerate(groups)}
-    code = np.array([at[key] for key in keys], int)
-    share = np.zeros((len(groups), len(read)))
-    share[code, np.arange(len(read))] = size
-    total = share.sum(1)
-    share /= total[:, None]
-    mean = share @ x
-    if errors is not None:
-        variance = share**2 @ errors**2
-    elif len(groups) < len(read):
-        variance = _between_replicates(x - mean[code], size, code) / total[:, None]
-    else:
-        # The same of all rows, and less of those that more lies behind.
-        variance = _out_of_fold(mean, [c for c, *_ in groups]) * (np.median(total) / total)[:, None]
+    if profiles and control_profiles is not None:
+        raise ValueError("There are control rows among the values: leave control_profiles out.")
+    if batch is not None and not profiles:
+        raise ValueError(
+            f"No row is a control ({' or '.join(map(repr, sorted(named)))}), so that nothing can be "
+            "compared within batches: name the label of the control rows with control=, or leave "
+            "batch out if the values are effects."
+        )
+    groups, total, mean, variance = _averaged(
+        x, list(zip(contexts, read, batches, strict=True)), size, errors
+    )
     genes = np.asarray(values.columns.astype(str), dtype=object)
     if not profiles:
-        return _of_effects(genes, groups, total, mean, variance, control, unit)
+        return _of_effects(genes, groups, total, mean, variance, control_profiles, unit)
     lacking = sorted(set(contexts) - {c for c, p, _ in groups if p.is_control})
     if lacking:
         raise ValueError(f"No control rows in context {', '.join(map(repr, lacking))}.")
     return Parts(groups, total, {unit: mean}, {unit: variance}).table(genes)
 
 
-def _check(values: pd.DataFrame, columns: dict[str, Any], sd: np.ndarray | None) -> None:
-    for name, column in columns.items():
+def _read(label: str | Perturbation, control: set[str]) -> Perturbation:
+    if isinstance(label, Perturbation):
+        return label
+    return Perturbation() if str(label) in control else Perturbation.parse(str(label))
+
+
+def _check(
+    values: pd.DataFrame,
+    labels: dict[str, Sequence | None],
+    size: np.ndarray,
+    sd: np.ndarray | None,
+) -> None:
+    for name, column in {**labels, "n": size}.items():
+        if column is None:
+            continue
         if len(column) != len(values):
             raise ValueError(
                 f"{name} has {len(column)} entries; the values have {len(values)} rows."
             )
+        if lost := sum(not isinstance(x, Perturbation) and pd.isna(x) for x in column):
+            raise ValueError(f"{lost} rows have no {name}; label or remove them.")
     if not values.columns.is_unique:
         repeats = sorted(set(values.columns[values.columns.duplicated()].astype(str)))[:3]
         raise ValueError(f"Genes occur more than once, such as {repeats}.")
@@ -79,13 +90,44 @@ def _check(values: pd.DataFrame, columns: dict[str, Any], sd: np.ndarray | None)
         raise ValueError(
             f"sd must be positive and of shape {values.shape}; its shape is {sd.shape}."
         )
-    if not (np.asarray(columns["n"], float) > 0).all():
+    if not (size > 0).all():
         raise ValueError("n must be positive.")
+
+
+_Keys = list[tuple[str, Perturbation, str]]
+
+
+def _averaged(
+    x: np.ndarray, keys: _Keys, size: np.ndarray, errors: np.ndarray | None
+) -> tuple[_Keys, np.ndarray, np.ndarray, np.ndarray]:
+    """Replicates put together: keys, what lies behind each, means and their variances."""
+    groups = sorted(set(keys))
+    at = {key: i for i, key in enumerate(groups)}
+    code = np.array([at[key] for key in keys], int)
+    share = np.zeros((len(groups), len(keys)))
+    share[code, np.arange(len(keys))] = size
+    total = share.sum(1)
+    share /= total[:, None]
+    mean = share @ x
+    shown = np.zeros_like(mean)
+    if len(groups) < len(keys):
+        shown = _between_replicates(x - mean[code], size, code) / total[:, None]
+    elif errors is None:
+        # The same of all rows, and less of those that more lies behind.
+        shown = _out_of_fold(mean, [c for c, *_ in groups]) * (np.median(total) / total)[:, None]
+    stated = np.zeros_like(mean) if errors is None else share**2 @ errors**2
+    least = _LEAST * max((x**2).mean(), 1e-12) / total[:, None]
+    return (
+        groups,
+        total,
+        mean,
+        np.maximum(np.maximum(stated, shown), least if errors is None else 0),
+    )
 
 
 def _of_effects(
     genes: np.ndarray,
-    groups: list[tuple[str, Perturbation, str]],
+    groups: _Keys,
     size: np.ndarray,
     effect: np.ndarray,
     variance: np.ndarray,
@@ -95,7 +137,10 @@ def _of_effects(
     """A table of what are differences already."""
     contexts = sorted({c for c, *_ in groups})
     if control is not None and (missing := [c for c in contexts if c not in control]):
-        raise ValueError(f"control has no profile of {missing}.")
+        raise ValueError(f"control_profiles has no profile of {missing}.")
+    # Without names of cells, a table is known by its values.
+    values = effect[:, np.argsort(genes.astype(str), kind="stable")].astype(np.float32)
+    hashes = pd.util.hash_array(np.array([v.tobytes().hex() for v in values], dtype=object))
     nothing = np.zeros(len(genes), np.float32)
     known = {c: np.asarray(control[c], np.float32) if control else nothing for c in contexts}
     return EffectTable(
@@ -107,6 +152,8 @@ def _of_effects(
         {unit: known},
         {unit: dict.fromkeys(contexts, nothing)},
         has_controls=control is not None,
+        cells=hashes,
+        cell_rows=np.arange(len(groups)),
     )
 
 
@@ -128,7 +175,7 @@ def _out_of_fold(values: np.ndarray, contexts: Sequence[str]) -> np.ndarray:
     for context in set(contexts):
         mine = np.array([c == context for c in contexts])
         centred[mine] -= centred[mine].mean(0)
-    least = 1e-3 * max((values**2).mean(), 1e-12)
+    least = _LEAST * max((values**2).mean(), 1e-12)
     if len(values) < MIN_UNITS:
         return np.maximum((values**2).mean(0), least)
     rng = np.random.default_rng(0)

@@ -91,10 +91,11 @@ class EffectTable:
         perturbation: Sequence[str | Perturbation],
         context: Sequence[str] | None = None,
         *,
+        control: str | Sequence[str] = "control",
         sd: pd.DataFrame | np.ndarray | None = None,
         n: Sequence[float] | np.ndarray | None = None,
         batch: Sequence[str] | None = None,
-        control: Mapping[str, np.ndarray] | None = None,
+        control_profiles: Mapping[str, np.ndarray] | None = None,
         unit: str,
     ) -> EffectTable:
         """Effects without cells: published tables, L1000 signatures, wells, pseudobulk, ranks.
@@ -110,15 +111,17 @@ class EffectTable:
         perturbation, context
             Of each row. Text is read as ``"A+B"``; give a
             :class:`gpjepa.perturbations.Perturbation` for names that hold a ``+``.
+        control
+            Label or labels of control rows, such as ``"DMSO"``.
         sd
-            Standard error of each value. Otherwise the replicates show it; where there are none
-            either, it is how far each value lies from what the other rows and genes predict of it,
+            Standard error of each value; replicates that differ by more raise it. Otherwise the
+            replicates show it; where there are none either, it is how far each value lies from what the other rows and genes predict of it,
             out of fold: rather too large, as what is special to a gene counts as noise.
         n
             Cells, or replicates, behind each row; 1 by default.
         batch
             Batch of each row, such as a plate.
-        control
+        control_profiles
             Profile of the control in each context, where values are effects.
         unit
             What the values are, such as ``"z-score"``: the name of the table's scale.
@@ -131,11 +134,14 @@ class EffectTable:
         Raises
         ------
         ValueError
-            If lengths differ, values are not finite, or a context has no control row and others do.
+            If lengths differ, labels are missing, values are not finite, there are batches but no
+            control row, or a context has none and others do.
         """
         from ._frames import table_of_frame
 
-        return table_of_frame(values, perturbation, context, sd, n, batch, control, unit)
+        return table_of_frame(
+            values, perturbation, context, control, sd, n, batch, control_profiles, unit
+        )
 
     @classmethod
     def from_anndata(
@@ -144,6 +150,7 @@ class EffectTable:
         perturbation_key: str = "perturbation",
         context_key: str | None = None,
         *,
+        control: str | Sequence[str] = "control",
         layer: str | None = None,
         sd_layer: str | None = None,
         n_key: str | None = None,
@@ -155,15 +162,15 @@ class EffectTable:
         missing = [c for c in columns if c not in adata.obs]
         if missing:
             raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
-        text = {k: adata.obs[k].astype(str).tolist() for k in (context_key, batch_key) if k}
-        labels = adata.obs[perturbation_key]
+        given = {k: adata.obs[k].astype(object).tolist() for k in columns}
         return cls.from_frame(
             adata.to_df(layer),
-            [p if isinstance(p, Perturbation) else str(p) for p in labels],
-            text.get(context_key or ""),
+            given[perturbation_key],
+            given.get(context_key or ""),
+            control=control,
             sd=None if sd_layer is None else adata.to_df(sd_layer),
             n=None if n_key is None else adata.obs[n_key].to_numpy(float),
-            batch=text.get(batch_key or ""),
+            batch=given.get(batch_key or ""),
             unit=unit,
         )
 
@@ -202,7 +209,11 @@ class EffectTable:
         In two; or in one, if nothing was measured in this.
         """
         others = [c for c in self.measured_in.get(perturbation, ()) if c != context]
-        return len(others) > 1 or (len(others) == 1 and all(c != context for c, _ in self.rows))
+        return len(others) > 1 or (len(others) == 1 and context not in self._perturbed_contexts)
+
+    @cached_property
+    def _perturbed_contexts(self) -> frozenset[str]:
+        return frozenset(c for c, _ in self.rows)
 
     def shares_cells(self, cells: np.ndarray) -> bool:
         """Whether some of these hashes of cells are among the table's own.
@@ -286,7 +297,7 @@ class EffectTable:
             ``PerturbationSpace`` can add and subtract them (``ensure_consistency=False``: they are
             differences from the control already); ``layers["noise"]`` their sampling
             variance; ``obs`` perturbation, context and number of cells; ``varm["control"]`` the
-            control profiles. Rows are named by their perturbation, and the context where there
+            control profiles, where they are known. Rows are named by their perturbation, and the context where there
             are several.
         """
         from anndata import AnnData
@@ -313,9 +324,10 @@ class EffectTable:
         control = pd.DataFrame(
             {c: self.control[scale][c] for c in contexts}, index=self.genes.astype(str)
         )
+        profiles = {"control": control} if self.has_controls else {}
         return AnnData(
             np.vstack([zeros, self.effect[scale][here]]), obs,
-            pd.DataFrame(index=self.genes.astype(str)), varm={"control": control},
+            pd.DataFrame(index=self.genes.astype(str)), varm=profiles,
             layers={"noise": np.vstack([shared, self.noise(scale)[here]]).astype(np.float32)},
             uns={"gpjepa": {"scale": scale}},
         )  # fmt: skip

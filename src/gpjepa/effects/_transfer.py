@@ -43,6 +43,11 @@ class Transfer(Baseline):
         self.form = form
 
     def _fit(self) -> None:
+        if self.form != "mean" and not self.effects_.has_controls:
+            raise ValueError(
+                f"form={self.form!r} needs the control profiles of the contexts, which this table "
+                "does not have (control_profiles=)."
+            )
         self.slope_ = 0.0
         if self.form == "state":
             prior = np.array([1.0, 0.0])

@@ -233,7 +233,10 @@ class Predicting(Embedding):
             context,
             regime,
             g,
-            {s: np.maximum(effect[s], -control[s]).astype(np.float32) for s in SCALES},
+            {
+                s: np.maximum(effect[s], np.minimum(-control[s], mean[s])).astype(np.float32)
+                for s in SCALES
+            },
             {s: mean[s] for s in SCALES},
             {s: both[s].variance[0] for s in SCALES},
             control,

@@ -70,8 +70,8 @@ class PredictedEffect:
                 "gene": genes,
                 "effect": effect,
                 "sd": sd,
-                # Expression is not negative.
-                "lower": np.maximum(effect - Z * sd, -self.control[scale]),
+                # Expression is not negative; within batches there may be more of it to lose.
+                "lower": np.maximum(effect - Z * sd, np.minimum(-self.control[scale], effect)),
                 "upper": effect + Z * sd,
                 "anchor": self.anchor[scale],
                 "regime": self.regime,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from gpjepa.splits import Split
 
 from ._isolated import TAIL, MethodError
 from ._sources import method_source
+
+_WRITTEN = ("perturbation", "context", "batch", "library_size")
 
 
 class Peer:
@@ -96,8 +99,10 @@ class Peer:
             wide = sp.csr_matrix(sp.hstack([f.take(names) for f in self.features]))
             self._of_targets = ad.AnnData(wide, pd.DataFrame(index=names))
         read = [_digest(x) for x in (train, self._of_targets) if x is not None]
-        code = method_source(self.script.name, self.script)
-        self.keep = self.root / _hash(code, self._task, *read)
+        # What the script needs stands in its comments, and decides its answers as well.
+        needs = re.findall(r"^# /// script$.*?^# ///$", self.script.read_text(), re.M | re.S)
+        code = [method_source(self.script.name, self.script), *needs, *self.command]
+        self.keep = self.root / _hash(*code, self._task, *read)
 
     def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> ad.AnnData:
         """The kept answer, or let it predict."""
@@ -192,7 +197,7 @@ def _digest(cells: ad.AnnData) -> str:
     """A hash of counts, names and labels."""
     x = sp.csr_matrix(cells.X)
     names = [list(map(str, cells.obs_names)), list(map(str, cells.var_names))]
-    labels = cells.obs.to_csv(index=False)
+    labels = cells.obs[[c for c in cells.obs if c in _WRITTEN]].to_csv(index=False)
     parts = [x.data.astype(float), x.indices.astype(np.int64), x.indptr.astype(np.int64)]
     return _hash(json.dumps(names), labels, *(p.tobytes() for p in parts))
 
@@ -219,7 +224,7 @@ def _read(path: Path) -> ad.AnnData:
 def _write(cells: ad.AnnData, path: Path) -> None:
     """Cells as every anndata since 0.8 reads them: labels as categories, no extension arrays."""
     obs = pd.DataFrame(index=np.asarray(cells.obs_names, dtype=object))
-    for column in (c for c in ("perturbation", "context", "batch") if c in cells.obs):
+    for column in (c for c in _WRITTEN[:3] if c in cells.obs):
         labels = pd.Categorical(np.asarray(cells.obs[column].astype(str), dtype=object))
         categories = np.asarray(labels.categories, dtype=object)
         obs[column] = pd.Categorical.from_codes(labels.codes, categories)
