@@ -1,6 +1,7 @@
 """Mean effects from cells: batches, replicates, few counts, and cells that lie elsewhere."""
 
 import anndata as ad
+import dask.array
 import numpy as np
 import pandas as pd
 import pytest
@@ -231,7 +232,6 @@ def test_large_library_sizes_in_small_integers(screen):
 
 
 def test_sums_add_up_over_files_and_arrays_on_disk(screen, tmp_path):
-    dask = pytest.importorskip("dask.array")
     counts, library, labels, batches = screen
     whole = made(*screen)
     sums = CellSums([f"g{i}" for i in range(counts.shape[1])])
@@ -242,7 +242,7 @@ def test_sums_add_up_over_files_and_arrays_on_disk(screen, tmp_path):
         )  # fmt: skip
     ad.AnnData(sp.csr_matrix(counts.astype(np.float32))).write_h5ad(tmp_path / "x.h5ad")
     backed = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
-    lazy = dask.from_array(counts, chunks=(300, counts.shape[1]))
+    lazy = dask.array.from_array(counts, chunks=(300, counts.shape[1]))
     contexts = ["c"] * len(labels)
     others = [sums.table()]
     for x in (backed.X, lazy):
