@@ -44,7 +44,13 @@ def test_errors_are_those_of_the_rows_that_were_held_out(model):
     assert f"{len(holdout.units)} perturbations" in model.summary()
     found = model.held_out_.errors
     table = effect_table(
-        cells.counts, cells.library, cells.perturbations, cells.contexts, model.genes, out
+        cells.counts,
+        cells.library,
+        cells.perturbations,
+        cells.contexts,
+        model.genes,
+        out,
+        batches=[str(b) for b in cells.batch],
     )
     keep = np.array([p in holdout.units for _, p in table.rows])
     table = table.subset(keep)
