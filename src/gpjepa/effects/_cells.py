@@ -219,8 +219,8 @@ class CellSums:
         ):
             # What cells of a group differ by, over all groups; one Poisson draw where none do.
             several = np.where(n > 1, n, 0)
-            pooled = (several * own).sum(0) + poisson.mean(0)
-            pooled /= (several * poisson).sum(0) + poisson.mean(0)
+            one = poisson.sum(0) / max(len(n), 1)
+            pooled = ((several * own).sum(0) + one) / ((several * poisson).sum(0) + one)
             variance[name] = np.where(n > 1, own, pooled * poisson)
             few[name] = np.maximum(less * pooled * poisson - variance[name], 0) * _FEW / (k + _FEW)
         return {"mean_log1p": mean, "rate": rate}, variance, few
