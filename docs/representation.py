@@ -115,7 +115,7 @@ def ablations(data, cells):
         "views: noise": {"noise": 0.25},
         "level: conditions (labels)": {"set_size": 8},
         "learning rate x 3": {"lr": 1e-3},
-    }  # fmt: skip
+    }
     return {
         "defaults": ({}, {}),
         "encoder: network alone": (ALONE, {}),
@@ -231,8 +231,10 @@ def plain(cells, key):
     """Counts, labels and library sizes, and nothing else."""
     counts = sp.csr_matrix(cells.X).astype(np.float32)
     library = cells.obs.get("library_size", pd.Series(np.asarray(counts.sum(1)).ravel()))
-    obs = pd.DataFrame({"label": cells.obs[key].astype(str).to_numpy(),
-                        "library": library.to_numpy(float)}, cells.obs_names)  # fmt: skip
+    obs = pd.DataFrame(
+        {"label": cells.obs[key].astype(str).to_numpy(), "library": library.to_numpy(float)},
+        cells.obs_names,
+    )
     return ad.AnnData(counts, obs, cells.var[[]])
 
 
@@ -387,9 +389,17 @@ def summary(scores, folds, labels):
             change = draws - base.setdefault(measure, draws)
             lower, upper = np.percentile(change[1:], [2.5, 97.5])
             depths = {f"depth {d:g}": mean(x)[0] for d, x in zip(DEPTHS, by_depth, strict=True)}
-            rows.append({"encoder": title, "measure": measure, "area": draws[0],
-                         "difference": change[0], "lower": lower, "upper": upper,
-                         **depths})  # fmt: skip
+            rows.append(
+                {
+                    "encoder": title,
+                    "measure": measure,
+                    "area": draws[0],
+                    "difference": change[0],
+                    "lower": lower,
+                    "upper": upper,
+                    **depths,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -415,9 +425,10 @@ def side_by_side(tables, measure):
     for title, rows in table[table["measure"] == measure].groupby("encoder", sort=False):
         cells = {
             row["data"]: f"{row['difference']:+.3f} ({row['lower']:+.3f} to {row['upper']:+.3f})"
-            if row["lower"] or row["upper"] else f"{row['area']:.3f}"
+            if row["lower"] or row["upper"]
+            else f"{row['area']:.3f}"
             for _, row in rows.iterrows()
-        }  # fmt: skip
+        }
         lines.append(f"| {title} | {' | '.join(cells.get(name, '') for name in names)} |")
     return "\n".join(lines)
 

@@ -237,9 +237,12 @@ def test_sums_add_up_over_files_and_arrays_on_disk(screen, tmp_path):
     sums = CellSums([f"g{i}" for i in range(counts.shape[1])])
     for half in (slice(0, 500), slice(500, None)):
         sums.add(
-            sp.csr_matrix(counts[half]), library[half], labels[half], ["c"] * len(labels[half]),
+            sp.csr_matrix(counts[half]),
+            library[half],
+            labels[half],
+            ["c"] * len(labels[half]),
             batches=batches[half],
-        )  # fmt: skip
+        )
     ad.AnnData(sp.csr_matrix(counts.astype(np.float32))).write_h5ad(tmp_path / "x.h5ad")
     backed = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
     lazy = dask.array.from_array(counts, chunks=(300, counts.shape[1]))

@@ -48,12 +48,14 @@ def table_of(effects, noise=0.0, contexts=("c",), n_genes=None):
     stacked = np.stack([values[r] for r in rows])
     per_context = {c: np.full(n_genes, noise, np.float32) for c in contexts}
     return EffectTable(
-        np.array([f"g{i}" for i in range(n_genes)], object), tuple(rows),
-        np.full(len(rows), 50), dict.fromkeys(SCALES, stacked),
+        np.array([f"g{i}" for i in range(n_genes)], object),
+        tuple(rows),
+        np.full(len(rows), 50),
+        dict.fromkeys(SCALES, stacked),
         {s: np.full_like(stacked, noise) for s in SCALES},
         {s: {c: np.full(n_genes, 9, np.float32) for c in contexts} for s in SCALES},
         dict.fromkeys(SCALES, per_context),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("mean", [0.01, 0.7, 12.0])
@@ -214,12 +216,19 @@ def test_regimes():
     regime = EffectAnchor().fit(table).regime
     found = [
         regime(read(p), c)
-        for p, c in [("A", "c"), ("A+B", "c"), ("A+Z", "c"), ("Y+Z", "c"), ("Z", "c"), ("B", "d"),
-                     ("A", "e"), ("control", "c")]
-    ]  # fmt: skip
+        for p, c in [
+            ("A", "c"),
+            ("A+B", "c"),
+            ("A+Z", "c"),
+            ("Y+Z", "c"),
+            ("Z", "c"),
+            ("B", "d"),
+            ("A", "e"),
+            ("control", "c"),
+        ]
+    ]
     # What one other context knows is not carried to one with effects of its own.
-    assert found == ["seen", "seen", "seen1", "seen0", "unseen", "unseen", "new context",
-                     "control"]  # fmt: skip
+    assert found == ["seen", "seen", "seen1", "seen0", "unseen", "unseen", "new context", "control"]
     with pytest.raises(KeyError, match="nowhere"):
         EffectAnchor().fit(table).predict([read("A")], ["nowhere"], "mean_log1p")
 
@@ -585,12 +594,14 @@ def test_order_of_the_genes_does_not_matter_to_the_anchor(rng):
     table = random_table(rng, noise=0.05)
     order = rng.permutation(40)
     moved = EffectTable(
-        table.genes[order], table.rows, table.n_cells,
+        table.genes[order],
+        table.rows,
+        table.n_cells,
         {s: table.effect[s][:, order] for s in SCALES},
         {s: table.variance[s][:, order] for s in SCALES},
         {s: {"c": table.control[s]["c"][order]} for s in SCALES},
         {s: {"c": table.control_variance[s]["c"][order]} for s in SCALES},
-    )  # fmt: skip
+    )
     features = random_features(rng, table, names=[*(f"g{i}" for i in range(12)), "NEW"])
     pairs = [read("NEW"), read("g1+g7"), read("g1+NEW"), read("g1")], ["c"] * 4, "mean_log1p"
     a, b = (EffectAnchor(features).fit(t).predict(*pairs) for t in (table, moved))
@@ -600,8 +611,11 @@ def test_order_of_the_genes_does_not_matter_to_the_anchor(rng):
 
 def test_interactions_are_predicted_with_intervals_that_cover_them(rng):
     truth = {f"T{i:02d}": rng.normal(0, 0.5, 150) for i in range(30)}
-    pairs = {f"T{i:02d}+T{i + 1:02d}": 0.7 * (truth[f"T{i:02d}"] + truth[f"T{i + 1:02d}"])
-             + rng.normal(0, 0.1, 150) for i in range(29)}  # fmt: skip
+    pairs = {
+        f"T{i:02d}+T{i + 1:02d}": 0.7 * (truth[f"T{i:02d}"] + truth[f"T{i + 1:02d}"])
+        + rng.normal(0, 0.1, 150)
+        for i in range(29)
+    }
     rows = {("c", k): v + rng.normal(0, 0.1, 150) for k, v in {**truth, **pairs}.items()}
     held = ["T03+T04", "T11+T12", "T20+T21"]
     table = table_of({k: v for k, v in rows.items() if k[1] not in held}, noise=0.005)
@@ -717,8 +731,9 @@ def test_intervals_of_interactions_know_how_well_the_singles_are_known(rng):
     inside = []
     for _ in range(20):
         truth = {f"T{i:02d}": rng.normal(0, 0.3, 100) for i in range(12)}
-        pairs = {f"T{i:02d}+T{i + 1:02d}": truth[f"T{i:02d}"] + truth[f"T{i + 1:02d}"]
-                 for i in range(11)}  # fmt: skip
+        pairs = {
+            f"T{i:02d}+T{i + 1:02d}": truth[f"T{i:02d}"] + truth[f"T{i + 1:02d}"] for i in range(11)
+        }
         rows = {("c", k): v + rng.normal(0, 0.3, 100) for k, v in truth.items()}
         rows |= {("c", k): v + rng.normal(0, 0.03, 100) for k, v in pairs.items()}
         table = table_of(rows)
@@ -800,8 +815,17 @@ def test_regimes_of_three_targets_and_of_other_contexts():
         contexts=("c", "d"),
     )
     regime = EffectAnchor().fit(table).regime
-    found = [regime(read(p), c) for p, c in [("A+B+C", "c"), ("A+B+Y", "c"), ("X+Y+W", "c"),
-                                             ("Z", "c"), ("A+D", "c"), ("A+B", "d")]]  # fmt: skip
+    found = [
+        regime(read(p), c)
+        for p, c in [
+            ("A+B+C", "c"),
+            ("A+B+Y", "c"),
+            ("X+Y+W", "c"),
+            ("Z", "c"),
+            ("A+D", "c"),
+            ("A+B", "d"),
+        ]
+    ]
     assert found == ["seen2", "seen1", "seen0", "in combinations", "seen1", "seen0"]
 
 

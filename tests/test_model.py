@@ -78,8 +78,16 @@ def test_expected_rates_hit_the_predicted_mean(model, simulated, held_out, gate)
 def test_effects_are_a_tidy_table(model, held_out):
     frame = model.predict_effects([held_out])
     assert list(frame.columns) == [
-        "perturbation", "context", "gene", "effect", "sd", "lower", "upper", "anchor", "regime",
-    ]  # fmt: skip
+        "perturbation",
+        "context",
+        "gene",
+        "effect",
+        "sd",
+        "lower",
+        "upper",
+        "anchor",
+        "regime",
+    ]
     assert len(frame) == 2 * 120
     assert ((frame["lower"] < frame["effect"]) & (frame["effect"] < frame["upper"])).all()
     np.testing.assert_allclose(frame["upper"] - frame["effect"], 1.959964 * frame["sd"], rtol=1e-3)
@@ -322,8 +330,9 @@ def test_history_has_the_means_over_the_cells_of_an_epoch(simulated, monkeypatch
     monkeypatch.setattr(Plan, "_log", spy)
     small, large = simulated[:100].copy(), simulated[100:].copy()
     adata = gpjepa.datasets.join({"small": small, "large": large})
-    GPJEPA.setup_anndata(adata, perturbation_key=None, dataset_key="dataset",
-                         library_size_key="library_size")  # fmt: skip
+    GPJEPA.setup_anndata(
+        adata, perturbation_key=None, dataset_key="dataset", library_size_key="library_size"
+    )
     fitted = GPJEPA(adata, n_latent=8, n_hidden=16)
     fitted.pretrain(2, batch_size=300, enable_progress_bar=False)
     epochs = np.array(steps).reshape(2, -1, 2)
@@ -364,11 +373,15 @@ def test_the_gate_is_judged_by_controls_that_the_network_has_not_seen(model):
         seen = np.isin(np.arange(len(mine)), stage.members[context, Perturbation()])
         halves = [
             effect_table(
-                stage.cells.counts, stage.cells.library, stage.cells.perturbations,
-                stage.cells.contexts, model.genes, half,
+                stage.cells.counts,
+                stage.cells.library,
+                stage.cells.perturbations,
+                stage.cells.contexts,
+                model.genes,
+                half,
             ).control["mean_log1p"][context]
             for half in (mine & seen, mine & ~seen)
-        ]  # fmt: skip
+        ]
         np.testing.assert_array_equal(inside[context], halves[0])
         np.testing.assert_array_equal(outside[context], halves[1])
 
@@ -385,9 +398,10 @@ def test_the_gate_does_not_count_targeted_genes(model):
 def test_the_gate_knows_no_library_sizes_of_held_out_cells(simulated, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        _ActionStage, "gates",
+        _ActionStage,
+        "gates",
         lambda self, network: seen.append(dict(self.model.library_shifts_)) or {},
-    )  # fmt: skip
+    )
     monkeypatch.setattr(_ActionStage, "errors", lambda *arguments: None)
     fitted = train_quickly(simulated, train={"max_epochs": 1})
     holdout, _ = fitted._hold_out(fitted._training_cells())
@@ -654,9 +668,11 @@ def test_norman_doubles_that_were_never_seen():
     adata = ad.read_h5ad(real_file("norman_2019_mini.h5ad"))
     held = ["KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAPK1+TGFBR2"]
     result = gpjepa.benchmark.compare(
-        adata, held, setup={"library_size_key": "library_size"},
+        adata,
+        held,
+        setup={"library_size_key": "library_size"},
         train={"enable_progress_bar": False},
-    )  # fmt: skip
+    )
     error = result.table["relative_error"]
     assert error["GP-JEPA"] < error["additive"]
     assert error["GP-JEPA"] < error["mean"]
@@ -667,9 +683,11 @@ def test_norman_doubles_that_were_never_seen():
 def test_zhao_patient_that_was_never_treated():
     adata = ad.read_h5ad(real_file("zhao_2021_mini.h5ad"))
     result = gpjepa.benchmark.compare(
-        adata, hold_out_context="PW030", setup={"context_key": "patient"},
+        adata,
+        hold_out_context="PW030",
+        setup={"context_key": "patient"},
         train={"enable_progress_bar": False},
-    )  # fmt: skip
+    )
     assert result.table["relative_error"]["GP-JEPA"] < 1
     assert set(result.scores["regime"]) == {"new context"}
 
@@ -740,8 +758,9 @@ def featured(simulated):
     labels = simulated.obs["perturbation"].astype(str)
     out = next(x for x in sorted(set(labels)) if x.startswith("TF") and "+" not in x)
     keep = ~labels.str.split("+").apply(lambda targets: out in targets).to_numpy()
-    model = train_quickly(simulated[keep], context_key="context",
-                          model={"target_features": features})  # fmt: skip
+    model = train_quickly(
+        simulated[keep], context_key="context", model={"target_features": features}
+    )
     return model, out
 
 

@@ -56,9 +56,11 @@ def test_errors_are_those_of_the_rows_that_were_held_out(model):
     table = table.subset(keep)
     scored = np.array([~np.isin(model.genes, p.targets) for _, p in table.rows])
     by_hand = noise_corrected_error(
-        np.zeros_like(table.effect["mean_log1p"]), table.effect["mean_log1p"],
-        table.noise("mean_log1p"), scored,
-    )  # fmt: skip
+        np.zeros_like(table.effect["mean_log1p"]),
+        table.effect["mean_log1p"],
+        table.noise("mean_log1p"),
+        scored,
+    )
     assert len(found) == len(table.rows)
     np.testing.assert_allclose(sorted(found["no change"]), sorted(by_hand), rtol=1e-5)
     assert set(found.index) == set(model.gate_)

@@ -80,9 +80,12 @@ def hold_out(
 
 
 def _choose(
-    kind: list[tuple[str, ...]], out: set[tuple[str, ...]], singles: set[tuple[str, ...]],
-    fraction: float, rng: np.random.Generator,
-) -> set[tuple[str, ...]]:  # fmt: skip
+    kind: list[tuple[str, ...]],
+    out: set[tuple[str, ...]],
+    singles: set[tuple[str, ...]],
+    fraction: float,
+    rng: np.random.Generator,
+) -> set[tuple[str, ...]]:
     """A share of a kind, at least five; combinations first of those whose singles all stay.
 
     Five of the other combinations come on top, so that each regime has something to be judged by.
@@ -202,13 +205,14 @@ def unseen_singles(
     kind = "unseen-singles" if blocks is None else "unseen-blocks"
     return [
         Split(
-            f"{kind}-{i}", kind,
+            f"{kind}-{i}",
+            kind,
             tuple(r for r in measured if not set(r[1].targets) & out),
             tuple(r for r in measured if len(r[1].targets) == 1 and r[1].targets[0] in out),
             seed,
         )
         for i, out in enumerate(fold)
-    ]  # fmt: skip
+    ]
 
 
 def gears_simulation(
@@ -241,8 +245,11 @@ def gears_simulation(
     known = set(_share(targets, seen, rng))
     pairs = sorted({p for _, p in measured if len(p.targets) > 1 and set(p.targets) <= known})
     trained = set(_share(pairs, seen2, rng))
-    train = {r for r in measured
-             if set(r[1].targets) <= known and (len(r[1].targets) == 1 or r[1] in trained)}  # fmt: skip
+    train = {
+        r
+        for r in measured
+        if set(r[1].targets) <= known and (len(r[1].targets) == 1 or r[1] in trained)
+    }
     test = tuple(r for r in measured if r not in train)
     return Split(f"gears-simulation-{seed}", "gears-simulation", tuple(train), test, seed)
 
@@ -300,11 +307,13 @@ def leave_one_context_out(
     kind = "held-out-context" if groups is None else "cross-dataset"
     return [
         Split(
-            f"{kind}-{name}", kind, tuple(r for r in measured if group[r[0]] != name),
+            f"{kind}-{name}",
+            kind,
+            tuple(r for r in measured if group[r[0]] != name),
             tuple(r for r in measured if group[r[0]] == name),
         )
         for name in names
-    ]  # fmt: skip
+    ]
 
 
 def few_shot_context(rows: Iterable[Row], *, known: int, seed: int = 0) -> list[Split]:
@@ -430,10 +439,15 @@ class Manifest:
     def write(self, path: str | Path) -> None:
         """Write JSON; perturbations as ``str`` writes them: ``"A@0.5+B"``."""
         splits = [
-            {"name": s.name, "kind": s.kind, "seed": s.seed,
-             "train": [[c, str(p)] for c, p in s.train], "test": [[c, str(p)] for c, p in s.test]}
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "seed": s.seed,
+                "train": [[c, str(p)] for c, p in s.train],
+                "test": [[c, str(p)] for c, p in s.test],
+            }
             for s in self.splits
-        ]  # fmt: skip
+        ]
         text = {"format": _FORMAT, "data": self.data, "data_hash": self.data_hash, "splits": splits}
         with written_whole(Path(path)) as draft:
             draft.write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n")
@@ -453,12 +467,14 @@ class Manifest:
                 raise ValueError(f"its format is {content['format']}, expected {_FORMAT}")
             splits = tuple(
                 Split(
-                    s["name"], s.get("kind", "own"),
+                    s["name"],
+                    s.get("kind", "own"),
                     tuple((c, Perturbation.parse(p)) for c, p in s["train"]),
-                    tuple((c, Perturbation.parse(p)) for c, p in s["test"]), s.get("seed", 0),
+                    tuple((c, Perturbation.parse(p)) for c, p in s["test"]),
+                    s.get("seed", 0),
                 )
                 for s in content["splits"]
-            )  # fmt: skip
+            )
             return cls(content["data"], content["data_hash"], splits)
         except KeyError as error:
             raise ValueError(f"{path} is not a manifest of splits: it lacks {error}.") from error

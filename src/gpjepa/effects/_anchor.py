@@ -161,9 +161,12 @@ class EffectAnchor:
         return self._prediction(fit, [fit.interaction(p, c) for p, c in pairs], pairs, size)
 
     def explain(
-        self, perturbation: str | Perturbation, context: str | None = None,
-        scale: Scale = "mean_log1p", vocabulary: Vocabulary | None = None,
-    ) -> Explanation:  # fmt: skip
+        self,
+        perturbation: str | Perturbation,
+        context: str | None = None,
+        scale: Scale = "mean_log1p",
+        vocabulary: Vocabulary | None = None,
+    ) -> Explanation:
         """Which expert says what of a mean effect, and with which weight.
 
         It speaks of the sum of what the experts say. Predictions are that sum, but not less
@@ -221,9 +224,17 @@ class EffectAnchor:
         used = sources[sources["weight"] != 0]
         used = used.iloc[np.argsort(-used["weight"].abs(), kind="stable")].reset_index(drop=True)
         return Explanation(
-            str(perturbation), context, predicted.regime[0], scale, self.effects_.genes, table,
-            used, effects, predicted.mean[0], np.sqrt(predicted.variance[0]),
-        )  # fmt: skip
+            str(perturbation),
+            context,
+            predicted.regime[0],
+            scale,
+            self.effects_.genes,
+            table,
+            used,
+            effects,
+            predicted.mean[0],
+            np.sqrt(predicted.variance[0]),
+        )
 
     def _fit_of(self, scale: Scale) -> ScaleFit:
         if scale not in self._fits:
@@ -272,18 +283,23 @@ class EffectAnchor:
             )
 
     def _prediction(
-        self, fit: ScaleFit, estimates: Sequence[Estimate], pairs: list[tuple[Perturbation, str]],
+        self,
+        fit: ScaleFit,
+        estimates: Sequence[Estimate],
+        pairs: list[tuple[Perturbation, str]],
         size: np.ndarray | None = None,
-    ) -> AnchorPrediction:  # fmt: skip
+    ) -> AnchorPrediction:
         if not pairs:
             empty = np.zeros((0, len(self.effects_.genes)), np.float32)
             return AnchorPrediction(empty, empty, empty, [])
         mean = fit.mean(estimates)
         noise, left = fit.variances(estimates, mean if size is None else size)
         return AnchorPrediction(
-            mean.astype(np.float32), (noise + left).astype(np.float32), noise.astype(np.float32),
+            mean.astype(np.float32),
+            (noise + left).astype(np.float32),
+            noise.astype(np.float32),
             [self.regime(p, c) for p, c in pairs],
-        )  # fmt: skip
+        )
 
     def regime(self, perturbation: Perturbation, context: str) -> str:
         """What training knew of the perturbation in the context."""

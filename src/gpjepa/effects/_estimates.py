@@ -135,8 +135,10 @@ class ScaleFit:
             known = [self._known(s, context) for s in singles]
             # Where nothing was perturbed alone, combinations predict each other: not themselves.
             own = ["+".join(perturbation.targets)]
-            parts = [self.single(s, context) if k else self._left_out(s, context, own)
-                     for s, k in zip(singles, known, strict=True)]  # fmt: skip
+            parts = [
+                self.single(s, context) if k else self._left_out(s, context, own)
+                for s, k in zip(singles, known, strict=True)
+            ]
             others = self._mean_combination(context, without=i)
             if not all(known):
                 experts = _divide(parts, known) if any(known) else (parts,)
@@ -398,9 +400,11 @@ class ScaleFit:
         return self._estimate([self._share(perturbation, "measured effect", 1.0, self._one(row))])
 
     def _carried(
-        self, perturbation: Perturbation, context: str,
+        self,
+        perturbation: Perturbation,
+        context: str,
         source: Callable[[str], Estimate | None],
-    ) -> Estimate | None:  # fmt: skip
+    ) -> Estimate | None:
         """From the other contexts: their mean, and how their controls differ from these.
 
         None if no context is a source, or a single one is and this context has effects of its own.
@@ -444,9 +448,13 @@ class ScaleFit:
         return weights
 
     def _share(
-        self, perturbation: Perturbation, expert: str, weight: float, weights: np.ndarray,
+        self,
+        perturbation: Perturbation,
+        expert: str,
+        weight: float,
+        weights: np.ndarray,
         controls: np.ndarray | None = None,
-    ) -> Share:  # fmt: skip
+    ) -> Share:
         if controls is None:
             controls = np.zeros(len(self.controls))
         return Share(str(perturbation), expert, weight, weight * weights, weight * controls)

@@ -67,9 +67,12 @@ def gene_loadings(values: np.ndarray, n_components: int) -> np.ndarray:
 
 
 def coexpression_features(
-    counts: sp.csr_matrix, library: np.ndarray, genes: Sequence[str] | np.ndarray,
-    n_components: int = 50, name: str = "co-expression",
-) -> TargetFeatures:  # fmt: skip
+    counts: sp.csr_matrix,
+    library: np.ndarray,
+    genes: Sequence[str] | np.ndarray,
+    n_components: int = 50,
+    name: str = "co-expression",
+) -> TargetFeatures:
     """Co-expression in control cells: genes are alike if they vary together from cell to cell.
 
     Parameters

@@ -10,7 +10,7 @@ import pandas as pd
 from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS
 
-from ._cells import Parts
+from ._parts import Parts
 from ._table import EffectTable
 
 _FOLDS = 5

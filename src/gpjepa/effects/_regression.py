@@ -156,9 +156,11 @@ class UnseenTargets(WeightedBaseline):
     """
 
     def __init__(
-        self, features: Sequence[TargetFeatures] = (), ridges: Sequence[float] = RIDGES,
+        self,
+        features: Sequence[TargetFeatures] = (),
+        ridges: Sequence[float] = RIDGES,
         scale: Scale = "mean_log1p",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(scale)
         self.features, self.ridges = tuple(features), tuple(ridges)
         self.experts = ["mean effect"] + [
@@ -359,9 +361,12 @@ class LinearModel(Baseline):
     """
 
     def __init__(
-        self, embedding: pd.DataFrame | EffectTable | None = None, n_components: int = 10,
-        ridge: float = 0.1, scale: Scale = "mean_log1p",
-    ) -> None:  # fmt: skip
+        self,
+        embedding: pd.DataFrame | EffectTable | None = None,
+        n_components: int = 10,
+        ridge: float = 0.1,
+        scale: Scale = "mean_log1p",
+    ) -> None:
         super().__init__(scale)
         self.embedding, self.n_components, self.ridge = embedding, n_components, ridge
 

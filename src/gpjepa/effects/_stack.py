@@ -151,9 +151,13 @@ class Stack:
 
 
 def fit_stack(
-    effects: EffectTable, scale: Scale, experts: Experts, prior: np.ndarray,
-    towards: np.ndarray | None = None, min_units: int = MIN_UNITS,
-) -> Stack:  # fmt: skip
+    effects: EffectTable,
+    scale: Scale,
+    experts: Experts,
+    prior: np.ndarray,
+    towards: np.ndarray | None = None,
+    min_units: int = MIN_UNITS,
+) -> Stack:
     r"""Non-negative stacking, freed of shared noise and shrunk by its own gain.
 
     Wolpert's (1992) and Breiman's (1996) stacking minimises

@@ -326,11 +326,13 @@ class EffectTable:
         )
         profiles = {"control": control} if self.has_controls else {}
         return AnnData(
-            np.vstack([zeros, self.effect[scale][here]]), obs,
-            pd.DataFrame(index=self.genes.astype(str)), varm=profiles,
+            np.vstack([zeros, self.effect[scale][here]]),
+            obs,
+            pd.DataFrame(index=self.genes.astype(str)),
+            varm=profiles,
             layers={"noise": np.vstack([shared, self.noise(scale)[here]]).astype(np.float32)},
             uns={"gpjepa": {"scale": scale}},
-        )  # fmt: skip
+        )
 
     def subset(self, keep: np.ndarray) -> EffectTable:
         """The table with some of its rows and all of its controls."""

@@ -34,10 +34,12 @@ class Share:
     def times(self, factor: float, role: str = "") -> Share:
         """The same share of a prediction that enters another with a factor, in some role."""
         return replace(
-            self, weight=factor * self.weight, weights=factor * self.weights,
+            self,
+            weight=factor * self.weight,
+            weights=factor * self.weights,
             controls=factor * self.controls,
             expert=f"{role}, {self.expert}" if role and self.part else self.expert,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,10 @@ class Cells:
         first = self.counts.copy()
         first.data = rng.binomial(first.data.astype(np.int64), 0.5).astype(first.dtype)
         library = self.library / 2
-        return (replace(self, counts=first, library=library),
-                replace(self, counts=self.counts - first, library=library))  # fmt: skip
+        return (
+            replace(self, counts=first, library=library),
+            replace(self, counts=self.counts - first, library=library),
+        )
 
     def by_dataset(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Genes that were measured, and the cells (positions in ``where``) that have just these."""
@@ -354,9 +356,7 @@ class SetBatches:
         Batches in an epoch.
     """
 
-    def __init__(
-        self, rows: list[np.ndarray], n_rows: int, n_cells: int, n_batches: int
-    ) -> None:  # fmt: skip
+    def __init__(self, rows: list[np.ndarray], n_rows: int, n_cells: int, n_batches: int) -> None:
         self.rows, self.n_cells, self.n_batches = rows, n_cells, n_batches
         self.n_rows = min(n_rows, len(rows))
 
@@ -385,9 +385,13 @@ class CoherentBatches:
     """
 
     def __init__(
-        self, rows: list[np.ndarray], controls: list[np.ndarray], n_rows: int, n_cells: int,
+        self,
+        rows: list[np.ndarray],
+        controls: list[np.ndarray],
+        n_rows: int,
+        n_cells: int,
         n_batches: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.rows, self.controls = rows, controls
         self.n_rows, self.n_cells, self.n_batches = min(n_rows, len(rows)), n_cells, n_batches
 
@@ -406,9 +410,11 @@ class Batches(LightningDataModule):
     """Feeds a training plan with the mini-batches of a sampler."""
 
     def __init__(
-        self, cells: Cells, sampler: RandomBatches | SetBatches | CoherentBatches,
+        self,
+        cells: Cells,
+        sampler: RandomBatches | SetBatches | CoherentBatches,
         latent: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.cells, self.sampler, self.latent = cells, sampler, latent
 

@@ -94,9 +94,13 @@ class PredictedCells:
 
 
 def assemble(
-    groups: list[PredictedCells], genes: np.ndarray, seed: int, units: str,
-    keys: dict[str | None, str], control: str,
-) -> AnnData:  # fmt: skip
+    groups: list[PredictedCells],
+    genes: np.ndarray,
+    seed: int,
+    units: str,
+    keys: dict[str | None, str],
+    control: str,
+) -> AnnData:
     """Put predicted cells into one AnnData.
 
     ``keys`` are the user's own names of columns, and ``control`` what the data call their control.

@@ -33,9 +33,12 @@ class TargetFeatures:
     """
 
     def __init__(
-        self, targets: Sequence[str], values: np.ndarray | sp.spmatrix, name: str = "features",
+        self,
+        targets: Sequence[str],
+        values: np.ndarray | sp.spmatrix,
+        name: str = "features",
         source: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         names = [str(t) for t in targets]
         rows = sp.csr_matrix(values, dtype=float)
         if rows.shape[0] != len(names):
@@ -123,9 +126,10 @@ class TargetFeatures:
 
     @classmethod
     def from_gene_sets(
-        cls, gene_sets: str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]],
+        cls,
+        gene_sets: str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]],
         name: str = "gene sets",
-    ) -> TargetFeatures:  # fmt: skip
+    ) -> TargetFeatures:
         """Membership in gene sets, each divided by the square root of the set's size.
 
         That is the covariance of effects if every set has an effect of its own with a variance of
