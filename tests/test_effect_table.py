@@ -9,6 +9,8 @@ import scipy.sparse as sp
 
 import gpjepa
 from gpjepa.effects import CellSums, EffectAnchor, effect_table
+from gpjepa.effects._measured import Measured
+from gpjepa.effects._weighted import Weights
 from gpjepa.perturbations import Perturbation
 
 CONTROL = Perturbation()
@@ -76,11 +78,12 @@ def test_noise_of_effects_within_batches_is_that_of_repeated_experiments():
     for _ in range(200):
         counts = rng.poisson(rate * library[:, None])
         table = made(counts, library, labels, [f"b{b}" for b in batch])
-        weights = np.array([[1.0, 0], [0, 1], [1, -1]])
-        profiles = table.on_profiles(weights)
+        one, two = Weights.equal([0]), Weights.equal([1])
         for scale in table.scales:
-            found.append(weights @ table.effect[scale])
-            noise.append(profiles**2 @ table.profile_variance(scale))
+            measured = Measured(table, scale)
+            sums = measured.assemble([[(1.0, one)], [(1.0, two)], [(1.0, one), (-1.0, two)]])
+            found.append(measured.mean(sums))
+            noise.append(measured.noise(sums))
             np.testing.assert_allclose(noise[-1][:2], table.noise(scale), rtol=1e-4)
     ratio = np.var(np.reshape(found, (200, 2, 3, genes)), 0) / np.mean(
         np.reshape(noise, (200, 2, 3, genes)), 0

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -31,10 +33,11 @@ from gpjepa.effects import (
     library_shifts,
     measured_interactions,
     noise_corrected_error,
-    shrink,
     significant_interactions,
 )
-from gpjepa.effects._regression import single_units
+from gpjepa.effects._measured import Measured
+from gpjepa.effects._stack import shrink
+from gpjepa.effects._weighted import Weights
 from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures, UnknownTargetError
 
 read = LabelReader().read
@@ -416,32 +419,43 @@ def test_kernel_ridge_is_that_of_scikit_learn(rng):
     np.testing.assert_array_equal(nearest[0], table.effect["mean_log1p"][order[alike]])
 
 
-def test_leave_one_out_shortcuts_are_refits(rng):
+def test_leave_out_shortcuts_are_refits(rng):
+    """One target, or several, or a new one: the inverse of all units serves them all."""
     table = random_table(rng, n_pairs=0)
     features = random_features(rng, table)
     whole = UnseenTargets([features]).fit(table)
-    units = single_units(table, "c")
-    for a, target in enumerate(units.targets):
-        keep = np.array([p.targets[0] != target for _, p in table.rows])
+    whole.stack_ = replace(whole.stack_, weights=np.array([0.3, 0.4, 0.2, 0.5]))
+    whole.mean_stack_ = replace(whole.mean_stack_, weights=np.array([0.7]))
+    names = [p.targets[0] for _, p in table.rows]
+    for out in ([names[0]], [names[2]], names[1:4], names[4:6]):
+        keep = np.array([t not in out for t in names])
         part = UnseenTargets([features]).fit(table.subset(keep))
-        weights, _ = part.of_target(target, "c")
-        np.testing.assert_allclose(whole.out_of_fold_["c"][:, a][:, keep], weights, atol=1e-9)
-        assert not whole.out_of_fold_["c"][:, a][:, ~keep].any()
-        without, _ = whole.of_target(target, "c", [target])
-        np.testing.assert_allclose(without[:, keep], weights, atol=1e-9)
+        part.stack_, part.mean_stack_ = whole.stack_, whole.mean_stack_
+        for target in (out[0], names[-1], "NEW"):
+            expected = part.of_targets([target], "c")[0].weights
+            found = whole.without(target, "c", out)
+            dense = np.bincount(found.columns, found.values, len(names))
+            np.testing.assert_allclose(dense[keep], expected.values, atol=1e-9)
+            assert not dense[~keep].any()
+    loo = whole.leave_one_out("c", 0)
+    part = UnseenTargets([features]).fit(table.subset(np.array([t != names[0] for t in names])))
+    part.stack_ = whole.stack_
+    for mine, (_, _, theirs) in zip(loo, part.of_targets([names[0]], "c")[0].experts, strict=True):
+        np.testing.assert_allclose(mine.values[1:], theirs.values, atol=1e-9)
 
 
 def test_shrinkage_is_the_closed_form_of_james_and_stein(rng):
     table = random_table(rng, n_pairs=0, noise=0.3)
     n = len(table.rows)
-    found = shrink(table, range(n), [np.zeros((n, n))], "mean_log1p")
+    measured = Measured(table, "mean_log1p")
+    found = shrink(measured, range(n), [lambda j: []])
     effect = table.effect["mean_log1p"].astype(float)
     by_hand = np.maximum(1 - 0.6 * 40 / (effect**2).sum(1), 0)
     np.testing.assert_allclose(found.factor, by_hand, rtol=1e-5)
-    mean = np.full((n, n), 1 / n)
-    towards = shrink(table, range(n), [mean], "mean_log1p")
+    mean = Weights.equal(range(n))
+    found = shrink(measured, range(n), [lambda j: [(1.0, mean)]])
     square = ((effect - effect.mean(0)) ** 2).sum(1)
-    np.testing.assert_allclose(towards.factor, 1 - 0.3 * (1 - 1 / n) * 40 / square, rtol=1e-5)
+    np.testing.assert_allclose(found.factor, 1 - 0.3 * (1 - 1 / n) * 40 / square, rtol=1e-5)
 
 
 def test_steins_risk_is_the_true_error(rng):
@@ -452,11 +466,14 @@ def test_steins_risk_is_the_true_error(rng):
         shared = rng.normal(0, 0.3, 400)
         values = truth + rng.normal(0, 0.3, truth.shape) - shared
         table = table_of({("c", f"T{i}"): v for i, v in enumerate(values)}, noise=0.09)
-        options = [np.zeros((6, 6)), np.full((6, 6), 1 / 6)]
+        measured = Measured(table, "mean_log1p")
+        mean = Weights.equal(range(6))
+        options = [lambda j: [], lambda j, mean=mean: [(1.0, mean)]]
         for k, option in enumerate(options):
-            got = shrink(table, range(6), [option], "mean_log1p").weights @ values
+            factor = shrink(measured, range(6), [option]).factor[:, None]
+            got = factor * values + (1 - factor) * k * values.mean(0)
             errors[k].append(((got - truth) ** 2).sum())
-        best.append(shrink(table, range(6), options, "mean_log1p").target)
+        best.append(shrink(measured, range(6), options).target)
     # No change takes the control's noise off as well, the mean keeps it.
     assert np.mean(best) == (np.mean(errors[1]) < np.mean(errors[0]))
 
@@ -475,8 +492,9 @@ def test_shared_control_noise_gets_no_weight(seed):
             table.control_variance[scale]["c"][:] = 0.3**2
         fit = UnseenTargets([random_features(rng, table)]).fit(table)
         weights.append(fit.stack_.weights.sum())
-        loo = fit.out_of_fold_["c"][0] @ table.effect["mean_log1p"]
-        naive.append((loo * table.effect["mean_log1p"]).sum() / (loo**2).sum())
+        effect = table.effect["mean_log1p"]
+        loo = (effect.sum(0) - effect) / (len(effect) - 1)
+        naive.append((loo * effect).sum() / (loo**2).sum())
     assert np.mean(naive) > 0.9
     assert np.mean(weights) < 0.1
 

@@ -9,7 +9,6 @@ from ._baselines import (
     MeanEffect,
     NoChange,
     ShrunkenAdditive,
-    WeightedBaseline,
 )
 from ._cells import CellSums, effect_table
 from ._enrichment import enrichment, gene_set_scores
@@ -21,9 +20,9 @@ from ._interactions import (
     significant_interactions,
 )
 from ._library import library_shift, library_shifts
-from ._regression import KernelRidge, LinearModel, NearestPerturbation, ShrunkenMean, UnseenTargets
+from ._linear import LinearModel
+from ._regression import KernelRidge, NearestPerturbation, ShrunkenMean, UnseenTargets
 from ._scales import PER, SCALES, Scale, check_scale, expected_log1p, log1p_rates
-from ._stack import Experts, Shrunken, Stack, fit_stack, shrink, targeted
 from ._table import EffectTable, noise_corrected_error
 from ._transfer import Transfer
 
@@ -36,7 +35,6 @@ __all__ = [
     "CellSums",
     "EffectAnchor",
     "EffectTable",
-    "Experts",
     "Explanation",
     "Gate",
     "KernelRidge",
@@ -47,13 +45,10 @@ __all__ = [
     "NearestPerturbation",
     "NoChange",
     "Scale",
-    "Shrunken",
     "ShrunkenAdditive",
     "ShrunkenMean",
-    "Stack",
     "Transfer",
     "UnseenTargets",
-    "WeightedBaseline",
     "check_scale",
     "coexpression_features",
     "effect_features",
@@ -61,7 +56,6 @@ __all__ = [
     "enrichment",
     "expected_log1p",
     "fit_gate",
-    "fit_stack",
     "gene_loadings",
     "gene_set_scores",
     "interaction_recall",
@@ -70,7 +64,5 @@ __all__ = [
     "log1p_rates",
     "measured_interactions",
     "noise_corrected_error",
-    "shrink",
     "significant_interactions",
-    "targeted",
 ]

@@ -19,6 +19,7 @@ from gpjepa.splits import MIN_UNITS
 
 from ._estimates import ScaleFit
 from ._explanation import Explanation
+from ._measured import blocks
 from ._regression import check_no_leak
 from ._scales import SCALES, Scale
 from ._table import EffectTable
@@ -55,7 +56,7 @@ class EffectAnchor:
 
     Every prediction is a weighted sum of measured effects, chosen by the regime of the pair:
 
-    * a *measured* single is shrunk as a whole vector (:func:`gpjepa.effects.shrink`) towards no
+    * a *measured* single is shrunk as a whole vector (James and Stein 1961) towards no
       change, the mean effect, or what is predicted of it without itself;
     * a *combination* takes its shrunken singles, stacked as their sum, the larger one, and the mean
       of the other combinations; measured itself, it is shrunk towards that;
@@ -65,7 +66,7 @@ class EffectAnchor:
       stacked; from a single other context nothing is carried over: what this context's own
       targets say, if it has any, or no change.
 
-    Stacking weights (:func:`gpjepa.effects.fit_stack`) are fitted out of fold, freed of the
+    Stacking weights (Breiman 1996) are fitted out of fold, freed of the
     control noise that the effects of a context share, and shrunk by their own gain. With fewer than
     five independent rows (three contexts) a prior stands in: shrunken additive for combinations,
     half of the mean without its noise for targets never perturbed, no change across contexts.
@@ -130,10 +131,8 @@ class EffectAnchor:
         UnknownTargetError
             If no features know a target that was never perturbed, and ``missing_features="error"``.
         """
-        fit = self._fit_of(scale)
         pairs = self._checked(perturbations, contexts)
-        estimates = [fit.estimate(p, c) for p, c in pairs]
-        found = self._prediction(fit, estimates, pairs)
+        found = self._predicted(pairs, scale, interactions=False)
         if scale not in SCALES or not self.effects_.has_controls:
             return found
         # Sums of effects may ask for less expression than none.
@@ -152,13 +151,11 @@ class EffectAnchor:
         AnchorPrediction
             Of the interaction; its noise is that of a combination minus its singles.
         """
-        fit = self._fit_of(scale)
         pairs = self._checked(perturbations, contexts)
         single = [str(p) for p, _ in pairs if len(p.targets) < 2]
         if single:
             raise ValueError(f"Only combinations interact; {single[:5]} have fewer than 2 targets.")
-        size = fit.mean([fit.estimate(p, c) for p, c in pairs]) if pairs else None
-        return self._prediction(fit, [fit.interaction(p, c) for p, c in pairs], pairs, size)
+        return self._predicted(pairs, scale, interactions=True)
 
     def explain(
         self,
@@ -200,12 +197,10 @@ class EffectAnchor:
             context = self.effects_.contexts[0]
         fit = self._fit_of(scale)
         pairs = self._checked([perturbation], [context])
-        estimate = fit.estimate(perturbation, context)
-        predicted = self._prediction(fit, [estimate], pairs)
+        predicted = self._predicted(pairs, scale, interactions=False)
+        estimate = fit.estimates(pairs)[0]
         shares = estimate.shares
-        effects = np.array(
-            [s.weights @ fit.values + s.controls @ fit.controls for s in shares]
-        ).reshape(len(shares), len(self.effects_.genes))
+        effects = fit.mean([Estimate((share,)) for share in shares])
         table = pd.DataFrame(
             {
                 "part": [s.part for s in shares],
@@ -218,7 +213,7 @@ class EffectAnchor:
             {
                 "context": [c for c, _ in self.effects_.rows],
                 "perturbation": [str(p) for _, p in self.effects_.rows],
-                "weight": estimate.weights,
+                "weight": fit.weights(estimate),
             }
         )
         used = sources[sources["weight"] != 0]
@@ -282,24 +277,22 @@ class EffectAnchor:
                 "shrunken mean effect for them."
             )
 
-    def _prediction(
-        self,
-        fit: ScaleFit,
-        estimates: Sequence[Estimate],
-        pairs: list[tuple[Perturbation, str]],
-        size: np.ndarray | None = None,
+    def _predicted(
+        self, pairs: list[tuple[Perturbation, str]], scale: Scale, interactions: bool
     ) -> AnchorPrediction:
-        if not pairs:
-            empty = np.zeros((0, len(self.effects_.genes)), np.float32)
-            return AnchorPrediction(empty, empty, empty, [])
-        mean = fit.mean(estimates)
-        noise, left = fit.variances(estimates, mean if size is None else size)
-        return AnchorPrediction(
-            mean.astype(np.float32),
-            (noise + left).astype(np.float32),
-            noise.astype(np.float32),
-            [self.regime(p, c) for p, c in pairs],
-        )
+        fit = self._fit_of(scale)
+        shape = len(pairs), len(self.effects_.genes)
+        mean, variance, noise = (np.zeros(shape, np.float32) for _ in range(3))
+        for block in blocks(len(pairs)):
+            mine, at = pairs[block.start : block.stop], slice(block.start, block.stop)
+            estimates = fit.estimates(mine)
+            size = fit.mean(estimates)
+            if interactions:
+                estimates = fit.combinations.interactions(mine)
+            mean[at] = fit.mean(estimates) if interactions else size
+            noise[at], left = fit.variances(estimates, size)
+            variance[at] = noise[at] + left
+        return AnchorPrediction(mean, variance, noise, [self.regime(p, c) for p, c in pairs])
 
     def regime(self, perturbation: Perturbation, context: str) -> str:
         """What training knew of the perturbation in the context."""

@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
+import scipy.sparse as sp
 
 from gpjepa.perturbations import Perturbation
 
+from ._measured import Measured, blocks
 from ._scales import Scale
 from ._stack import shrink
 from ._table import EffectTable
+from ._weighted import NOTHING, Terms, Weights, added, once
 
 
 class Baseline(ABC):
@@ -35,11 +38,14 @@ class Baseline(ABC):
 
     def fit(self, effects: EffectTable) -> Self:
         """Learn from the effects of the training perturbations."""
-        effects.check_scale(self.scale)
-        self.effects_ = effects
-        self._row = {row: i for i, row in enumerate(effects.rows)}
+        return self.fit_on(Measured(effects, self.scale))
+
+    def fit_on(self, measured: Measured) -> Self:
+        """As :meth:`fit`, where others learn from the same effects."""
+        self.effects_, self.measured_ = measured.effects, measured
+        self._row = measured.row
         self._in_context: dict[str, list[int]] = {}
-        for i, (context, _) in enumerate(effects.rows):
+        for i, (context, _) in enumerate(self.effects_.rows):
             self._in_context.setdefault(context, []).append(i)
         self._fit()
         return self
@@ -52,59 +58,59 @@ class Baseline(ABC):
         """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes)."""
 
     def _elsewhere(self, perturbation: Perturbation) -> list[int]:
-        return [i for (_, p), i in self._row.items() if p == perturbation]
+        contexts = self.effects_.measured_in.get(perturbation, ())
+        return [self._row[c, perturbation] for c in contexts]
 
 
 class WeightedBaseline(Baseline):
     """A baseline whose predictions are weighted sums of the training effects."""
 
-    def weights(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
+    def weights(
+        self, perturbations: Sequence[Perturbation], contexts: Sequence[str]
+    ) -> sp.csr_matrix:
         """Weight of each training effect in each prediction, shape (n_pairs, n_rows)."""
-        pairs = list(zip(perturbations, contexts, strict=True))
-        found = [self._zeros() if p.is_control else self._weights(p, c) for p, c in pairs]
-        return np.array(found).reshape(len(pairs), len(self._row))
+        found = self._of_pairs(perturbations, contexts)
+        row = np.repeat(np.arange(len(found)), [len(w.columns) for w in found])
+        one = added(found)
+        return sp.csr_matrix((one.values, (row, one.columns)), shape=(len(found), len(self._row)))
 
     def predict(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
         """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes)."""
-        return self.weights(perturbations, contexts) @ self.effects_.effect[self.scale]
+        found = np.zeros((len(perturbations), len(self.effects_.genes)))
+        for block in blocks(len(perturbations)):
+            at = slice(block.start, block.stop)
+            sums = [[(1.0, w)] for w in self._of_pairs(perturbations[at], contexts[at])]
+            found[at] = self.measured_.mean(self.measured_.assemble(sums))
+        return found
+
+    def _of_pairs(
+        self, perturbations: Sequence[Perturbation], contexts: Sequence[str]
+    ) -> list[Weights]:
+        pairs = zip(perturbations, contexts, strict=True)
+        return [NOTHING if p.is_control else self._weights(p, c) for p, c in pairs]
 
     @abstractmethod
-    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        """Weight of each training effect, shape (n_rows,)."""
+    def _weights(self, perturbation: Perturbation, context: str) -> Weights:
+        """Weight of each training effect, each once."""
 
-    def _zeros(self) -> np.ndarray:
-        return np.zeros(len(self._row))
-
-    def _one(self, row: tuple[str, Perturbation]) -> np.ndarray:
-        weights = self._zeros()
-        weights[self._row[row]] = 1
-        return weights
-
-    def _mean(self, context: str) -> np.ndarray:
+    def _mean(self, context: str) -> Weights:
         """Mean effect of the context; of one without perturbed cells, the mean over the others."""
         chosen = [context] if context in self._in_context else list(self._in_context)
-        weights = self._zeros()
-        for c in chosen:
-            weights[self._in_context[c]] = 1 / len(self._in_context[c]) / len(chosen)
-        return weights
+        return added(Weights.equal(self._in_context[c], 1 / len(chosen)) for c in chosen)
 
-    def _single(self, single: Perturbation, context: str) -> np.ndarray:
+    def _single(self, single: Perturbation, context: str) -> Weights:
         """Measured here, or its mean over other contexts, or the mean effect (scPerturBench)."""
         if (context, single) in self._row:
-            return self._one((context, single))
+            return self.measured_.one(self._row[context, single])
         elsewhere = self._elsewhere(single)
-        if not elsewhere:
-            return self._mean(context)
-        weights = self._zeros()
-        weights[elsewhere] = 1 / len(elsewhere)
-        return weights
+        return Weights.equal(elsewhere) if elsewhere else self._mean(context)
 
 
 class NoChange(WeightedBaseline):
     """Every perturbed profile is the control profile."""
 
-    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        return self._zeros()
+    def _weights(self, perturbation: Perturbation, context: str) -> Weights:
+        return NOTHING
 
 
 class MeanEffect(WeightedBaseline):
@@ -114,7 +120,7 @@ class MeanEffect(WeightedBaseline):
     baseline of Kernfeld et al. 2025 and Ahlmann-Eltze et al. 2025 for unseen genes.
     """
 
-    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
+    def _weights(self, perturbation: Perturbation, context: str) -> Weights:
         return self._mean(context)
 
 
@@ -125,45 +131,47 @@ class Additive(WeightedBaseline):
     one that was measured nowhere the mean effect (as in scPerturBench, Wei et al. 2025).
     """
 
-    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        return np.sum([self._single(s, context) for s in perturbation.singles], axis=0)
+    def _weights(self, perturbation: Perturbation, context: str) -> Weights:
+        return once(added(self._single(s, context) for s in perturbation.singles))
 
 
 class ShrunkenAdditive(Additive):
     """Additive over singles that are shrunk as whole vectors (James and Stein 1961).
 
-    Each towards no change or the mean effect of its context, whichever has the smaller estimated
-    risk: :func:`gpjepa.effects.shrink`.
+    Each towards no change or the mean effect of its context, whichever has the smaller estimate
+    of Stein's unbiased risk.
     """
 
     def _fit(self) -> None:
-        self._shrunken: dict[int, np.ndarray] = {}
-        for rows in self._in_context.values():
-            singles = [i for i in rows if len(self.effects_.rows[i][1].targets) == 1]
-            if not singles:
-                continue
-            mean = np.zeros((len(singles), len(self._row)))
-            mean[:, singles] = 1 / len(singles)
-            result = shrink(self.effects_, singles, [np.zeros_like(mean), mean], self.scale)
-            self._shrunken |= dict(zip(singles, result.weights, strict=True))
+        self._shrunken: dict[int, Weights] = {}
+        for rows in self.measured_.alone.values():
+            mean = Weights.equal(rows)
+            targets: list[Terms] = [[], [(1.0, mean)]]
+            found = shrink(self.measured_, rows, [lambda j, t=t: t for t in targets])  # type: ignore[misc]
+            for i, factor in zip(rows, found.factor, strict=True):
+                rest = mean.times((1 - factor) * found.target)
+                self._shrunken[i] = once(added([self.measured_.one(i).times(factor), rest]))
 
-    def _single(self, single: Perturbation, context: str) -> np.ndarray:
+    def _single(self, single: Perturbation, context: str) -> Weights:
         raw = super()._single(single, context)
-        used = [int(i) for i in np.flatnonzero(raw)]
-        shrunken = [raw[i] * self._shrunken.get(i, self._one(self.effects_.rows[i])) for i in used]
-        return np.sum(shrunken, axis=0) if used else raw
+        if not len(raw.columns):
+            return raw
+        shrunken = [
+            self._shrunken.get(int(i), self.measured_.one(int(i))).times(w)
+            for i, w in zip(raw.columns, raw.values, strict=True)
+        ]
+        return once(added(shrunken))
 
 
 class LargerSingle(Additive):
     """A combination does what the stronger of its singles does (full masking)."""
 
-    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        singles = np.stack([self._single(s, context) for s in perturbation.singles])
-        effects = singles @ self.effects_.effect[self.scale]
+    def _weights(self, perturbation: Perturbation, context: str) -> Weights:
+        singles = [self._single(s, context) for s in perturbation.singles]
+        sums = self.measured_.assemble([[(1.0, w)] for w in singles])
         # Sizes without noise, or the single with the fewest cells would look strongest.
-        variance = self.effects_.profile_variance(self.scale).sum(1)
-        noise = self.effects_.on_profiles(singles) ** 2 @ variance
-        return singles[int(np.argmax((effects**2).sum(1) - noise))]
+        sizes = (self.measured_.mean(sums) ** 2 - self.measured_.noise(sums)).sum(1)
+        return singles[int(np.argmax(sizes))]
 
 
 class MatchingMean(Additive):
@@ -172,5 +180,5 @@ class MatchingMean(Additive):
     A single that was not measured here takes its mean over other contexts, or the mean effect.
     """
 
-    def _weights(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        return super()._weights(perturbation, context) / len(perturbation.targets)
+    def _weights(self, perturbation: Perturbation, context: str) -> Weights:
+        return super()._weights(perturbation, context).times(1 / len(perturbation.targets))

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 from gpjepa.perturbations import TargetFeatures
 
+from ._measured import Measured
 from ._scales import Scale, log1p_rates
 from ._stack import shrink
 from ._table import EffectTable
@@ -36,8 +37,8 @@ def effect_features(
     singles = [i for i, (_, p) in enumerate(effects.rows) if len(p.targets) == 1]
     if not singles:
         raise ValueError(f"{name}: the other data set has no target that was perturbed alone.")
-    nothing = np.zeros((len(singles), len(effects.rows)))
-    shrunken = shrink(effects, singles, [nothing], scale).weights @ effects.effect[scale]
+    factor = shrink(Measured(effects, scale), singles, [lambda j: []]).factor
+    shrunken = factor[:, None] * effects.effect[scale][singles]
     names = [effects.rows[i][1].targets[0] for i in singles]
     mean = pd.DataFrame(shrunken, names).groupby(level=0).mean()
     return TargetFeatures(list(mean.index), mean.to_numpy(), name, source=effects.cells)

@@ -10,6 +10,7 @@ from scipy.stats import false_discovery_control, norm
 
 from gpjepa.perturbations import Perturbation
 
+from ._measured import Measured
 from ._scales import Scale
 from ._table import EffectTable
 
@@ -26,20 +27,18 @@ def measured_interactions(
         shape (n_combinations, n_genes). The noise of the shared control is in it once per single
         too many.
     """
-    row = {key: i for i, key in enumerate(effects.rows)}
-    found, weights = [], []
-    for (context, perturbation), i in row.items():
-        singles = [row[context, s] for s in perturbation.singles if (context, s) in row]
-        if len(singles) < 2 or len(singles) < len(perturbation.targets):
-            continue
-        w = np.zeros(len(row))
-        w[i] = 1
-        w[singles] = -1
-        found.append((context, perturbation))
-        weights.append(w)
-    w = np.reshape(weights, (len(found), len(row)))
-    variance = effects.on_profiles(w) ** 2 @ effects.profile_variance(scale)
-    return found, w @ effects.effect[scale].astype(float), variance
+    measured = Measured(effects, scale)
+    found, sums = [], []
+    for rows in measured.combined.values():
+        for i in rows:
+            context, perturbation = effects.rows[i]
+            keys = [(context, s) for s in perturbation.singles]
+            if all(key in measured.row for key in keys):
+                found.append((context, perturbation))
+                singles = [(-1.0, measured.one(measured.row[key])) for key in keys]
+                sums.append([(1.0, measured.one(i)), *singles])
+    interactions = measured.assemble(sums)
+    return found, measured.mean(interactions), measured.noise(interactions)
 
 
 def significant_interactions(

@@ -1,14 +1,12 @@
 """Shrinkage and stacking of predictions that are weighted sums of measured effects.
 
-An effect is a difference of two profiles, so every such prediction is a weighted sum of profiles,
-whose sampling errors are independent of each other. The noise that a prediction and a measured
-effect share is then the overlap of their weights: for two effects of one context, that of the
-control profile.
+The noise that a prediction and a measured effect share is the overlap of their weights on profiles:
+for two effects of one context, that of the control profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,20 +14,11 @@ from scipy.optimize import nnls
 
 from gpjepa.splits import MIN_UNITS
 
-from ._scales import Scale
-from ._table import EffectTable
+from ._measured import Measured, blocks
+from ._weighted import Terms, Weights
 
-_BLOCK = 64  # rows predicted at a time
 _NOTHING = 1e-4  # a weight below this says nothing
-
-
-def targeted(effects: EffectTable, rows: Sequence[int]) -> np.ndarray:
-    """Mask of the genes that each row's perturbation targets, shape (n_rows, n_genes)."""
-    where = {gene: g for g, gene in enumerate(effects.genes)}
-    mask = np.zeros((len(rows), len(effects.genes)), bool)
-    for i, row in enumerate(rows):
-        mask[i, [where[t] for t in effects.rows[row][1].targets if t in where]] = True
-    return mask
+_STANDS_OUT = 3.0  # standard deviations
 
 
 @dataclass(frozen=True)
@@ -38,24 +27,25 @@ class Shrunken:
 
     Attributes
     ----------
-    weights
-        Weight of each measured effect in the estimate, shape (n, n_rows).
     factor
         Share of the distance to the chosen target that is kept, shape (n,).
     target
         Index of the target chosen for all of them.
     left
-        Weights on the profiles' variances of what the factor leaves unknown, shape (n, n_profiles).
+        Weights on the profiles' variances of what the factor leaves unknown, of each.
+    bias
+        What the factor is seen to take off each effect, gene by gene, beyond what its noise
+        explains, squared.
     """
 
-    weights: np.ndarray
     factor: np.ndarray
     target: int
-    left: np.ndarray
+    left: list[Weights]
+    bias: list[Weights]
 
 
 def shrink(
-    effects: EffectTable, rows: Sequence[int], targets: Sequence[np.ndarray], scale: Scale
+    measured: Measured, rows: Sequence[int], targets: Sequence[Callable[[int], Terms]]
 ) -> Shrunken:
     r"""Shrink measured effects as whole vectors by the positive-part James–Stein factor.
 
@@ -73,40 +63,91 @@ def shrink(
 
     Parameters
     ----------
-    effects
-        The table.
+    measured
+        The effects.
     rows
         Which of its rows to shrink.
     targets
-        Candidates for *t*: weights of measured effects, each of shape (n, n_rows).
-    scale
-        Scale of the effects.
+        Candidates for *t*: what each says of the j-th of the rows.
 
     Returns
     -------
     Shrunken
     """
-    own = np.eye(len(effects.rows))[list(rows)]
-    on_profiles = effects.on_profiles(own)
-    variance = effects.profile_variance(scale)
-    total = variance.sum(1)
-    values = effects.effect[scale].astype(float)
-    noise = on_profiles**2 @ total
-    results, risks = [], []
-    for index, target in enumerate(targets):
-        apart = on_profiles * (on_profiles - effects.on_profiles(target))
-        shared = apart @ total
-        square = np.maximum((((own - target) @ values) ** 2).sum(1), 1e-12)
+    chosen = 0
+    if len(targets) > 1:
+        risks = [sum(s.risk for s in _steps(measured, rows, target)) for target in targets]
+        chosen = int(np.argmin(risks))
+    steps = list(_steps(measured, rows, targets[chosen], finish=True))
+    return Shrunken(
+        np.concatenate([s.factor for s in steps]) if steps else np.zeros(0),
+        chosen,
+        [w for s in steps for w in s.left],
+        [w for s in steps for w in s.bias],
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A block of effects, shrunk towards one target; its last two parts only where asked for."""
+
+    factor: np.ndarray
+    risk: float
+    left: list[Weights]
+    bias: list[Weights]
+
+
+def _steps(
+    measured: Measured, rows: Sequence[int], target: Callable[[int], Terms], finish: bool = False
+) -> Iterator[_Step]:
+    n_rows = len(measured.values)
+    variance, totals = measured.variance, measured.totals
+    for block in blocks(len(rows)):
+        mine = np.asarray(rows)[block]
+        apart = measured.assemble(
+            [
+                [(1.0, measured.one(a)), *((-f, w) for f, w in target(j))]
+                for j, a in zip(block, mine, strict=True)
+            ]
+        )
+        distance = measured.mean(apart)
+        # Weights on the profiles that effect and distance have in common: its own, its controls'.
+        of_control = -measured.of_rows(mine)
+        own = apart.weight_of(mine)
+        controls = of_control * measured.on_strata(apart)
+        shared = own * totals[mine] + controls @ totals[n_rows:]
+        noise = totals[mine] + of_control**2 @ totals[n_rows:]
+        square = np.maximum((distance**2).sum(1), 1e-12)
         factor = np.clip(1 - shared / square, 0, 1)
         risk = np.where(square > shared, noise - shared**2 / square, square - 2 * shared + noise)
+        if not finish:
+            yield _Step(factor, float(risk.sum()), [], [])
+            continue
+        own, controls = np.maximum(own, 0), np.maximum(controls, 0)
+        common = own[:, None] * variance[mine] + controls @ variance[n_rows:]
         # A factor whose truth is 0 still comes out as large as its own sampling error.
-        least = np.sqrt(2 * ((np.maximum(apart, 0) @ variance) ** 2).sum(1))
+        least = np.sqrt(2 * (common**2).sum(1))
         known = np.minimum(least / np.maximum(shared, 1e-12), 1)
-        left = (np.maximum(factor, known) - factor**2)[:, None] * np.maximum(apart, 0)
-        weights = target + factor[:, None] * (own - target)
-        results.append(Shrunken(weights, factor, index, left))
-        risks.append(risk.sum())
-    return results[int(np.argmin(risks))]
+        open_ = np.maximum(factor, known) - factor**2
+        taken = (1 - factor[:, None]) ** 2
+        explained = taken * measured.noise(apart) + open_[:, None] * common
+        # Only what stands out: the positive part of noise would add up to a bias everywhere.
+        strong = taken * distance**2 > _STANDS_OUT**2 * explained
+        bias = np.where(strong, taken * distance**2 - explained, 0)
+        yield _Step(
+            factor,
+            float(risk.sum()),
+            [
+                Weights(
+                    np.append(a, n_rows + (used := np.flatnonzero(c))), u * np.append(o, c[used])
+                )
+                for a, u, o, c in zip(mine, open_, own, controls, strict=True)
+            ],
+            [
+                Weights(genes := np.flatnonzero(s), b[genes])
+                for s, b in zip(strong, bias, strict=True)
+            ],
+        )
 
 
 @dataclass(frozen=True)
@@ -117,18 +158,15 @@ class Experts:
     ----------
     rows
         Rows of the table that are predicted.
-    weights
-        Weight of each measured effect, shape (n_experts, n, n_rows).
-    controls
-        Weight of each control profile, shape (n_experts, n, n_contexts); zeros if None.
     units
         What each row counts as: rows of one unit are not independent.
+    of
+        What each expert says of the i-th of these rows.
     """
 
     rows: Sequence[int]
-    weights: np.ndarray
     units: Sequence
-    controls: np.ndarray | None = None
+    of: Callable[[int], Sequence[Terms]]
 
 
 @dataclass(frozen=True)
@@ -151,8 +189,7 @@ class Stack:
 
 
 def fit_stack(
-    effects: EffectTable,
-    scale: Scale,
+    measured: Measured,
     experts: Experts,
     prior: np.ndarray,
     towards: np.ndarray | None = None,
@@ -170,8 +207,8 @@ def fit_stack(
 
     Parameters
     ----------
-    effects, scale
-        The table, and the scale of the effects.
+    measured
+        The effects.
     experts
         Predictions out of fold.
     prior
@@ -180,33 +217,35 @@ def fit_stack(
         Weights that they are shrunk towards; the prior by default.
     min_units
         Units needed.
-
-    Returns
-    -------
-    Stack
     """
     prior = np.asarray(prior, float)
     towards = prior if towards is None else towards
-    names = list(dict.fromkeys(experts.units))
-    if len(names) < min_units or not names:
-        return Stack(prior, len(names), 0.0)
-    square, along, shared = _normal_equations(effects, scale, experts)
-    code = np.array([names.index(u) for u in experts.units])
-    member = (code == np.arange(len(names))[:, None]).astype(float)
-    square = np.einsum("ui,ikl->ukl", member, square)
-    along = member @ along
+    index = {unit: i for i, unit in enumerate(dict.fromkeys(experts.units))}
+    n = len(index)
+    if n < min_units or not n:
+        return Stack(prior, n, 0.0)
+    square, along, shared = _normal_equations(measured, experts, len(prior))
+    code = np.array([index[u] for u in experts.units])
+    square, along = _summed(square, code, n), _summed(along, code, n)
     all_square, all_along = square.sum(0), along.sum(0)
     weights = _solve(all_square, all_along)
     gain = 0.0
     for unit_square, unit_along in zip(square, along, strict=True):
         left_out = _solve(all_square - unit_square, all_along - unit_along)
         gain += _gain(left_out, unit_square, unit_along) - _gain(towards, unit_square, unit_along)
-    spread = np.sqrt(2 * (effects.profile_variance(scale)[len(effects.rows) :] ** 2).sum(1))
+    spread = np.sqrt(2 * (measured.variance[len(measured.values) :] ** 2).sum(1))
     error = float(np.linalg.norm(2 * (shared @ (weights - towards)) * spread))
     kept = max(0.0, 1 - (error / gain) ** 2) if gain > 0 else 0.0
     weights = towards + kept * (weights - towards)
     weights = np.where(weights < _NOTHING, 0, weights)
-    return Stack(weights, len(names), kept)
+    return Stack(weights, n, kept)
+
+
+def _summed(values: np.ndarray, code: np.ndarray, n: int) -> np.ndarray:
+    """Sums of rows with one code, shape (n, ...)."""
+    found = np.zeros((n, *values.shape[1:]))
+    np.add.at(found, code, values)
+    return found
 
 
 def _gain(weights: np.ndarray, square: np.ndarray, along: np.ndarray) -> float:
@@ -221,51 +260,34 @@ def _solve(square: np.ndarray, along: np.ndarray) -> np.ndarray:
     return nnls(root.T, np.linalg.solve(root, along))[0]
 
 
-def _blocks(experts: Experts) -> list[np.ndarray]:
-    n = len(experts.rows)
-    return [np.arange(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]
-
-
-def _predict(effects: EffectTable, scale: Scale, experts: Experts, block: np.ndarray) -> np.ndarray:
-    """Predictions of a block of rows, shape (n_experts, n_block, n_genes)."""
-    predicted = experts.weights[:, block] @ effects.effect[scale].astype(float)
-    if experts.controls is not None:
-        predicted += experts.controls[:, block] @ effects.control_profiles(scale)
-    return predicted
-
-
 def _normal_equations(
-    effects: EffectTable, scale: Scale, experts: Experts
+    measured: Measured, experts: Experts, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per row ⟨e_k, e_l⟩ and ⟨e_k, d⟩ without shared noise; shared weights on the controls."""
-    k, n = experts.weights.shape[:2]
-    variance = effects.profile_variance(scale)
+    n, n_rows = len(experts.rows), len(measured.values)
     square, along = np.empty((n, k, k)), np.empty((n, k))
-    n_rows = len(effects.rows)
-    shared = np.zeros((len(variance) - n_rows, k))
-    for block in _blocks(experts):
+    shared = np.zeros((len(measured.variance) - n_rows, k))
+    for block in blocks(n):
         rows = np.asarray(experts.rows)[block]
-        hidden = targeted(effects, rows)
-        predicted = np.where(hidden, 0, _predict(effects, scale, experts, block))
-        measured = effects.effect[scale][rows]
-        square[block] = np.einsum("kig,lig->ikl", predicted, predicted)
-        along[block] = np.einsum("kig,ig->ik", predicted, measured)
-        own = effects.on_profiles(np.eye(n_rows)[rows])
-        overlap = np.stack([own * _on_profiles(effects, experts, j, block) for j in range(k)])
-        noise = variance.sum(1) - np.where(hidden, 1.0, 0.0) @ variance.T
-        along[block] -= np.einsum("kip,ip->ik", overlap, noise)
-        shared += overlap[:, :, n_rows:].sum(1).T
+        said = [experts.of(i) for i in block]
+        hidden = measured.effects.targeted(rows)
+        of_control = -measured.of_rows(rows)
+        # Targeted genes do not count, so neither does their noise.
+        own_noise = measured.totals[rows] - (hidden * measured.variance[rows]).sum(1)
+        noise = measured.totals[n_rows:] - hidden @ measured.variance[n_rows:].T
+        predicted = np.empty((len(rows), k, measured.values.shape[1]))
+        for j in range(k):
+            sums = measured.assemble([each[j] for each in said])
+            predicted[:, j] = np.where(hidden, 0, measured.mean(sums))
+            overlap = of_control * measured.on_strata(sums)
+            along[block, j] = -(overlap * noise).sum(1) - sums.weight_of(rows) * own_noise
+            shared[:, j] += overlap.sum(0)
+        square[block] = predicted @ predicted.transpose(0, 2, 1)
+        along[block] += (predicted @ measured.values[rows][:, :, None])[:, :, 0]
     return square, along, shared
 
 
-def _on_profiles(effects: EffectTable, experts: Experts, k: int, block: np.ndarray) -> np.ndarray:
-    controls = None if experts.controls is None else experts.controls[k, block]
-    return effects.on_profiles(experts.weights[k, block], controls)
-
-
-def stack_residual(
-    effects: EffectTable, scale: Scale, experts: Experts, weights: np.ndarray
-) -> np.ndarray | None:
+def stack_residual(measured: Measured, experts: Experts, weights: np.ndarray) -> np.ndarray | None:
     """Mean squared error of the stacked prediction per gene, without sampling noise.
 
     Returns
@@ -275,16 +297,27 @@ def stack_residual(
     """
     if len(set(experts.units)) < 2:
         return None
-    variance = effects.profile_variance(scale)
-    total = count = np.zeros(len(effects.genes))
-    for block in _blocks(experts):
+    total = count = np.zeros(measured.values.shape[1])
+    for block in blocks(len(experts.rows)):
         rows = np.asarray(experts.rows)[block]
-        scored = ~targeted(effects, rows)
-        predicted = np.tensordot(weights, _predict(effects, scale, experts, block), 1)
-        apart = effects.on_profiles(np.eye(len(effects.rows))[rows])
-        for j, w in enumerate(weights):
-            apart = apart - w * _on_profiles(effects, experts, j, block)
-        error = (effects.effect[scale][rows] - predicted) ** 2 - apart**2 @ variance
+        apart = measured.assemble(
+            [
+                [(1.0, measured.one(a)), *stacked(experts.of(i), -weights)]
+                for i, a in zip(block, rows, strict=True)
+            ]
+        )
+        scored = ~measured.effects.targeted(rows)
+        error = measured.mean(apart) ** 2 - measured.noise(apart)
         total = total + (error * scored).sum(0)
         count = count + scored.sum(0)
     return np.maximum(total / np.maximum(count, 1), 0)
+
+
+def stacked(said: Sequence[Terms], weights: np.ndarray) -> Terms:
+    """The weighted sum of what experts say."""
+    return [
+        (float(w) * factor, of)
+        for w, terms in zip(weights, said, strict=True)
+        if w
+        for factor, of in terms
+    ]

@@ -84,6 +84,10 @@ class EffectTable:
         later = {f.name: f.default_factory() for f in fields(self) if callable(f.default_factory)}
         self.__dict__.update({**later, **state})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing that is made anew when asked for."""
+        return {f.name: self.__dict__[f.name] for f in fields(self)}
+
     @classmethod
     def from_frame(
         cls,
@@ -215,6 +219,17 @@ class EffectTable:
     def _perturbed_contexts(self) -> frozenset[str]:
         return frozenset(c for c, _ in self.rows)
 
+    def targeted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Mask of the genes that the perturbations of some rows target, shape (n, n_genes)."""
+        mask = np.zeros((len(rows), len(self.genes)), bool)
+        for i, row in enumerate(rows):
+            mask[i, [self._gene[t] for t in self.rows[row][1].targets if t in self._gene]] = True
+        return mask
+
+    @cached_property
+    def _gene(self) -> dict[str, int]:
+        return {gene: g for g, gene in enumerate(self.genes)}
+
     def shares_cells(self, cells: np.ndarray) -> bool:
         """Whether some of these hashes of cells are among the table's own.
 
@@ -223,8 +238,12 @@ class EffectTable:
         return len(np.intersect1d(self.cells, cells)) > 2
 
     @cached_property
-    def _compared(self) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-        """Weights of the strata in each row's control, and in each context's control profile."""
+    def compared(self) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        """Weights of the strata in each row's control, and in each context's control profile.
+
+        Shapes (n_rows, n_strata) and (n_contexts, n_strata); without batches the strata are the
+        contexts.
+        """
         if self.strata is not None:
             return self.strata.weights, self.strata.shares
         index = {c: i for i, c in enumerate(self.contexts)}
@@ -240,7 +259,7 @@ class EffectTable:
 
     def noise(self, scale: Scale) -> np.ndarray:
         """Sampling variance of each effect, the control's included, shape (n_rows, n_genes)."""
-        own, weights = self.variance[scale], self._compared[0]
+        own, weights = self.variance[scale], self.compared[0]
         return own + (weights.power(2) @ self._strata_variance(scale)).astype(own.dtype)
 
     def control_profiles(self, scale: Scale) -> np.ndarray:
@@ -258,27 +277,6 @@ class EffectTable:
     def interval_variance(self, scale: Scale) -> np.ndarray:
         """As :meth:`profile_variance`, and nowhere 0: for intervals, not for corrections."""
         return self.profile_variance(scale) + self.few.get(scale, 0.0)
-
-    def on_profiles(self, weights: np.ndarray, controls: np.ndarray | None = None) -> np.ndarray:
-        """Weights of profiles in weighted sums of effects and control profiles.
-
-        Parameters
-        ----------
-        weights
-            Weight of each effect, shape (n, n_rows).
-        controls
-            Weight of each context's control profile, shape (n, n_contexts); none by default.
-
-        Returns
-        -------
-        numpy.ndarray
-            Shape (n, n_rows + n_strata), columns as in :meth:`profile_variance`.
-        """
-        of_rows, shares = self._compared
-        on_controls = -(weights @ of_rows)
-        if controls is not None:
-            on_controls = on_controls + controls @ shares
-        return np.hstack([weights, on_controls])
 
     def to_anndata(self, scale: Scale | None = None, context: str | None = None) -> AnnData:
         """The effects as an AnnData, one row per perturbation, for scanpy and pertpy.

@@ -10,8 +10,10 @@ import numpy as np
 from gpjepa.perturbations import Perturbation
 
 from ._baselines import Baseline
+from ._measured import Measured
 from ._scales import Scale
 from ._stack import Experts, fit_stack
+from ._weighted import Terms, Weights, once
 
 Form = Literal["mean", "similar", "log_rate", "state"]
 MIN_CONTEXTS = 3
@@ -51,13 +53,11 @@ class Transfer(Baseline):
         self.slope_ = 0.0
         if self.form == "state":
             prior = np.array([1.0, 0.0])
-            fitted = fit_stack(
-                self.effects_, self.scale, transfer_experts(self), prior, min_units=MIN_CONTEXTS
-            )
+            experts = transfer_experts(self.measured_)
+            fitted = fit_stack(self.measured_, experts, prior, min_units=MIN_CONTEXTS)
             self.slope_ = float(fitted.weights[1])
 
-    def sources(self, perturbation: Perturbation, context: str) -> list[int]:
-        """Rows of the perturbation in other contexts."""
+    def _sources(self, perturbation: Perturbation, context: str) -> list[int]:
         return [i for i in self._elsewhere(perturbation) if self.effects_.rows[i][0] != context]
 
     def _alike(self, rows: list[int], context: str) -> np.ndarray:
@@ -75,7 +75,7 @@ class Transfer(Baseline):
         return np.stack([self._predict(p, c) for p, c in pairs])
 
     def _predict(self, perturbation: Perturbation, context: str) -> np.ndarray:
-        rows = self.sources(perturbation, context)
+        rows = self._sources(perturbation, context)
         if not rows:
             return np.zeros(len(self.effects_.genes))
         if self.form == "log_rate":
@@ -83,8 +83,9 @@ class Transfer(Baseline):
         weights = self._alike(rows, context) if self.form == "similar" else np.ones(len(rows))
         carried = np.average(self.effects_.effect[self.scale][rows], axis=0, weights=weights)
         if self.form == "state":
-            state = _state(self, rows, context) @ self.effects_.control_profiles(self.scale)
-            carried = carried + self.slope_ * state
+            away = _state(self.measured_, rows, context)
+            state = self.measured_.mean(self.measured_.assemble([[(self.slope_, away)]]))[0]
+            carried = carried + state
         return carried
 
     def _log_rate(self, rows: list[int], context: str) -> np.ndarray:
@@ -99,33 +100,28 @@ class Transfer(Baseline):
         return np.log1p(moved) - control[context]
 
 
-def transfer_experts(transfer: Transfer) -> Experts:
+def transfer_experts(measured: Measured) -> Experts:
     """Mean of the other contexts, and difference of states, for every row measured elsewhere."""
-    effects = transfer.effects_
-    rows, weights, controls = [], [], []
-    for i, (context, perturbation) in enumerate(effects.rows):
-        sources = transfer.sources(perturbation, context)
-        if not sources:
-            continue
-        mean = np.zeros(len(effects.rows))
-        mean[sources] = 1 / len(sources)
-        rows.append(i)
-        weights.append([mean, np.zeros_like(mean)])
-        controls.append([np.zeros(len(effects.contexts)), _state(transfer, sources, context)])
-    shape = (2, len(rows), len(effects.rows))
-    return Experts(
-        rows,
-        np.swapaxes(weights, 0, 1) if rows else np.zeros(shape),
-        [effects.rows[i][0] for i in rows],
-        np.swapaxes(controls, 0, 1) if rows else np.zeros((2, 0, len(effects.contexts))),
-    )
+    effects = measured.effects
+    # Rows of one perturbation after the other, as they rest on the same rows.
+    several = [
+        measured.row[c, p]
+        for p, contexts in effects.measured_in.items()
+        for c in contexts
+        if len(contexts) > 1
+    ]
+
+    def of(i: int) -> list[Terms]:
+        context, perturbation = effects.rows[several[i]]
+        elsewhere = [c for c in effects.measured_in[perturbation] if c != context]
+        rows = [measured.row[c, perturbation] for c in elsewhere]
+        return [[(1.0, Weights.equal(rows))], [(1.0, _state(measured, rows, context))]]
+
+    return Experts(several, [effects.rows[i][0] for i in several], of)
 
 
-def _state(transfer: Transfer, sources: list[int], context: str) -> np.ndarray:
+def _state(measured: Measured, sources: list[int], context: str) -> Weights:
     """Weights of the control profiles in (mean control elsewhere - control here)."""
-    effects = transfer.effects_
-    weights = np.zeros(len(effects.contexts))
-    for i in sources:
-        weights[effects.contexts.index(effects.rows[i][0])] += 1 / len(sources)
-    weights[effects.contexts.index(context)] -= 1
-    return weights
+    away = [measured.control[measured.effects.rows[i][0]] for i in sources]
+    share = np.full(len(away), 1 / max(len(away), 1))
+    return once(Weights(np.append(away, measured.control[context]), np.append(share, -1.0)))

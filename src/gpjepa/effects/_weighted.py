@@ -2,10 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+KINDS = ("spread", "unseen", "without features", "transfer", "combinations")
+"""Kinds of residual variance: how large an effect may be, and what experts leave of it."""
+SPREAD, UNSEEN, WITHOUT_FEATURES, TRANSFER, COMBINATIONS = range(len(KINDS))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of some columns; all others are 0.
+
+    Attributes
+    ----------
+    columns
+        Which columns, each once where these are weights of measured effects.
+    values
+        Their weights, same shape.
+    """
+
+    columns: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def equal(cls, columns: Sequence[int] | np.ndarray, total: float = 1.0) -> Weights:
+        """The same weight for each column; none for no columns."""
+        return cls(np.asarray(columns, int), np.full(len(columns), total / max(len(columns), 1)))
+
+    def times(self, factor: float) -> Weights:
+        """All weights times a factor."""
+        return Weights(self.columns, factor * self.values)
+
+
+def added(weights: Iterable[Weights]) -> Weights:
+    """Sum of weights, in which a column may occur more than once."""
+    found = list(weights)
+    if len(found) == 1:
+        return found[0]
+    return Weights(
+        np.concatenate([NOTHING.columns, *(w.columns for w in found)]),
+        np.concatenate([NOTHING.values, *(w.values for w in found)]),
+    )
+
+
+def once(weights: Weights) -> Weights:
+    """The same weights, each column once."""
+    columns, at = np.unique(weights.columns, return_inverse=True)
+    return Weights(columns, np.bincount(at, weights.values, len(columns)))
+
+
+NOTHING = Weights(np.zeros(0, int), np.zeros(0))
+Terms = Sequence[tuple[float, Weights]]
+"""A sum of weights, each times a factor."""
 
 
 @dataclass(frozen=True)
@@ -20,26 +71,20 @@ class Share:
         Name of the expert.
     weight
         Its weight.
-    weights, controls
-        The weighted sum of measured effects, shape (n_rows,), and of control profiles, shape
-        (n_contexts,), that it contributes, its weight included.
+    of
+        The expert's own prediction: weights of the measured effects, then of the control profiles
+        of the contexts.
     """
 
     part: str
     expert: str
     weight: float
-    weights: np.ndarray
-    controls: np.ndarray
+    of: Weights
 
     def times(self, factor: float, role: str = "") -> Share:
         """The same share of a prediction that enters another with a factor, in some role."""
-        return replace(
-            self,
-            weight=factor * self.weight,
-            weights=factor * self.weights,
-            controls=factor * self.controls,
-            expert=f"{role}, {self.expert}" if role and self.part else self.expert,
-        )
+        expert = f"{role}, {self.expert}" if role and self.part else self.expert
+        return replace(self, weight=factor * self.weight, expert=expert)
 
 
 @dataclass(frozen=True)
@@ -50,73 +95,98 @@ class Estimate:
     ----------
     shares
         What each expert contributes.
-    weights, controls
-        Sums over the shares.
     left
         Weights on the variances of the profiles of what shrinkage leaves unknown.
     residual
-        Weights on the kinds of residual variance.
+        Weights on the kinds of residual variance, shape (n_kinds,).
+    bias
+        Of each gene: what shrinkage is seen to take off a measured effect beyond its noise, squared.
     interaction
         Weight on the variance of interactions.
-    bias
-        Weights on what shrinkage is seen to take off each measured effect beyond its noise.
     singles
         Of a combination: what it takes of the estimate of each single.
     """
 
-    shares: tuple[Share, ...]
-    weights: np.ndarray
-    controls: np.ndarray
-    left: np.ndarray
-    residual: np.ndarray
-    bias: np.ndarray
+    shares: tuple[Share, ...] = ()
+    left: Weights = NOTHING
+    residual: np.ndarray = field(default_factory=lambda: np.zeros(len(KINDS)))
+    bias: Weights = NOTHING
     interaction: float = 0.0
     singles: tuple[float, ...] = ()
+
+    @property
+    def terms(self) -> Terms:
+        """The weighted sum."""
+        return [(s.weight, s.of) for s in self.shares]
 
     def times(self, factor: float) -> Estimate:
         """The estimate times a factor."""
         return Estimate(
             tuple(s.times(factor) for s in self.shares),
-            factor * self.weights,
-            factor * self.controls,
-            factor**2 * self.left,
+            self.left.times(factor**2),
             factor**2 * self.residual,
-            factor**2 * self.bias,
+            self.bias.times(factor**2),
             factor**2 * self.interaction,
             tuple(factor * s for s in self.singles),
         )
+
+    def less_sure(self, kind: int, by: float) -> Estimate:
+        """The estimate with residual variance of a kind."""
+        residual = self.residual.copy()
+        residual[kind] += by
+        return replace(self, residual=residual)
 
 
 def total(estimates: Sequence[Estimate]) -> Estimate:
     """Sum of estimates; what each leaves unknown is independent of the others."""
     return Estimate(
         tuple(share for e in estimates for share in e.shares),
-        np.sum([e.weights for e in estimates], axis=0),
-        np.sum([e.controls for e in estimates], axis=0),
-        np.sum([e.left for e in estimates], axis=0),
-        np.sum([e.residual for e in estimates], axis=0),
-        np.sum([e.bias for e in estimates], axis=0),
+        added(e.left for e in estimates),
+        np.sum([e.residual for e in estimates], axis=0) if estimates else np.zeros(len(KINDS)),
+        added(e.bias for e in estimates),
         float(np.sum([e.interaction for e in estimates])),
     )
 
 
-def weigh(experts: Sequence[list[Estimate]], weights: np.ndarray, names: Sequence[str]) -> Estimate:
-    """Weighted sum of experts, each a sum of estimates; one estimate may be in several experts."""
-    factor: dict[int, float] = {}
-    shares: list[Share] = []
-    for parts, weight, name in zip(experts, weights, names, strict=True):
-        for part in parts:
-            factor[id(part)] = factor.get(id(part), 0.0) + float(weight)
-            if weight:
-                shares += [share.times(float(weight), name) for share in part.shares]
-    once = {id(part): part for parts in experts for part in parts}
-    return replace(
-        total([part.times(factor[key]) for key, part in once.items()]), shares=tuple(shares)
-    )
+@dataclass(frozen=True)
+class Sums:
+    """Experts that each add up some of the same parts.
 
+    Attributes
+    ----------
+    parts
+        Estimates that they are made of.
+    experts
+        How often each expert takes each part, shape (n_experts, n_parts).
+    names
+        Of the experts.
+    """
 
-def less_sure(estimate: Estimate, kind: int, by: float) -> Estimate:
-    """The estimate with residual variance of a kind."""
-    residual = estimate.residual.copy()
-    residual[kind] += by
-    return replace(estimate, residual=residual)
+    parts: Sequence[Estimate]
+    experts: np.ndarray
+    names: Sequence[str]
+
+    def weighted(self, weights: np.ndarray) -> Estimate:
+        """The weighted sum of the experts; what is unknown of a part is unknown once."""
+        shares = [
+            share.times(float(weight * often), name)
+            for weight, expert, name in zip(weights, self.experts, self.names, strict=True)
+            for part, often in zip(self.parts, expert, strict=True)
+            if weight and often
+            for share in part.shares
+        ]
+        factors = weights @ self.experts
+        whole = total([p.times(float(f)) for p, f in zip(self.parts, factors, strict=True)])
+        return replace(whole, shares=tuple(shares))
+
+    def terms(self) -> list[Terms]:
+        """The weighted sum that each expert is."""
+        return [
+            [
+                (often * weight, of)
+                for part, often in zip(self.parts, expert, strict=True)
+                if often
+                for weight, of in part.terms
+            ]
+            for expert in self.experts
+        ]

@@ -25,7 +25,6 @@ from gpjepa.effects import (
     gene_loadings,
     library_shifts,
     noise_corrected_error,
-    targeted,
 )
 from gpjepa.nn import ComponentEncoder, ResidualEncoder
 from gpjepa.objectives import gene_blocks
@@ -478,7 +477,7 @@ class _ActionStage:
         pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
         self.predicted = {s: self.anchor.predict(*pairs, s) for s in SCALES}
         # A perturbation that hits its target is no success of a prediction.
-        self.scored = ~targeted(self.outside, range(len(self.outside.rows)))
+        self.scored = ~self.outside.targeted(range(len(self.outside.rows)))
 
     def _table(self, keep: np.ndarray) -> EffectTable:
         cells = self.cells

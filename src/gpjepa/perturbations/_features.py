@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+_DENSE = 0.1  # share of values from which on dense products are faster
+
 
 class TargetFeatures:
     """What is known of targets besides their effects, so that unseen ones can be predicted.
@@ -90,7 +92,10 @@ class TargetFeatures:
         numpy.ndarray
             Shape (n_targets, n_others).
         """
-        return (self.take(targets) @ self.take(others).T).toarray()
+        left, right = self.take(targets), self.take(others)
+        if self._rows.nnz > _DENSE * np.prod(self._rows.shape):
+            return left.toarray() @ right.toarray().T
+        return (left @ right.T).toarray()
 
     def take(self, targets: Sequence[str]) -> sp.csr_matrix:
         """Features of some targets at unit length, zeros for those not covered.
