@@ -35,8 +35,9 @@ from gpjepa.effects import (
     noise_corrected_error,
     significant_interactions,
 )
+from gpjepa.effects._gain import SharedNoise
 from gpjepa.effects._measured import Measured
-from gpjepa.effects._stack import shrink
+from gpjepa.effects._stack import Experts, control_terms, shrink
 from gpjepa.effects._weighted import Weights
 from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures, UnknownTargetError
 
@@ -872,34 +873,107 @@ def test_noise_and_genes_that_never_vary_are_no_features(rng):
     assert coexpression.targets == list("abc")
 
 
+def controlled(rng, loadings, n_control=60):
+    """Cells without effects whose genes vary together, and how much they do."""
+    labels = ["control"] * n_control + [f"T{i}" for i in range(4) for _ in range(30)]
+    activity = rng.normal(0, 0.5, len(labels))[:, None] * loadings
+    counts = rng.poisson(3 * np.exp(activity)).astype(float)
+    library = np.full(len(labels), 1_000.0)
+    return effect_table(
+        sp.csr_matrix(counts),
+        library,
+        [read(x) for x in labels],
+        ["c"] * len(labels),
+        [f"g{g}" for g in range(counts.shape[1])],
+        names=[f"{rng.integers(1 << 60)}" for _ in labels],
+    )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_noise_of_controls_is_that_of_genes_that_vary_together(scale):
+    """The variance of a sum over genes, against repeated experiments; a diagonal is far off."""
+    rng = np.random.default_rng(0)
+    loadings = np.where(np.arange(80) < 40, 1.0, -1.0)
+    weights = np.sign(loadings)[None]
+    sums, expected, diagonal = [], [], []
+    for _ in range(150):
+        table = controlled(rng, loadings)
+        sums.append((weights @ table.control[scale]["c"]).item())
+        expected.append(table.variance_on_control(scale, 0, weights).item())
+        diagonal.append(table.control_variance[scale]["c"].sum())
+    assert 0.75 < np.var(sums) / np.mean(expected) < 1.3
+    assert np.var(sums) > 5 * np.mean(diagonal)
+
+
+def test_what_rows_share_of_the_controls_is_added_to_their_spread(rng):
+    """The variance of a sum that shares one control: by pairs of rows, and none of single rows."""
+    table = random_table(rng, n_pairs=0, noise=0.3)
+    by = rng.normal(size=(6, 40))
+    shared = SharedNoise(table, "mean_log1p")
+    shared.add([(np.ones((6, 1)), by)])
+    pairs = sum(0.3 * by[i] @ by[j] for i in range(6) for j in range(6) if i != j)
+    assert shared.variance == pytest.approx(max(pairs, 0))
+    alone = SharedNoise(table, "mean_log1p")
+    alone.add([(np.ones((1, 1)), by[:1])])
+    assert alone.variance == 0
+
+
+def test_derivatives_by_the_controls_are_those_of_the_gain(rng):
+    """Against finite differences: the control moves, and all effects and predictions with it."""
+    table = random_table(rng, n_pairs=0, noise=0.1)
+    measured = Measured(table, "mean_log1p")
+    n = len(table.rows)
+    mean = [Weights.equal([j for j in range(n) if j != i]) for i in range(n)]
+    experts = Experts(range(n), range(n), lambda i: [[(1.0, mean[i])], [(0.5, mean[(i + 1) % n])]])
+    change, towards = np.array([0.4, 0.2]), np.array([0.3, 0.1])
+
+    def along(moved):
+        shifted = replace(table, effect={"mean_log1p": table.effect["mean_log1p"] - moved})
+        values = Measured(shifted, "mean_log1p").values
+        said = (
+            np.array(
+                [
+                    [w.values @ values[w.columns] for w in (mean[i], mean[(i + 1) % n])]
+                    for i in range(n)
+                ]
+            )
+            * np.array([1.0, 0.5])[None, :, None]
+        )
+        scored = ~table.targeted(range(n))
+        changed, missed = (np.einsum("ikg,k->ig", said, w) for w in (change, towards))
+        return (changed * (values - missed) * scored).sum()
+
+    step = rng.normal(0, 1e-2, 40).astype(np.float32)
+    terms = control_terms(measured, experts, range(n), change, towards)
+    derivative = sum((on[:, :1] * each).sum(0) for on, each in terms)
+    assert derivative @ step == pytest.approx((along(step) - along(-step)) / 2, rel=1e-2)
+
+
 # The gate
 
 
-def gate_case(rng, n=12, adds=0.5, noise=0.1):
+def gate_case(rng, n=12, adds=0.5, noise=0.1, one_unit=False):
+    """What a network and an anchor say of rows that were measured."""
     anchor = rng.normal(size=(n, 60))
     network = anchor + rng.normal(size=(n, 60))
     measured = anchor + adds * (network - anchor) + rng.normal(0, noise, (n, 60))
-    return network, anchor, measured, np.full((n, 60), noise**2)
+    names = [f"T@{i + 1:03d}" if one_unit else f"T{i:03d}" for i in range(n)]
+    table = table_of({("c", name): d for name, d in zip(names, measured, strict=True)}, noise**2)
+    return network, anchor, table, range(n)
 
 
 def test_the_gate_is_least_squares(rng):
-    network, anchor, measured, noise = gate_case(rng, n=400)
-    every = np.ones_like(anchor, bool)
-    gate = fit_gate(network, anchor, measured, noise, range(400), ["c"] * 400, every)
-    x, y = (network - anchor).ravel(), (measured - anchor).ravel()
+    network, anchor, table, rows = gate_case(rng, n=400)
+    gate = fit_gate(network, anchor, table, rows)
+    x, y = (network - anchor).ravel(), (table.effect["mean_log1p"] - anchor).ravel()
     assert gate.gate == pytest.approx((x @ y) / (x @ x), rel=1e-2)
     assert gate.error_gated < gate.error_anchor
-    assert (
-        fit_gate(network, anchor, measured, noise, [0] * 400, ["c"] * 400, every).gate == 0
-    )  # one unit
+    doses_of_one = gate_case(rng, n=400, one_unit=True)
+    assert fit_gate(*doses_of_one).gate == 0
 
 
 def test_the_gate_stays_shut_for_a_network_that_knows_nothing(rng):
-    gates = []
-    for _ in range(100):
-        network, anchor, measured, noise = gate_case(rng, adds=0.0, noise=1.0)
-        every = np.ones_like(anchor, bool)
-        gates.append(fit_gate(network, anchor, measured, noise, range(12), ["c"] * 12, every).gate)
+    gates = [fit_gate(*gate_case(rng, adds=0.0, noise=1.0)).gate for _ in range(100)]
     assert np.mean(gates) < 0.02
 
 
@@ -907,15 +981,11 @@ def test_common_noise_of_the_controls_does_not_open_the_gate(rng):
     """A network that guesses one profile for all is right by chance as often as the control moves."""
     gates = []
     for _ in range(200):
-        anchor, shared = np.zeros((12, 60)), rng.normal(size=60)
+        shared = rng.normal(size=60)
         network = np.tile(rng.normal(size=60), (12, 1))
-        measured = np.tile(shared, (12, 1)) + rng.normal(0, 0.1, (12, 60))
-        every = np.ones_like(anchor, bool)
-        gates.append(
-            fit_gate(
-                network, anchor, measured, np.ones((12, 60)), range(12), ["c"] * 12, every
-            ).gate
-        )
+        effects = {("c", f"T{i:02d}"): shared + rng.normal(0, 0.1, 60) for i in range(12)}
+        table = table_of(effects, noise=1.0)
+        gates.append(fit_gate(network, np.zeros((12, 60)), table, range(12)).gate)
     assert np.mean(gates) < 0.05
 
 

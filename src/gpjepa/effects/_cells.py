@@ -13,9 +13,10 @@ import scipy.sparse as sp
 from gpjepa.perturbations import Perturbation
 
 from ._parts import ByScale, Group, Parts
-from ._scales import PER, log1p_rates
+from ._scales import PER, SCALES, Scale, log1p_rates
 from ._table import EffectTable
 
+_DRAWS = 16  # parts of the control cells that show how the noise of genes goes together
 _CHUNK = 1_000  # cells normalised at a time
 _FEW = 3.0  # counts below which the spread within a group of cells says little
 _EXPRESSED = 10  # genes that a cell must express to be recognised
@@ -109,6 +110,7 @@ class CellSums:
         self._sums = {name: np.zeros((0, len(self.genes))) for name in _SUMS}
         self._of_cells = {name: np.zeros(0) for name in _OF_CELLS}
         self._cells: list[tuple[np.ndarray, np.ndarray]] = []  # hashes, and their groups
+        self._draws: dict[str, ControlDraws] = {}
 
     def add(
         self,
@@ -138,6 +140,12 @@ class CellSums:
         code = np.full(n, -1)
         code[where] = [self._index.setdefault(keys[i], len(self._index)) for i in where]
         self._grow(len(self._index))
+        of_control = np.array(
+            [c if p.is_control else None for c, p in zip(contexts, perturbations, strict=True)],
+            object,
+        )
+        for context in {keys[i][0] for i in where if keys[i][1].is_control} - set(self._draws):
+            self._draws[context] = ControlDraws(len(self.genes))
         # Without names, cells are known by their counts alone.
         named = np.zeros(n, object) if names is None else np.asarray(names, dtype=object)
         hashed = pd.util.hash_array(named)
@@ -147,9 +155,12 @@ class CellSums:
             if not len(rows):
                 continue
             block = _rows(counts, start, min(start + _CHUNK, n))[rows - start]
-            self._add(block, library[rows], code[rows])
-            # Cells with hardly any counts are like cells of other data.
             cells = _fingerprints(block, salt) ^ hashed[rows]
+            y = self._add(block, library[rows], code[rows])
+            for context, draws in self._draws.items():
+                mine = np.flatnonzero(of_control[rows] == context)
+                draws.add(y[mine], block[mine], library[rows[mine]], cells[mine])
+            # Cells with hardly any counts are like cells of other data.
             known = np.diff(block.indptr) >= _EXPRESSED
             self._cells.append((cells[known], code[rows][known]))
         return self
@@ -163,7 +174,7 @@ class CellSums:
             for name, each in self._of_cells.items():
                 self._of_cells[name] = np.append(each, np.zeros(more))
 
-    def _add(self, block: sp.csr_matrix, size: np.ndarray, code: np.ndarray) -> None:
+    def _add(self, block: sp.csr_matrix, size: np.ndarray, code: np.ndarray) -> sp.csr_matrix:
         groups, local = np.unique(code, return_inverse=True)
         member = sp.csr_matrix((np.ones(len(code)), (local, np.arange(len(code)))))
         y = log1p_rates(block, size).astype(np.float64)
@@ -179,6 +190,7 @@ class CellSums:
         each = (np.ones(len(size)), size, size**2, size * np.log1p(PER / size) ** 2)
         for name, values in zip(_OF_CELLS, each, strict=True):
             self._of_cells[name][groups] += np.bincount(local, values)
+        return y
 
     def table(self) -> EffectTable:
         """The effects of all cells added so far.
@@ -193,6 +205,9 @@ class CellSums:
         n = self._of_cells["n"][order]
         _check_controls(groups, n)
         table = Parts.of(groups, n, *self._profiles(order)).table(self.genes)
+        made = [self._draws[c].deviations() for c in table.contexts]
+        draws = {s: dict(zip(table.contexts, (m[s] for m in made), strict=True)) for s in SCALES}
+        table = replace(table, draws=draws)
         if not self._cells:
             return table
         cells, code = map(np.concatenate, zip(*self._cells, strict=True))
@@ -221,6 +236,44 @@ class CellSums:
             variance[name] = np.where(n > 1, own, pooled * poisson)
             few[name] = np.maximum(less * pooled * poisson - variance[name], 0) * _FEW / (k + _FEW)
         return {"mean_log1p": mean, "rate": rate}, variance, few
+
+
+class ControlDraws:
+    """Profiles of random parts of the control cells of a context: how the noise of genes goes together.
+
+    Parameters
+    ----------
+    n_genes
+        Genes of the cells.
+    """
+
+    def __init__(self, n_genes: int) -> None:
+        self._sums = {name: np.zeros((_DRAWS, n_genes)) for name in ("y", "k")}
+        self._of_cells = {name: np.zeros(_DRAWS) for name in ("n", "l")}
+
+    def add(
+        self, y: sp.csr_matrix, counts: sp.csr_matrix, library: np.ndarray, cells: np.ndarray
+    ) -> None:
+        """Add cells, which their hash deals out to the parts."""
+        part = ((cells >> np.uint64(32)) % np.uint64(_DRAWS)).astype(int)
+        member = sp.csr_matrix(
+            (np.ones(len(part)), (part, np.arange(len(part)))), shape=(_DRAWS, len(part))
+        )
+        self._sums["y"] += (member @ y).toarray()
+        self._sums["k"] += (member @ counts).toarray()
+        self._of_cells["n"] += np.bincount(part, minlength=_DRAWS)
+        self._of_cells["l"] += np.bincount(part, library, _DRAWS)
+
+    def deviations(self) -> dict[Scale, np.ndarray]:
+        """Of each part from all, each gene at unit length, shape (n_parts, n_genes)."""
+        found = {}
+        for scale, sums, weight in (("mean_log1p", "y", "n"), ("log1p_mean", "k", "l")):
+            total, size = self._sums[sums], self._of_cells[weight][:, None]
+            mean = total.sum(0) / size.sum()
+            apart = np.sqrt(size) * (total / np.maximum(size, 1e-12) - mean)
+            length = np.sqrt((apart**2).sum(0))
+            found[scale] = (apart / np.where(length > 0, length, 1)).astype(np.float32)
+        return found
 
 
 def _rows(counts: Any, start: int, stop: int) -> sp.csr_matrix:

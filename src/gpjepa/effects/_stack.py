@@ -14,6 +14,7 @@ from scipy.optimize import nnls
 
 from gpjepa.splits import MIN_UNITS
 
+from ._gain import SharedNoise, kept_share
 from ._measured import Measured, blocks
 from ._weighted import Terms, Weights
 
@@ -195,15 +196,14 @@ def fit_stack(
     towards: np.ndarray | None = None,
     min_units: int = MIN_UNITS,
 ) -> Stack:
-    r"""Non-negative stacking, freed of shared noise and shrunk by its own gain.
+    r"""Non-negative stacking, freed of shared noise, as far as it gains.
 
     Wolpert's (1992) and Breiman's (1996) stacking minimises
     :math:`\sum_a \lVert d_a - \sum_k w_k e_k(a)\rVert^2` over :math:`w \ge 0`. Of
     :math:`\langle e_k, d_a\rangle` the expected sampling noise that both share is taken off; of
     :math:`\langle e_k, e_l\rangle` nothing is: that noise is there at prediction too. The weights
-    go the share :math:`(1 - (s/T)^2)_+` of the way from ``towards``, where *T* is their gain over it
-    when each unit is judged by the weights of the others, and *s* the standard error that shared
-    noise gives to *T*.
+    go as far from ``towards`` as their gain justifies where each unit is judged by the weights of
+    the others (:func:`gpjepa.effects._gain.kept_share`).
 
     Parameters
     ----------
@@ -224,18 +224,21 @@ def fit_stack(
     n = len(index)
     if n < min_units or not n:
         return Stack(prior, n, 0.0)
-    square, along, shared = _normal_equations(measured, experts, len(prior))
+    square, along = _normal_equations(measured, experts, len(prior))
     code = np.array([index[u] for u in experts.units])
     square, along = _summed(square, code, n), _summed(along, code, n)
     all_square, all_along = square.sum(0), along.sum(0)
     weights = _solve(all_square, all_along)
-    gain = 0.0
-    for unit_square, unit_along in zip(square, along, strict=True):
-        left_out = _solve(all_square - unit_square, all_along - unit_along)
-        gain += _gain(left_out, unit_square, unit_along) - _gain(towards, unit_square, unit_along)
-    spread = np.sqrt(2 * (measured.variance[len(measured.values) :] ** 2).sum(1))
-    error = float(np.linalg.norm(2 * (shared @ (weights - towards)) * spread))
-    kept = max(0.0, 1 - (error / gain) ** 2) if gain > 0 else 0.0
+    change = np.array(
+        [
+            _solve(all_square - unit_square, all_along - unit_along) - towards
+            for unit_square, unit_along in zip(square, along, strict=True)
+        ]
+    )
+    missed = along - square @ towards
+    shared = _shared_noise(measured, experts, weights - towards, towards)
+    along = (change * missed).sum(1)
+    kept = kept_share(along, np.einsum("uk,ukl,ul->u", change, square, change), shared)
     weights = towards + kept * (weights - towards)
     weights = np.where(weights < _NOTHING, 0, weights)
     return Stack(weights, n, kept)
@@ -248,11 +251,6 @@ def _summed(values: np.ndarray, code: np.ndarray, n: int) -> np.ndarray:
     return found
 
 
-def _gain(weights: np.ndarray, square: np.ndarray, along: np.ndarray) -> float:
-    """By how much weighted experts reduce the squared error of no change."""
-    return float(2 * weights @ along - weights @ square @ weights)
-
-
 def _solve(square: np.ndarray, along: np.ndarray) -> np.ndarray:
     """Non-negative least squares from its normal equations."""
     ridge = 1e-9 * np.trace(square) / len(square) + 1e-15
@@ -262,11 +260,10 @@ def _solve(square: np.ndarray, along: np.ndarray) -> np.ndarray:
 
 def _normal_equations(
     measured: Measured, experts: Experts, k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per row ⟨e_k, e_l⟩ and ⟨e_k, d⟩ without shared noise; shared weights on the controls."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per row ⟨e_k, e_l⟩, and ⟨e_k, d⟩ without shared noise."""
     n, n_rows = len(experts.rows), len(measured.values)
     square, along = np.empty((n, k, k)), np.empty((n, k))
-    shared = np.zeros((len(measured.variance) - n_rows, k))
     for block in blocks(n):
         rows = np.asarray(experts.rows)[block]
         said = [experts.of(i) for i in block]
@@ -281,10 +278,44 @@ def _normal_equations(
             predicted[:, j] = np.where(hidden, 0, measured.mean(sums))
             overlap = of_control * measured.on_strata(sums)
             along[block, j] = -(overlap * noise).sum(1) - sums.weight_of(rows) * own_noise
-            shared[:, j] += overlap.sum(0)
         square[block] = predicted @ predicted.transpose(0, 2, 1)
         along[block] += (predicted @ measured.values[rows][:, :, None])[:, :, 0]
-    return square, along, shared
+    return square, along
+
+
+def _shared_noise(
+    measured: Measured, experts: Experts, change: np.ndarray, towards: np.ndarray
+) -> float:
+    """Variance of what a change of weights gains from the controls that rows share."""
+    shared = SharedNoise(measured.effects, measured.scale)
+    for block in blocks(len(experts.rows)):
+        shared.add(control_terms(measured, experts, block, change, towards))
+    return shared.variance
+
+
+def control_terms(
+    measured: Measured, experts: Experts, block: range, change: np.ndarray, towards: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    r"""By how much the gain of a change of weights moves with the controls.
+
+    Derivatives of each row's :math:`\langle c_a, d_a - e_a\rangle`: controls are part of the
+    measured effects *d*, of what the stack says before the change, *e*, and of the change of
+    that, *c*. As terms for :class:`gpjepa.effects._gain.SharedNoise`.
+    """
+    rows = np.asarray(experts.rows)[block]
+    said = [experts.of(i) for i in block]
+    scored = ~measured.effects.targeted(rows)
+    changed = measured.assemble([stacked(each, change) for each in said])
+    missed = measured.assemble(
+        [
+            [(1.0, measured.one(a)), *stacked(each, -towards)]
+            for a, each in zip(rows, said, strict=True)
+        ]
+    )
+    return [
+        (measured.on_strata(changed), measured.mean(missed) * scored),
+        (measured.on_strata(missed), measured.mean(changed) * scored),
+    ]
 
 
 def stack_residual(measured: Measured, experts: Experts, weights: np.ndarray) -> np.ndarray | None:

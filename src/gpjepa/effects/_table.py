@@ -61,6 +61,10 @@ class EffectTable:
     few
         Per scale: what intervals need on top of the variance where counts are few, of the perturbed
         profiles, then of the control profiles, shape (n_rows + n_strata, n_genes).
+    draws
+        Per scale and context: deviations of the profiles of parts of the control cells, each gene at unit
+        length, shape (n_parts, n_genes). Their products are correlations of the noise of genes;
+        genes of tables without them are taken as independent.
     cells, cell_rows
         A hash of each perturbed cell and the row that it is part of; empty where cells have no
         names.
@@ -76,6 +80,7 @@ class EffectTable:
     strata: Strata | None = None
     has_controls: bool = True
     few: dict[Scale, np.ndarray] = field(default_factory=dict)
+    draws: dict[Scale, dict[str, np.ndarray]] = field(default_factory=dict)
     cells: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     cell_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
@@ -262,6 +267,29 @@ class EffectTable:
         own, weights = self.variance[scale], self.compared[0]
         return own + (weights.power(2) @ self._strata_variance(scale)).astype(own.dtype)
 
+    def variance_on_control(self, scale: Scale, stratum: int, weights: np.ndarray) -> np.ndarray:
+        """Variance of weighted sums over the genes of a control profile, which vary together in cells.
+
+        Parameters
+        ----------
+        scale
+            The scale.
+        stratum
+            Which of the control profiles, as in ``compared``.
+        weights
+            Shape (n, n_genes).
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (n,).
+        """
+        weighted = weights * np.sqrt(self._strata_variance(scale)[stratum])
+        if scale in self.draws:
+            context = self.compared[1][:, [stratum]].nonzero()[0][0]
+            weighted = weighted @ self.draws[scale][self.contexts[context]].T
+        return (weighted**2).sum(1)
+
     def control_profiles(self, scale: Scale) -> np.ndarray:
         """Profiles of the control cells of each context, shape (n_contexts, n_genes)."""
         return np.stack(list(self.control[scale].values())).astype(float)
@@ -352,6 +380,7 @@ class EffectTable:
                 s: np.concatenate([values[where], values[len(self.rows) :]])
                 for s, values in self.few.items()
             },
+            self.draws,
             self.cells[cells],
             new[self.cell_rows[cells]],
         )

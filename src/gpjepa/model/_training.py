@@ -538,21 +538,11 @@ class _ActionStage:
         """Gate of each regime, on held-out perturbations."""
         scale: Scale = "mean_log1p"
         predicted = self.predicted[scale]
-        control = self.outside.control_variance[scale]
-        shared = np.array([control[c] for c, _ in self.outside.rows])
         regimes = np.array(predicted.regime)
         gates = {}
         for regime in sorted(set(regimes)):
             mine = np.flatnonzero(regimes == regime)
-            gate = fit_gate(
-                network[mine],
-                predicted.mean[mine],
-                self.outside.effect[scale][mine],
-                shared[mine],
-                [self.outside.rows[i][1].targets for i in mine],
-                [self.outside.rows[i][0] for i in mine],
-                self.scored[mine],
-            )
+            gate = fit_gate(network[mine], predicted.mean[mine], self.outside, mine, scale)
             gates[str(regime)] = asdict(gate)
         return gates
 
