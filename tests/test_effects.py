@@ -1082,3 +1082,30 @@ def test_regimes_are_how_a_prediction_is_made():
     doses = {("z", "A@1"): [1.0, 2]} | {(c, "A@5"): [5.0, 5] for c in "xy"}
     anchor = EffectAnchor().fit(table_of(doses, noise=1e-6, contexts="xyz"))
     assert anchor.predict([read("A@5")], ["z"], "mean_log1p").regime == ["new dose"]
+
+
+def test_a_saturating_sum_is_an_expert_on_combinations(rng):
+    """Two knock-outs that each leave a third of a rate: together a ninth, where a sum leaves less."""
+    genes, singles = 60, [f"T{i}" for i in range(8)]
+    control = np.full(genes, 2.0)
+    kept = {s: np.where(rng.random(genes) < 0.4, 1 / 3, 1.0) for s in singles}
+    rate = np.expm1(control)
+    effects = {("c", s): np.log1p(rate * k) - control for s, k in kept.items()}
+    pairs = [(a, b) for i, a in enumerate(singles) for b in singles[i + 1 :]]
+    for a, b in pairs:
+        effects["c", f"{a}+{b}"] = np.log1p(rate * kept[a] * kept[b]) - control
+    noisy = {k: v + rng.normal(0, 0.01, genes) for k, v in effects.items()}
+    table = table_of(noisy, noise=1e-4)
+    for scale in SCALES:
+        table.control[scale]["c"][:] = control
+    held = [f"{a}+{b}" for a, b in pairs[:8]]
+    training = table.subset([str(p) not in held for _, p in table.rows])
+    anchor = EffectAnchor().fit(training)
+    asked = [read(x) for x in held], ["c"] * len(held)
+    truth = np.array([effects["c", x] for x in held])
+    error = ((anchor.predict(*asked, "mean_log1p").mean - truth) ** 2).sum()
+    additive = ((Additive().fit(training).predict(*asked) - truth) ** 2).sum()
+    assert error < 0.1 * additive
+    explained = anchor.explain(held[0])
+    assert explained.experts["expert"].str.startswith("saturating sum").any()
+    np.testing.assert_allclose(explained.contributions.sum(0), explained.mean, atol=1e-6)

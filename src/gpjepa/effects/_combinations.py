@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +11,10 @@ from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS
 
 from ._measured import Measured
+from ._scales import SCALES
 from ._singles import SURPLUS, Single, Singles
 from ._stack import Experts, Stack, fit_stack, shrink
-from ._weighted import COMBINATIONS, Estimate, Share, Sums, Weights, added, total
+from ._weighted import COMBINATIONS, NOTHING, Estimate, Share, Sums, Weights, added, total
 
 _PRIOR_INTERACTION = 0.1
 """Squared interaction over squared effect where too few combinations were measured. On Norman's
@@ -22,7 +23,7 @@ taken off) it is 0.08."""
 
 # Experts on combinations, by how many of their targets were measured alone.
 _OTHERS = "mean of the combinations"
-_BOTH = ("sum of the singles", "larger single", _OTHERS)
+_BOTH = ("sum of the singles", "larger single", "saturating sum", _OTHERS)
 _PARTLY = ("measured targets", "targets never measured", _OTHERS)
 _NEITHER = ("sum of the targets", _OTHERS)
 
@@ -43,7 +44,7 @@ class Combinations:
     def __init__(self, measured: Measured, singles: Singles) -> None:
         self.measured, self.singles, self.effects = measured, singles, measured.effects
         both, partly, neither = self._examples()
-        self.both = self._fit(both, np.array([1.0, 0.0, 0.0]))
+        self.both = self._fit(both, np.array([1.0, 0.0, 0.0, 0.0]))
         self.partly = self._fit(partly, np.array([1.0, 1.0, 0.0]))
         self.neither = self._fit(neither, self._prior_of_neither())
         self.residual = self._residual()
@@ -59,7 +60,7 @@ class Combinations:
         for context, rows in self.measured.combined.items():
             pairs = [self.effects.rows[i][1] for i in rows]
             alone = self.singles.estimates((s, context) for p in pairs for s in p.singles)
-            larger = self._larger(alone)
+            means = self._means(alone)
             for i, perturbation in zip(rows, pairs, strict=True):
                 singles = perturbation.singles
                 known = [self.singles.known(s, context) for s in singles]
@@ -74,7 +75,8 @@ class Combinations:
                     some = _some_known if any(known) else _none_known
                     (partly if any(known) else neither).append((i, some(parts, known, others)))
                     continue
-                both.append((i, _all_known(parts, others, larger(singles, context))))
+                said = np.stack([means[s, context] for s in singles])
+                both.append((i, self._all_known(parts, others, said, context)))
                 if not all((context, s) in self.measured.row for s in singles):
                     continue
                 # As if one, or all, of them had never been measured alone.
@@ -153,7 +155,7 @@ class Combinations:
         """One mean effect for each combination and context."""
         needed = [(s, context) for p, context in pairs for s in p.singles]
         alone = self.singles.estimates(needed)
-        larger = self._larger(alone)
+        means = self._means(alone)
         found = []
         for perturbation, context in pairs:
             measured = self.measured.row.get((context, perturbation))
@@ -165,8 +167,8 @@ class Combinations:
                 found.append(carried)
                 continue
             parts = [alone[s, context] for s in perturbation.singles]
-            stronger = larger(perturbation.singles, context)
-            expected = self._expected(perturbation, context, parts, stronger)
+            said = np.stack([means[s, context] for s in perturbation.singles])
+            expected = self._expected(perturbation, context, parts, said)
             found.append(
                 replace(expected, interaction=self.misfit)
                 if measured is None
@@ -208,14 +210,14 @@ class Combinations:
         return all((context, s) in self.measured.row for s in perturbation.singles)
 
     def _expected(
-        self, perturbation: Perturbation, context: str, parts: list[Estimate], larger: int
+        self, perturbation: Perturbation, context: str, parts: list[Estimate], said: np.ndarray
     ) -> Estimate:
         """A combination from its singles alone."""
         known = [self.singles.known(s, context) for s in perturbation.singles]
         own = self.measured.row.get((context, perturbation))
         others = self._mean_combination(context, own)
         if all(known):
-            stack, experts = self.both, _all_known(parts, others, larger)
+            stack, experts = self.both, self._all_known(parts, others, said, context)
         elif any(known):
             stack, experts = self.partly, _some_known(parts, known, others)
         else:
@@ -241,14 +243,37 @@ class Combinations:
             singles=rest.singles,
         )
 
-    def _larger(
-        self, alone: dict[Single, Estimate]
-    ) -> Callable[[Sequence[Perturbation], str], int]:
-        """A function that says which of some singles has the largest effect."""
-        keys = list(alone)
-        means = self.measured.mean(self.measured.assemble([alone[k].terms for k in keys]))
-        size = dict(zip(keys, (means**2).sum(1), strict=True))
-        return lambda singles, context: int(np.argmax([size[s, context] for s in singles]))
+    def _means(self, alone: dict[Single, Estimate]) -> dict[Single, np.ndarray]:
+        """The effects that estimates stand for."""
+        sums = self.measured.assemble([e.terms for e in alone.values()])
+        return dict(zip(alone, self.measured.mean(sums), strict=True))
+
+    def _all_known(
+        self, parts: list[Estimate], others: Estimate, said: np.ndarray, context: str
+    ) -> Sums:
+        """Experts where all targets were measured alone, with effects ``said``."""
+        larger = int(np.argmax((said**2).sum(1)))
+        n, last = len(parts), np.eye(len(parts) + 2)
+        whole = np.append(np.ones(n), [0, 0])
+        experts = np.stack([whole, last[larger], whole + last[n], last[n + 1]])
+        return Sums([*parts, self._saturation(said, context), others], experts, _BOTH)
+
+    def _saturation(self, said: np.ndarray, context: str) -> Estimate:
+        """A saturating sum of singles minus their plain sum.
+
+        Of the rates: what singles add, adds up; what they leave of a rate is multiplied, so that it
+        is never less than none.
+        """
+        if not self.effects.has_controls or self.measured.scale not in SCALES:
+            return Estimate()
+        control = self.effects.control[self.measured.scale][context].astype(float)
+        before = np.expm1(control)
+        after = np.expm1(np.maximum(control + said, 0))
+        gained = np.maximum(after - before, 0).sum(0)
+        kept = np.prod(np.minimum(after / np.maximum(before, 1e-12), 1), axis=0)
+        saturating = np.log1p(before * kept + gained) - control
+        nothing = replace(NOTHING, fixed=saturating - said.sum(0))
+        return Estimate((Share("", "saturating sum - sum", 1.0, nothing),))
 
     def _mean_combination(self, context: str, without: int | None = None) -> Estimate:
         """Mean effect of the measured combinations, but for one row; else of other contexts."""
@@ -268,13 +293,6 @@ def _mean_of(groups: list[list[int]]) -> Estimate:
     """Mean over groups of rows of the mean in each."""
     weights = added(Weights.equal(rows, 1 / len(groups)) for rows in groups)
     return Estimate((Share("", _OTHERS, 1.0, weights),))
-
-
-def _all_known(parts: list[Estimate], others: Estimate, larger: int) -> Sums:
-    n = len(parts)
-    return Sums(
-        [*parts, others], np.vstack([np.append(np.ones(n), 0), np.eye(n + 1)[[larger, n]]]), _BOTH
-    )
 
 
 def _some_known(parts: list[Estimate], known: list[bool], others: Estimate) -> Sums:

@@ -33,6 +33,8 @@ class Assembled:
         Their weights, shape (n, n_used_rows).
     on_controls
         Weights of the control profiles, shape (n, n_contexts).
+    fixed
+        What is added to the sums, shape (n, n_genes), or 0.
     place
         Column of each row of the table in ``on_rows``, -1 for those without.
     """
@@ -40,6 +42,7 @@ class Assembled:
     rows: slice | np.ndarray
     on_rows: np.ndarray
     on_controls: np.ndarray
+    fixed: np.ndarray | float
     place: np.ndarray
 
     def weight_of(self, rows: np.ndarray) -> np.ndarray:
@@ -128,14 +131,19 @@ class Measured:
         at[:n][chosen] = np.arange(width)
         at[n:] = width + np.arange(len(self._controls))
         dense = np.zeros((len(sums), width + len(self._controls)))
-        for own, terms in zip(dense, sums, strict=True):
+        fixed: np.ndarray | float = 0.0
+        for i, terms in enumerate(sums):
             for factor, weights in terms:
-                own[at[weights.columns]] += factor * weights.values
-        return Assembled(chosen, dense[:, :width], dense[:, width:], at[:n])
+                dense[i, at[weights.columns]] += factor * weights.values
+                if weights.fixed is not None:
+                    if isinstance(fixed, float):
+                        fixed = np.zeros((len(sums), self.values.shape[1]))
+                    fixed[i] += factor * weights.fixed
+        return Assembled(chosen, dense[:, :width], dense[:, width:], fixed, at[:n])
 
     def mean(self, sums: Assembled) -> np.ndarray:
         """The sums themselves, shape (n, n_genes)."""
-        found = sums.on_rows @ self.values[sums.rows]
+        found = sums.on_rows @ self.values[sums.rows] + sums.fixed
         return found + sums.on_controls @ self._controls if sums.on_controls.any() else found
 
     def on_strata(self, sums: Assembled) -> np.ndarray:

@@ -19,7 +19,7 @@ from ._measured import Measured, blocks
 from ._weighted import Terms, Weights
 
 _NOTHING = 1e-4  # a weight below this says nothing
-_STANDS_OUT = 3.0  # standard deviations
+_STANDS_OUT = 2.0  # standard deviations
 
 
 @dataclass(frozen=True)

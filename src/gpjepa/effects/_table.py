@@ -302,6 +302,11 @@ class EffectTable:
         """
         return np.concatenate([self.variance[scale], self._strata_variance(scale)]).astype(float)
 
+    def interval_noise(self, scale: Scale) -> np.ndarray:
+        """As :meth:`noise`, and nowhere 0: for intervals, not for corrections."""
+        n, variance = len(self.rows), self.interval_variance(scale)
+        return variance[:n] + self.compared[0].power(2) @ variance[n:]
+
     def interval_variance(self, scale: Scale) -> np.ndarray:
         """As :meth:`profile_variance`, and nowhere 0: for intervals, not for corrections."""
         return self.profile_variance(scale) + self.few.get(scale, 0.0)

@@ -22,10 +22,13 @@ class Weights:
         Which columns, each once where these are weights of measured effects.
     values
         Their weights, same shape.
+    fixed
+        What is added to the weighted sum, shape (n_genes,).
     """
 
     columns: np.ndarray
     values: np.ndarray
+    fixed: np.ndarray | None = None
 
     @classmethod
     def equal(cls, columns: Sequence[int] | np.ndarray, total: float = 1.0) -> Weights:
@@ -34,7 +37,8 @@ class Weights:
 
     def times(self, factor: float) -> Weights:
         """All weights times a factor."""
-        return Weights(self.columns, factor * self.values)
+        fixed = None if self.fixed is None else factor * self.fixed
+        return Weights(self.columns, factor * self.values, fixed)
 
 
 def added(weights: Iterable[Weights]) -> Weights:
