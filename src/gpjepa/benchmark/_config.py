@@ -40,7 +40,7 @@ from .methods import (
     takes_features,
 )
 from .metrics import METRICS
-from .tasks import data_hash, measured_rows, standard_cells
+from .tasks import data_hash, measured_rows, standard_cells, standard_effects
 
 
 class Features(Strict):
@@ -101,6 +101,12 @@ class _Cells(Strict):
             adata = datasets.load(str(self.source))
         if not isinstance(adata, ad.AnnData):
             raise TypeError(f"{self.source} holds {type(adata).__name__}; give an AnnData.")
+        setup = self._setup()
+        if self.simulate is not None and setup["context_key"] is None:
+            setup["context_key"] = "context" if "context" in adata.obs else None
+        return standard_cells(adata, **setup)
+
+    def _setup(self) -> dict[str, Any]:
         elsewhere = {"source", "simulate", "control_pattern", "drop_pattern"}
         setup = {k: getattr(self, k) for k in _Cells.model_fields if k not in elsewhere}
         for key in ("control", "drop"):
@@ -108,9 +114,14 @@ class _Cells(Strict):
             if pattern is not None:
                 given = [setup[key]] if isinstance(setup[key], str) else setup[key]
                 setup[key] = [*given, re.compile(pattern)]
-        if self.simulate is not None and setup["context_key"] is None:
-            setup["context_key"] = "context" if "context" in adata.obs else None
-        return standard_cells(adata, **setup)
+        return setup
+
+
+class Effects(Strict):
+    """What the values are, where the data are effects or profiles and not cells."""
+
+    unit: str = Field(description="Such as 'z-score'.")
+    sd_layer: str | None = Field(None, description="Layer of standard errors.")
 
 
 class Source(_Cells):
@@ -130,6 +141,7 @@ class Data(_Cells):
     join: dict[str, Source] | None = Field(
         None, description="Data sets by name instead of `source`; contexts are named after them."
     )
+    effects: Effects | None = Field(None, description="Values that are effects, not cells.")
     n_cells: Positive | None = Field(None, description="Cells to draw, for curves over size.")
     n_genes: Positive | None = Field(None, description="Variable genes, chosen on training cells.")
     features: list[Features] = []
@@ -141,12 +153,20 @@ class Data(_Cells):
         given = [k for k in ("source", "simulate", "join") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of `source`, `simulate` and `join`; found {given}")
+        if self.effects is not None:
+            of_cells = ["simulate", "join", "n_cells", "n_genes", "replicate_key", "dosage_key"]
+            of_cells += ["library_size_key", "cell_type_key"]
+            if wrong := [k for k in of_cells if getattr(self, k) is not None]:
+                raise ValueError(f"{wrong} are for cells; leave them out with `effects`")
         if self.join is not None and self.n_cells is not None:
             raise ValueError("n_cells draws from one data set; leave it out with `join`")
         return self
 
     def load_joined(self) -> tuple[ad.AnnData, dict[str, str]]:
         """The cells, and the data set that each context comes from."""
+        if self.effects is not None:
+            cells = self._load_effects(self.effects)
+            return cells, dict.fromkeys(cells.obs["context"].unique(), self.name)
         if self.join is None:
             cells = self.load()
             if self.n_cells is not None and self.n_cells < cells.n_obs:
@@ -168,6 +188,15 @@ class Data(_Cells):
             raise ValueError(f"{self.name}: {list(self.join)} share no gene by name.")
         # Counts of genes that others lack are part of the library size still.
         return joined[joined.obs_names.argsort()].copy(), origin
+
+    def _load_effects(self, effects: Effects) -> ad.AnnData:
+        adata = datasets.load(str(self.source))
+        if not isinstance(adata, ad.AnnData):
+            raise TypeError(f"{self.source} holds {type(adata).__name__}; give an AnnData.")
+        setup = self._setup()
+        for key in ("replicate_key", "dosage_key", "library_size_key", "cell_type_key"):
+            del setup[key]
+        return standard_effects(adata, unit=effects.unit, sd_layer=effects.sd_layer, **setup)
 
     def missing(self) -> list[Path]:
         """Files that it names and that are not there."""
@@ -244,6 +273,13 @@ class MethodConfig(Strict):
     def is_oracle(self) -> bool:
         """Whether it sees the truth."""
         return self.role in ("ceiling", "oracle")
+
+    @property
+    def of_effects(self) -> bool:
+        """Whether it can learn from effects without cells; classes of others may."""
+        if self.script is not None:
+            return False
+        return self.name not in METHODS or METHODS[self.name].of_effects
 
     @property
     def seeded(self) -> bool:

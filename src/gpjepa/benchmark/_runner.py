@@ -174,6 +174,10 @@ class _Grid:
             made = task()
         except ValueError as error:  # too few cells: no method can do anything
             return pd.DataFrame(), {"status": "not tested", "reason": str(error)}
+        if not (made.has_cells or method.of_effects):
+            return pd.DataFrame(), {"status": "not run", "reason": "it learns from cells"}
+        if method.name in ("replicate", "interpolated duplicate") and not made.replicated:
+            return pd.DataFrame(), {"status": "not run", "reason": "some were measured once only"}
         if method.is_oracle:
             halves = tuple(oracle(method.name, made, h) for h in (0, 1))
             return self._keep(path, made, method, {method.title: halves}, seed, {"given": "truth"})
@@ -336,9 +340,7 @@ def _scored(
             "n_cells": truth.table.n_cells,
             "target_measured": on_targets(truth.effect),
             "target_predicted": on_targets(predicted.effect),
-            "e_test": np.where(
-                task.e_test < 0.05, "differs", "not significantly different from control"
-            ),
+            "e_test": _e_test(task),
             "refused": False if predicted.refused is None else predicted.refused,
             "uncertainty": np.nan if sd is None else np.where(task.scored, sd**2, 0).sum(1),
         }
@@ -346,6 +348,13 @@ def _scored(
     if task.split.kind == KIND:
         values = pd.concat([values, published_scores(task, predicted.effect)], axis=1)
     return pd.concat([about, values], axis=1)
+
+
+def _e_test(task: Task) -> np.ndarray:
+    if not task.has_cells:
+        return np.full(len(task.rows), "not tested: no cells")
+    same = "not significantly different from control"
+    return np.where(task.e_test < 0.05, "differs", same)
 
 
 @contextmanager

@@ -365,6 +365,36 @@ class EffectTable:
             uns={"gpjepa": {"scale": scale}},
         )
 
+    def to_frame(self, scale: Scale | None = None) -> pd.DataFrame:
+        """The effects in the form of :meth:`gpjepa.GPJEPA.predict_effects`, for plots and enrichment.
+
+        Parameters
+        ----------
+        scale
+            Scale of the effects; the table's first by default.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per perturbation × context × gene: ``perturbation, context, gene, effect, sd,
+            lower, upper``, with 95% intervals of the sampling noise.
+        """
+        scale = self.check_scale(self.scales[0] if scale is None else scale)
+        n, genes = len(self.rows), len(self.genes)
+        effect = self.effect[scale].astype(float).ravel()
+        sd = np.sqrt(self.interval_noise(scale)).ravel()
+        return pd.DataFrame(
+            {
+                "perturbation": np.repeat([str(p) for _, p in self.rows], genes),
+                "context": np.repeat([c for c, _ in self.rows], genes),
+                "gene": np.tile(self.genes.astype(str), n),
+                "effect": effect,
+                "sd": sd,
+                "lower": effect - 1.96 * sd,
+                "upper": effect + 1.96 * sd,
+            }
+        )
+
     def subset(self, keep: np.ndarray) -> EffectTable:
         """The table with some of its rows and all of its controls."""
         where = np.flatnonzero(keep) if np.asarray(keep).dtype == bool else np.asarray(keep)

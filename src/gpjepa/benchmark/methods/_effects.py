@@ -55,9 +55,12 @@ class EffectMethod:
             raise ValueError("It can predict none of the perturbations.")
         names = list(wanted)
         effect, sd = self.predictor(self.effects_, list(wanted.values()), [context] * len(wanted))
-        profile = self.effects_.control[SCALE][context] + effect
         obs = pd.DataFrame({"perturbation": names}, index=names)
-        cells = ad.AnnData(np.maximum(profile, 0), obs, control.var[[]], uns={"scale": "log1p"})
+        if self.effects_.scales[0] == SCALE:
+            profile = np.maximum(self.effects_.control[SCALE][context] + effect, 0)
+            cells = ad.AnnData(profile, obs, control.var[[]], uns={"scale": "log1p"})
+        else:
+            cells = ad.AnnData(effect, obs, control.var[[]], uns={"scale": "effect"})
         cells.uns["effect"] = pd.DataFrame(effect, names, control.var_names)
         if sd is not None:
             cells.uns["effect_sd"] = pd.DataFrame(sd, names, control.var_names)
@@ -66,7 +69,14 @@ class EffectMethod:
 
 def baseline(make: Callable[[], Baseline]) -> EffectMethod:
     """A baseline of :mod:`gpjepa.effects`."""
-    return EffectMethod(lambda effects, p, c: (make().fit(effects).predict(p, c), None))
+
+    def predict(effects: EffectTable, wanted: list[Perturbation], contexts: list[str]) -> Predicted:
+        model = make()
+        if model.scale not in effects.scales:
+            model.scale = effects.scales[0]
+        return model.fit(effects).predict(wanted, contexts), None
+
+    return EffectMethod(predict)
 
 
 def linear(**options: Any) -> EffectMethod:
@@ -107,7 +117,8 @@ def anchor(features: Sequence[TargetFeatures]) -> EffectMethod:
     """The closed-form anchor of GP-JEPA."""
 
     def predict(effects: EffectTable, wanted: list[Perturbation], contexts: list[str]) -> Predicted:
-        found = EffectAnchor(features, "mean").fit(effects).predict(wanted, contexts, SCALE)
+        fitted = EffectAnchor(features, "mean").fit(effects)
+        found = fitted.predict(wanted, contexts, effects.scales[0])
         return found.mean, np.sqrt(found.variance)
 
     return EffectMethod(predict)
@@ -148,8 +159,9 @@ def noisy_mean(seed: int) -> EffectMethod:
     """The mean effect, with noise of the size of a measured effect's, another for each row."""
 
     def predict(effects: EffectTable, wanted: list[Perturbation], contexts: list[str]) -> Predicted:
-        mean = MeanEffect().fit(effects).predict(wanted, contexts)
-        sd = np.sqrt(np.median(effects.noise(SCALE), axis=0))
+        scale = effects.scales[0]
+        mean = MeanEffect(scale).fit(effects).predict(wanted, contexts)
+        sd = np.sqrt(np.median(effects.noise(scale), axis=0))
         return mean + np.random.default_rng(seed).normal(size=mean.shape) * sd, None
 
     return EffectMethod(predict)

@@ -23,6 +23,8 @@ def oracle(name: str, task: Task, half: int) -> Prediction:
     if name != "interpolated duplicate":
         return Prediction(truth.effect.astype(float), cells)
     mean = mean_prediction(task)
+    if not task.has_cells:
+        return Prediction((truth.effect + mean.effect) / 2, cells)
     parts = []
     for row in range(len(task.rows)):
         both = [s.take(s.row == row) for s in (cells, mean.cells)]

@@ -77,7 +77,7 @@ def predict_rows(method: Method, task: Task, name: str) -> dict[str, Prediction]
         found = method.predict(wanted, control)
         for variant, cells in (found if isinstance(found, dict) else {"": found}).items():
             label = f"{name} ({variant})" if variant else name
-            answers.setdefault(label, {})[context] = _checked(cells, wanted, task.genes, label)
+            answers.setdefault(label, {})[context] = _checked(cells, wanted, task, label)
     embed = getattr(method, "embed", None)
     shared: dict[tuple, tuple[CellSet, np.ndarray]] = {}
     return {
@@ -97,12 +97,14 @@ def _together(parts: Sequence[Callable[[], CellSet]]) -> CellSet:
     return CellSet.stacked([make() for make in parts])
 
 
-def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: str) -> ad.AnnData:
+def _checked(cells: ad.AnnData, wanted: Sequence[str], task: Task, name: str) -> ad.AnnData:
+    genes = task.genes
     if not isinstance(cells, ad.AnnData):
         raise ValueError(f"{name} returned {type(cells).__name__}, not an AnnData.")
     scale = cells.uns.get("scale")
-    if scale not in ("counts", "log1p"):
-        raise ValueError(f"{name}: uns['scale'] is {scale!r}; say 'counts' or 'log1p'.")
+    known = ("counts", "log1p") if task.has_cells else ("effect",)
+    if scale not in known:
+        raise ValueError(f"{name}: uns['scale'] is {scale!r}; say {' or '.join(map(repr, known))}.")
     if "perturbation" not in cells.obs:
         raise ValueError(f"{name}: its AnnData has no obs['perturbation'].")
     given = cells.obs["perturbation"].astype(str)
@@ -113,7 +115,7 @@ def _checked(cells: ad.AnnData, wanted: Sequence[str], genes: np.ndarray, name: 
         raise ValueError(f"{name}: its genes repeat or lack {len(absent)}, such as {absent[:3]}.")
     cells = cells[given.isin(wanted).to_numpy(), genes].copy()
     values = cells.X.data if sp.issparse(cells.X) else np.asarray(cells.X)
-    if not np.isfinite(values).all() or (values < 0).any():
+    if not np.isfinite(values).all() or (scale != "effect" and (values < 0).any()):
         raise ValueError(f"{name} predicts values that are negative or not finite.")
     if scale == "log1p" and values.size and values.max() > HIGHEST:
         raise ValueError(
@@ -183,6 +185,9 @@ def _row(
     task: Task, mine: ad.AnnData, stated: np.ndarray | None, row: int
 ) -> tuple[np.ndarray, Callable[[], CellSet]]:
     """Mean effect of one row, and what makes its cells: cells with counts have the effect that is stated."""
+    if mine.uns["scale"] == "effect":
+        effect = np.asarray(mine.X, float).mean(0) if stated is None else stated
+        return effect, lambda: task.truths[0].cells
     control = task.control_profiles[row]
     few = np.sort(np.random.default_rng(0).permutation(mine.n_obs)[:MAX_CELLS])
     if mine.uns["scale"] == "counts":

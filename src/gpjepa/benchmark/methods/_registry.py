@@ -59,6 +59,11 @@ class Known:
     options: Callable[..., Any] | None = None
     module: str = effects.__name__
 
+    @property
+    def of_effects(self) -> bool:
+        """Whether it learns from mean effects alone, and needs no cells."""
+        return self.module == effects.__name__
+
 
 def _gpjepa(features: Features, seed: int, options: dict[str, Any]) -> Method:
     from ._gpjepa import GPJEPAMethod

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpjepa.benchmark.tasks import SCALE
 from gpjepa.effects import (
     interaction_recall,
     noise_corrected_error,
@@ -76,7 +75,7 @@ def r2_top(
 
 
 def r2_top_genes(scoring: Scoring) -> np.ndarray:
-    control = [scoring.truth.table.control[SCALE][c] for c, _ in scoring.task.rows]
+    control = [scoring.truth.table.control[scoring.task.scale][c] for c, _ in scoring.task.rows]
     parts = zip(
         scoring.predicted.effect,
         scoring.truth.effect,
@@ -96,7 +95,8 @@ def recall_of_interactions(scoring: Scoring) -> np.ndarray:
     """
     task, found = scoring.task, np.full(len(scoring.task.rows), np.nan)
     training = {row: i for i, row in enumerate(task.training.rows)}
-    noise, effect = task.training.noise(SCALE), task.training.effect[SCALE]
+    scale = task.scale
+    noise, effect = task.training.noise(scale), task.training.effect[scale]
     rows, parts = [], []
     for i, (context, perturbation) in enumerate(task.rows):
         alone = [(context, s) for s in perturbation.singles]
@@ -104,7 +104,7 @@ def recall_of_interactions(scoring: Scoring) -> np.ndarray:
             continue
         singles = [training[key] for key in alone]
         # The noise of the control that the singles share adds up in their sum.
-        n, shared = len(singles), task.training.control_variance[SCALE][context]
+        n, shared = len(singles), task.training.control_variance[scale][context]
         variance = scoring.noise[i] + noise[singles].sum(0) + n * (n - 1) * shared
         additive, scored = effect[singles].sum(0), task.scored[i]
         both = (e[i] - additive for e in (scoring.predicted.effect, scoring.truth.effect))

@@ -47,6 +47,7 @@ METRICS: dict[str, Metric] = {
         "error on the genes with most counts; sampling noise counts as error",
         "Ahlmann-Eltze, Huber, Anders 2025",
         effect.l2_highest,
+        needs=("controls",),
     ),
     "pearson_delta": Metric(
         "Pearson delta",
@@ -75,6 +76,7 @@ METRICS: dict[str, Metric] = {
         "error on the genes that respond most; dominated by expression levels",
         "scGen, Lotfollahi, Wolf, Theis 2019",
         effect.r2_top_genes,
+        needs=("controls",),
     ),
     "interaction_recall": Metric(
         "interactions, recall at 20% false",

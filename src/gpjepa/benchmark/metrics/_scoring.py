@@ -12,11 +12,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from gpjepa.benchmark.methods._predict import Prediction
-from gpjepa.benchmark.tasks import SCALE, CellSet, Task, Truth
+from gpjepa.benchmark.tasks import CellSet, Task, Truth
 from gpjepa.effects import gene_set_scores
 
 MIN_SET = 5  # measured genes that a gene set must have
-Need = Literal["counts", "sd", "embed", "countable states", "gene_sets", "cell_types"]
+Need = Literal["counts", "sd", "controls", "embed", "countable states", "gene_sets", "cell_types"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Scoring:
         predicted = self.predicted
         if need == "sd":
             return predicted.sd is not None
+        if need == "controls":
+            return self.task.training.has_controls
         if need == "embed":
             return predicted.embed is not None
         if need == "gene_sets":
@@ -51,7 +53,7 @@ class Scoring:
     @cached_property
     def noise(self) -> np.ndarray:
         """Sampling variance of the measured effects, shape (n_rows, n_genes)."""
-        return self.truth.table.noise(SCALE)
+        return self.truth.table.noise(self.task.scale)
 
     @cached_property
     def cell_eval(self) -> pd.DataFrame:

@@ -61,8 +61,15 @@ class Metric:
     masked: bool = True
     version: str = "1.0.0"
 
+    @property
+    def of_effects(self) -> bool:
+        """Whether it needs no cells, only mean effects and what is stated of them."""
+        return self.axis in ("effect", "calibration") and "counts" not in self.needs
+
     def applied(self, scoring: Scoring, function: Callable[[Scoring], np.ndarray]) -> np.ndarray:
         """Values of a function, the metric's or its denominator's; NaN if it is not applicable."""
+        if not scoring.task.has_cells and not self.of_effects:
+            return np.full(len(scoring.task.rows), np.nan)
         if all(scoring.has(need) for need in self.needs):
             return function(scoring)
         return np.full(len(scoring.task.rows), np.nan)

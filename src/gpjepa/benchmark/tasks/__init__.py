@@ -2,6 +2,7 @@
 
 from ._calibrate import calibrated
 from ._cells import CellSet, data_hash, measured_rows, standard_cells
+from ._tables import standard_effects
 from ._task import MIN_CELLS, SCALE, VERSION, Task, Truth, effects_of, too_small
 
 __all__ = [
@@ -14,7 +15,8 @@ __all__ = [
     "calibrated",
     "data_hash",
     "measured_rows",
-    "standard_cells",
     "effects_of",
+    "standard_cells",
+    "standard_effects",
     "too_small",
 ]

@@ -18,6 +18,7 @@ from gpjepa.perturbations import Perturbation
 from gpjepa.splits import Row, Split
 
 from ._cells import CellSet, measured_rows
+from ._tables import no_cells, parts_of_rows, standard_errors, starts, table_of
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
@@ -32,6 +33,8 @@ SCALE: Scale = "mean_log1p"
 
 def too_small(cells: ad.AnnData, split: Split) -> dict[Row, int]:
     """Held-out rows with fewer than ``MIN_CELLS`` cells, and how many they have."""
+    if "unit" in cells.uns:  # of effects, one row will do
+        return {}
     n_cells = measured_rows(cells)
     return {r: n_cells.get(r, 0) for r in split.test if n_cells.get(r, 0) < MIN_CELLS}
 
@@ -59,7 +62,7 @@ class Truth:
     @property
     def effect(self) -> np.ndarray:
         """Measured effects, shape (n_rows, n_genes)."""
-        return self.table.effect[SCALE]
+        return self.table.effect[self.table.scales[0]]
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ class Task:
         ValueError
             If a context has too few control cells to be split, or no row enough cells.
         """
+        if "unit" in cells.uns:
+            return cls._of_effects(cells, split, gene_sets)
         dropped = too_small(cells, split)
         rows = tuple(r for r in split.test if r not in dropped)
         if not rows:
@@ -151,6 +156,41 @@ class Task:
             _effects(cells, keys, part == 0),
             gene_sets,
         )
+
+    @classmethod
+    def _of_effects(
+        cls, values: ad.AnnData, split: Split, gene_sets: dict[str, set[str]] | None
+    ) -> Task:
+        """As :meth:`of`, of values as :func:`standard_effects` makes them."""
+        keys, rows = _keys(values), split.test
+        sd = standard_errors(values, keys)
+        train, *halves = parts_of_rows(keys, split, set(rows), MIN_CELLS)
+        training = table_of(values[train])
+        truths = []
+        for half in halves:
+            table = table_of(values[half], sd[half])
+            where = {r: i for i, r in enumerate(table.rows)}
+            truths.append(Truth(table.subset(np.array([where[r] for r in rows])), no_cells()))
+        control = starts(training, rows)
+        one, other = truths
+        return cls(
+            split, rows, {}, values[train].copy(), control, (one, other), training, gene_sets
+        )
+
+    @property
+    def scale(self) -> Scale:
+        """Scale of the effects: the unit of data without cells."""
+        return self.training.scales[0]
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether it is made of cells, or of effects alone."""
+        return "unit" not in self.train.uns
+
+    @cached_property
+    def replicated(self) -> bool:
+        """Whether the halves of the truth are measurements of their own."""
+        return self.has_cells or not (self.truths[0].effect == self.truths[1].effect).all(1).any()
 
     @property
     def genes(self) -> np.ndarray:
@@ -183,12 +223,12 @@ class Task:
     @cached_property
     def control_profiles(self) -> np.ndarray:
         """Training control profile of each row's context, shape (n_rows, n_genes)."""
-        return np.stack([self.training.control[SCALE][c] for c, _ in self.rows]).astype(float)
+        return np.stack([self.training.control[self.scale][c] for c, _ in self.rows]).astype(float)
 
     @cached_property
     def mean_response(self) -> np.ndarray:
         """Mean training effect for each row, shape (n_rows, n_genes)."""
-        mean = MeanEffect(SCALE).fit(self.training)
+        mean = MeanEffect(self.scale).fit(self.training)
         return mean.predict([p for _, p in self.rows], [c for c, _ in self.rows]).astype(float)
 
     @cached_property
@@ -259,7 +299,9 @@ def _keys(cells: ad.AnnData) -> list[Row]:
 
 
 def effects_of(cells: ad.AnnData) -> EffectTable:
-    """Mean effects of the cells of a task, within batches where the data name them."""
+    """Mean effects of the training cells of a task, within batches where the data name them."""
+    if "unit" in cells.uns:
+        return table_of(cells)
     return _effects(cells, _keys(cells), np.ones(cells.n_obs, bool))
 
 
