@@ -133,13 +133,20 @@ class EffectAnchor:
         """
         pairs = self._checked(perturbations, contexts)
         found = self._predicted(pairs, scale, interactions=False)
-        if scale not in SCALES or not self.effects_.has_controls:
-            return found
-        # Sums of effects may ask for less expression than none.
-        floor = np.reshape([-self.effects_.control[scale][c] for _, c in pairs], found.mean.shape)
         # What was measured was measured against controls of its own batches.
         seen = np.array([r == "seen" for r in found.regime], bool)[:, None]
-        return replace(found, mean=np.where(seen, found.mean, np.maximum(found.mean, floor)))
+        return replace(
+            found, mean=np.where(seen, found.mean, self._floored(found.mean, pairs, scale))
+        )
+
+    def _floored(
+        self, mean: np.ndarray, pairs: Sequence[tuple[Perturbation, str]], scale: Scale
+    ) -> np.ndarray:
+        """Not less than no expression, for which sums of effects may ask."""
+        if scale not in SCALES or not self.effects_.has_controls:
+            return mean
+        floor = np.reshape([-self.effects_.control[scale][c] for _, c in pairs], mean.shape)
+        return np.maximum(mean, floor)
 
     def predict_interactions(
         self, perturbations: Sequence[Perturbation], contexts: Sequence[str], scale: Scale
@@ -340,8 +347,11 @@ class EffectAnchor:
         for out in self._folds(n_folds):
             rest = EffectAnchor(self.features, "mean").fit(self.effects_.subset(~out))
             where = np.flatnonzero(out)
-            part = rest.predict([rows[i][1] for i in where], [rows[i][0] for i in where], scale)
-            result[where] = part.mean
+            fit = rest._fit_of(scale)
+            for block in blocks(len(where)):
+                at = where[block]
+                pairs = [(rows[i][1], rows[i][0]) for i in at]
+                result[at] = rest._floored(fit.mean(fit.estimates(pairs)), pairs, scale)
             progress()
         return result
 

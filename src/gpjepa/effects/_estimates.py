@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -25,7 +26,10 @@ class ScaleFit:
         self.measured = Measured(effects, scale)
         self.singles = Singles(self.measured, features)
         self.combinations = Combinations(self.measured, self.singles)
-        self._residuals = np.vstack([self.singles.residuals, self.combinations.residual])
+
+    @cached_property
+    def _residuals(self) -> np.ndarray:
+        return np.vstack([self.singles.residuals, self.combinations.residual])
 
     def estimates(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
         """One mean effect for each pair of perturbation and context."""

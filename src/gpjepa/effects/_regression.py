@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg import lapack
@@ -14,7 +15,7 @@ from gpjepa.perturbations import Perturbation, TargetFeatures
 from ._baselines import Additive, WeightedBaseline
 from ._measured import Measured
 from ._scales import Scale
-from ._stack import Experts, Stack, fit_stack, stack_residual
+from ._stack import Experts, fit_stack, stack_residual
 from ._table import EffectTable
 from ._weighted import Terms, Weights, added, once
 
@@ -291,12 +292,27 @@ class UnseenTargets(WeightedBaseline):
         }
         prior = np.zeros(len(self.experts))
         prior[0] = self._prior()
-        self.mean_stack_, self.mean_residual_ = self._stack(prior[:1], np.zeros(1), lambda t: True)
+        self._of_mean = self._left_out(1, lambda target: True)
+        self.mean_stack_ = fit_stack(self.measured_, self._of_mean, prior[:1], np.zeros(1))
         # Features must earn their weight over the mean effect alone.
         mean_alone = np.append(self.mean_stack_.weights, np.zeros(len(self.experts) - 1))
-        self.stack_, self.residual_ = self._stack(mean_alone, mean_alone, self.covers)
+        self._of_all = self._left_out(len(prior), self.covers)
+        self.stack_ = fit_stack(self.measured_, self._of_all, mean_alone, mean_alone)
+
+    @cached_property
+    def residual_(self) -> np.ndarray | None:
+        """Mean squared error of targets with features, without noise, shape (n_genes,)."""
+        return stack_residual(self.measured_, self._of_all, self.stack_.weights)
+
+    @cached_property
+    def mean_residual_(self) -> np.ndarray | None:
+        """As ``residual_``, of the mean effect alone."""
+        return stack_residual(self.measured_, self._of_mean, self.mean_stack_.weights)
+
+    @cached_property
+    def _kriging_mean(self) -> float:
         known = [k for c in self._units for k in self._left_out_kriging(c)]
-        self._kriging_mean = float(np.mean(known)) if known else 1.0
+        return float(np.mean(known)) if known else 1.0
 
     def covers(self, target: str) -> bool:
         """Whether any of the features knows the target."""
@@ -328,9 +344,8 @@ class UnseenTargets(WeightedBaseline):
             found += kernel.leave_one_out(unit)
         return [self._units[context].weights(w) for w in found]
 
-    def _stack(
-        self, prior: np.ndarray, towards: np.ndarray, counts: Callable[[str], bool]
-    ) -> tuple[Stack, np.ndarray | None]:
+    def _left_out(self, n_experts: int, counts: Callable[[str], bool]) -> Experts:
+        """What the first experts say of each target that counts, without it."""
         rows, names, unit = [], [], []
         for context, units in self._units.items():
             if len(units.targets) < 2:
@@ -341,15 +356,13 @@ class UnseenTargets(WeightedBaseline):
             unit += [(context, int(units.unit[j])) for j in chosen]
 
         def of(i: int) -> list[Terms]:
-            if len(prior) == 1:
+            if n_experts == 1:
                 context, out = unit[i]
                 mean = self._mean_without(context, [out])
                 return [[(1.0, self._units[context].weights(mean))]]
             return [[(1.0, w)] for w in self.leave_one_out(*unit[i])]
 
-        experts = Experts(rows, names, of)
-        stack = fit_stack(self.measured_, experts, prior, towards)
-        return stack, stack_residual(self.measured_, experts, stack.weights)
+        return Experts(rows, names, of)
 
     def of_targets(self, targets: Sequence[str], context: str) -> list[NeverPerturbed]:
         """What the experts say of targets in a context where something was measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -41,21 +42,14 @@ class Singles:
         Noise-corrected mean square of the effects, shape (n_genes,).
     unseen
         Experts on targets never perturbed.
-    residuals
-        Variance of each kind that experts leave, without noise, shape (n_kinds - 1, n_genes); that
-        of combinations is known elsewhere.
     """
 
     def __init__(self, measured: Measured, features: Sequence[TargetFeatures]) -> None:
         self.measured, self.effects = measured, measured.effects
         self.spread = _spread(measured)
         self.unseen = UnseenTargets(features, scale=measured.scale).fit_on(measured)
-        elsewhere = transfer_experts(measured)
-        self._transfer = fit_stack(measured, elsewhere, np.zeros(2), min_units=MIN_CONTEXTS)
-        carried = stack_residual(measured, elsewhere, self._transfer.weights)
-        of_experts = [self.unseen.residual_, self.unseen.mean_residual_, carried]
-        left = [self.spread if r is None else r + SURPLUS * self.spread for r in of_experts]
-        self.residuals = np.stack([self.spread, *left])
+        self._elsewhere = transfer_experts(measured)
+        self._transfer = fit_stack(measured, self._elsewhere, np.zeros(2), min_units=MIN_CONTEXTS)
         self._perturbed = {c for c, _ in self.effects.rows}
         self._doses: dict[tuple[str, str], list[tuple[float, int]]] = {}
         for rows in measured.alone.values():
@@ -63,8 +57,19 @@ class Singles:
                 context, single = self.effects.rows[i]
                 of_target = self._doses.setdefault((context, single.targets[0]), [])
                 of_target.append((single.doses[0], i))
-        self._shrunken = {context: self._shrink(context) for context in measured.alone}
+        self._shrunken: dict[str, Shrunken] = {}
         self._place = {i: j for rows in measured.alone.values() for j, i in enumerate(rows)}
+
+    @cached_property
+    def residuals(self) -> np.ndarray:
+        """Variance of each kind that experts leave, without noise, shape (n_kinds - 1, n_genes).
+
+        That of combinations is known elsewhere.
+        """
+        carried = stack_residual(self.measured, self._elsewhere, self._transfer.weights)
+        of_experts = [self.unseen.residual_, self.unseen.mean_residual_, carried]
+        left = [self.spread if r is None else r + SURPLUS * self.spread for r in of_experts]
+        return np.stack([self.spread, *left])
 
     def _shrink(self, context: str) -> Shrunken:
         """Towards no change, the mean effect, or what is predicted of each without itself."""
@@ -161,6 +166,8 @@ class Singles:
 
     def _of_row(self, row: int) -> Estimate:
         context, single = self.effects.rows[row]
+        if context not in self._shrunken:
+            self._shrunken[context] = self._shrink(context)
         shrunken, j, name = self._shrunken[context], self._place[row], str(single)
         factor = float(shrunken.factor[j])
         shares = [Share(name, "measured effect", factor, self.measured.one(row))]
