@@ -542,8 +542,7 @@ def test_features_made_of_the_same_cells_are_refused(cells, rng):
         part = adata[cells][:, genes]
         labels = [read(p) for p in part.obs["perturbation"]]
         contexts = list(part.obs["context"])
-        names = part.obs_names
-        return effect_table(part.X, library[cells], labels, contexts, part.var_names, names=names)
+        return effect_table(part.X, library[cells], labels, contexts, part.var_names)
 
     table = table_of_cells(np.arange(300))
     fewer = table_of_cells(rng.permutation(299), rng.permutation(40))
@@ -885,7 +884,6 @@ def controlled(rng, loadings, n_control=60):
         [read(x) for x in labels],
         ["c"] * len(labels),
         [f"g{g}" for g in range(counts.shape[1])],
-        names=[f"{rng.integers(1 << 60)}" for _ in labels],
     )
 
 

@@ -34,7 +34,6 @@ def effect_table(
     *,
     batches: Sequence[str] | None = None,
     replicates: Sequence[str] | None = None,
-    names: Sequence[str] | np.ndarray | None = None,
 ) -> EffectTable:
     """Mean effects from cells, in one pass that keeps the counts sparse.
 
@@ -55,8 +54,6 @@ def effect_table(
         Batch of each cell: effects are differences within batches.
     replicates
         Guide, animal or well of each cell; how far these differ is part of the variance.
-    names
-        Names of the cells, by which tables made of the same cells are recognised.
 
     Returns
     -------
@@ -77,7 +74,6 @@ def effect_table(
         keep,
         batches=batches,
         replicates=replicates,
-        names=names,
     )
     return sums.table()
 
@@ -122,13 +118,12 @@ class CellSums:
         *,
         batches: Sequence[str] | None = None,
         replicates: Sequence[str] | None = None,
-        names: Sequence[str] | np.ndarray | None = None,
     ) -> Self:
         """Add cells; arguments are those of :func:`effect_table`."""
         n = len(perturbations)
         # As floating numbers: squares of library sizes do not fit into 32 bits.
         library = np.asarray(library, float)
-        labels = {"batches": batches, "replicates": replicates, "names": names}
+        labels = {"batches": batches, "replicates": replicates}
         _check_cells(counts.shape, len(self.genes), library, n, contexts, labels)
         batch, replicate = (
             [""] * n if each is None else [str(x) for x in each] for each in (batches, replicates)
@@ -146,16 +141,13 @@ class CellSums:
         )
         for context in {keys[i][0] for i in where if keys[i][1].is_control} - set(self._draws):
             self._draws[context] = ControlDraws(len(self.genes))
-        # Without names, cells are known by their counts alone.
-        named = np.zeros(n, object) if names is None else np.asarray(names, dtype=object)
-        hashed = pd.util.hash_array(named)
         salt = pd.util.hash_array(self.genes.astype(str).astype(object)) | np.uint64(1)
         for start in range(0, n, _CHUNK):
             rows = start + np.flatnonzero(code[start : start + _CHUNK] >= 0)
             if not len(rows):
                 continue
             block = _rows(counts, start, min(start + _CHUNK, n))[rows - start]
-            cells = _fingerprints(block, salt) ^ hashed[rows]
+            cells = _fingerprints(block, salt)
             y = self._add(block, library[rows], code[rows])
             for context, draws in self._draws.items():
                 mine = np.flatnonzero(of_control[rows] == context)

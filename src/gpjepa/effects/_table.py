@@ -66,8 +66,8 @@ class EffectTable:
         length, shape (n_parts, n_genes). Their products are correlations of the noise of genes;
         genes of tables without them are taken as independent.
     cells, cell_rows
-        A hash of each perturbed cell and the row that it is part of; empty where cells have no
-        names.
+        A hash of the counts of each perturbed cell, by which tables of the same cells are recognised
+        whatever the cells are called, and the row that it is part of.
     """
 
     genes: np.ndarray
@@ -238,7 +238,7 @@ class EffectTable:
     def shares_cells(self, cells: np.ndarray) -> bool:
         """Whether some of these hashes of cells are among the table's own.
 
-        Two are allowed: cells of independent data may have one barcode and the same few counts.
+        Two are allowed: cells of independent data may have the same few counts.
         """
         return len(np.intersect1d(self.cells, cells)) > 2
 

@@ -114,7 +114,6 @@ class Cells:
             perturbations=self.perturbations and [self.perturbations[i] for i in where],
             contexts=[self.contexts[i] for i in where],
             batch=self.batch[where],
-            names=self.names[where],
             expressed=self.expressed[where],
             labels=None if self.labels is None else self.labels[where],
             replicate=None if self.replicate is None else self.replicate[where],

@@ -396,7 +396,6 @@ class Trainable(Predicting):
             keep,
             batches=[str(known[b]) for b in cells.batch] if len(known) > 1 else None,
             replicates=None if cells.replicate is None else [str(r) for r in cells.replicate],
-            names=cells.names,
         )
 
     def _warn_of_coverage(self) -> None:

@@ -323,7 +323,6 @@ def _effects(cells: ad.AnnData, keys: list[Row], keep: np.ndarray) -> EffectTabl
             keep,
             batches=batches,
             replicates=replicates,
-            names=cells.obs_names,
         )
 
 
