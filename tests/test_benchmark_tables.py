@@ -82,6 +82,44 @@ def test_controls_and_replicates_are_never_on_both_sides(rng):
     assert abs(task.truths[0].effect.mean()) < 0.5
 
 
+@pytest.mark.parametrize("plates", [1, 3])
+def test_the_true_effects_have_no_error(rng, plates):
+    """What is taken off for noise is what noise adds, with plates that differ and without."""
+    errors, sizes = [], []
+    for _ in range(12):
+        adata = wells(rng, n=30, replicates=3 * plates, controls=48)
+        centre = {f"T{i:02d}": rng.normal(size=40) for i in range(30)}
+        effect = np.array([centre.get(p, np.zeros(40)) for p in adata.obs["perturbation"]])
+        plate = np.arange(adata.n_obs) % plates
+        adata.obs["plate"] = [f"p{i}" for i in plate]
+        noise = rng.normal(0, 0.3, adata.shape)
+        adata.X = effect + rng.normal(0, 0.5, (plates, 40))[plate] + noise
+        values = standard_effects(adata, unit="z", batch_key="plate" if plates > 1 else None)
+        rows = [("all", Perturbation.parse(t)) for t in centre]
+        for split in unseen_singles(rows, folds=3):
+            task = Task.of(values, split)
+            exact = np.array([centre[str(p)] for _, p in task.rows])
+            for half in task.truths:
+                noise = half.table.noise("z")
+                errors.append(((half.effect - exact) ** 2 - noise).sum())
+                sizes.append(noise.sum())
+    assert abs(np.sum(errors)) < 0.04 * np.sum(sizes)
+
+
+def test_other_errors_or_units_are_computed_anew(rng, tmp_path):
+    adata = wells(rng)
+    adata.layers["few"], adata.layers["many"] = (np.full(adata.shape, x) for x in (0.3, 3.0))
+    adata.write_h5ad(tmp_path / "wells.h5ad")
+    found = {}
+    for layer in ("few", "many"):
+        given = config(tmp_path / "wells.h5ad", effects={"unit": "mean_log1p", "sd_layer": layer})
+        result = benchmark.run(given, tmp_path / "out", progress=False)
+        assert set(result.runs["status"]) == {"run"}
+        scores = result.scores
+        found[layer] = scores.loc[scores["method"] == "anchor", "coverage_95"].mean()
+    assert found["few"] < found["many"]
+
+
 def test_effects_measured_once_have_no_replicate(rng, tmp_path):
     adata = wells(rng, replicates=1, controls=0)
     adata.X = adata.X - 5
@@ -90,6 +128,15 @@ def test_effects_measured_once_have_no_replicate(rng, tmp_path):
     runs = result.runs.groupby("method")[["status", "reason"]].first()
     assert tuple(runs.loc["replicate"]) == ("not run", "some were measured once only")
     assert runs.loc["anchor", "status"] == "run"
+    adata.obs["context"] = ["x", "y"] * 12
+    adata.write_h5ad(tmp_path / "two.h5ad")
+    apart = {"context_key": "context", "splits": [{"kind": "held-out-context"}]}
+    with pytest.raises(ValueError, match="Nothing is left to learn from in context 'x'"):
+        benchmark.run(config(tmp_path / "two.h5ad", **apart), tmp_path / "two", progress=False)
+    # With controls the halves differ, and yet are one measurement.
+    wells(rng, replicates=1).write_h5ad(tmp_path / "once.h5ad")
+    result = benchmark.run(config(tmp_path / "once.h5ad"), tmp_path / "once", progress=False)
+    assert "replicate" not in set(result.scores["method"])
     few = wells(rng, controls=4)
     few.write_h5ad(tmp_path / "few.h5ad")
     with pytest.raises(ValueError, match="has 4 control rows; at least 8 are needed"):

@@ -127,7 +127,7 @@ def test_the_anchor_works_on_effects_without_cells(rng):
     ("change", "message"),
     [
         ({"perturbation": ["A"]}, "perturbation has 1 entries; the values have 2 rows"),
-        ({"sd": np.ones((2, 3))}, "sd must be positive and of shape"),
+        ({"sd": np.ones((2, 3))}, "sd is of shape"),
         ({"sd": np.zeros((2, 60))}, "sd must be positive"),
         ({"n": [1, 0]}, "n must be positive"),
         ({"values": frame(np.full((2, 60), np.nan))}, "NaN or infinite"),

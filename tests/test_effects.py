@@ -987,13 +987,6 @@ def test_common_noise_of_the_controls_does_not_open_the_gate(rng):
     assert np.mean(gates) < 0.05
 
 
-def test_only_weighted_sums_show_weights(rng):
-    table = random_table(rng, n_pairs=0)
-    assert Additive().fit(table).weights([read("g1+g2")], ["c"]).sum() == 2
-    for other in (LinearModel(), Transfer("log_rate")):
-        assert not hasattr(other.fit(table), "weights")
-
-
 def test_sums_do_not_go_below_no_expression(rng):
     """Two knock-outs that each take most of a gene: together they take all, and not more."""
     effects = {("c", x): [-6.0, 1.0] for x in ("A", "B")} | {("c", "C"): [0.5, 0.5]}

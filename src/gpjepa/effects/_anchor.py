@@ -58,8 +58,9 @@ class EffectAnchor:
 
     * a *measured* single is shrunk as a whole vector (James and Stein 1961) towards no
       change, the mean effect, or what is predicted of it without itself;
-    * a *combination* takes its shrunken singles, stacked as their sum, the larger one, and the mean
-      of the other combinations; measured itself, it is shrunk towards that;
+    * a *combination* takes its shrunken singles, stacked as their sum, the larger one and a
+      saturating sum, and the mean of the other combinations; measured itself, it is shrunk towards
+      that;
     * a target *never perturbed* takes the mean effect and kernel ridge over target features,
       stacked (:class:`gpjepa.effects.UnseenTargets`);
     * in a *new context*, the mean effect elsewhere and the difference of the control profiles,
@@ -133,8 +134,9 @@ class EffectAnchor:
         """
         pairs = self._checked(perturbations, contexts)
         found = self._predicted(pairs, scale, interactions=False)
-        # What was measured was measured against controls of its own batches.
-        seen = np.array([r == "seen" for r in found.regime], bool)[:, None]
+        # What was measured within batches was measured against the controls of these.
+        within = self.effects_.strata is not None
+        seen = np.array([within and r == "seen" for r in found.regime], bool)[:, None]
         return replace(
             found, mean=np.where(seen, found.mean, self._floored(found.mean, pairs, scale))
         )

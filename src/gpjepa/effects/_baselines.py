@@ -1,9 +1,9 @@
 """Baselines: each is a row of the benchmark, and what the anchor is made of.
 
 All share ``fit(effects)`` and ``predict(perturbations, contexts)``, with one effect per pair,
-shape (n_pairs, n_genes). Most predictions are weighted sums of the training effects, and show their
-``weights``: what an estimate is made of, which noise is in it, and which noise it shares with
-another, can all be read off them.
+shape (n_pairs, n_genes). Most predictions are weighted sums of the training effects: what an estimate is
+made of, which noise is in it, and which noise it shares with another, can all be read off the
+weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
-import scipy.sparse as sp
 
 from gpjepa.perturbations import Perturbation
 
@@ -64,15 +63,6 @@ class Baseline(ABC):
 
 class WeightedBaseline(Baseline):
     """A baseline whose predictions are weighted sums of the training effects."""
-
-    def weights(
-        self, perturbations: Sequence[Perturbation], contexts: Sequence[str]
-    ) -> sp.csr_matrix:
-        """Weight of each training effect in each prediction, shape (n_pairs, n_rows)."""
-        found = self._of_pairs(perturbations, contexts)
-        row = np.repeat(np.arange(len(found)), [len(w.columns) for w in found])
-        one = added(found)
-        return sp.csr_matrix((one.values, (row, one.columns)), shape=(len(found), len(self._row)))
 
     def predict(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
         """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes)."""

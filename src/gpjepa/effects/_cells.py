@@ -16,7 +16,8 @@ from ._parts import ByScale, Group, Parts
 from ._scales import PER, SCALES, Scale, log1p_rates
 from ._table import EffectTable
 
-_DRAWS = 16  # parts of the control cells that show how the noise of genes goes together
+_DRAWS = 32  # parts of the control cells that show how the noise of genes goes together
+_LEAST_DRAWS = 5
 _CHUNK = 1_000  # cells normalised at a time
 _FEW = 3.0  # counts below which the spread within a group of cells says little
 _EXPRESSED = 10  # genes that a cell must express to be recognised
@@ -197,9 +198,8 @@ class CellSums:
         n = self._of_cells["n"][order]
         _check_controls(groups, n)
         table = Parts.of(groups, n, *self._profiles(order)).table(self.genes)
-        made = [self._draws[c].deviations() for c in table.contexts]
-        draws = {s: dict(zip(table.contexts, (m[s] for m in made), strict=True)) for s in SCALES}
-        table = replace(table, draws=draws)
+        made = {c: self._draws[c].deviations() for c in table.contexts}
+        table = replace(table, draws={s: {c: m[s] for c, m in made.items() if m} for s in SCALES})
         if not self._cells:
             return table
         cells, code = map(np.concatenate, zip(*self._cells, strict=True))
@@ -257,8 +257,13 @@ class ControlDraws:
         self._of_cells["l"] += np.bincount(part, library, _DRAWS)
 
     def deviations(self) -> dict[Scale, np.ndarray]:
-        """Of each part from all, each gene at unit length, shape (n_parts, n_genes)."""
-        found = {}
+        """Of each part from all, each gene at unit length, shape (n_parts, n_genes).
+
+        Nothing where too few parts have cells to show what varies together.
+        """
+        found: dict[Scale, np.ndarray] = {}
+        if (self._of_cells["n"] > 0).sum() < _LEAST_DRAWS:
+            return found
         for scale, sums, weight in (("mean_log1p", "y", "n"), ("log1p_mean", "k", "l")):
             total, size = self._sums[sums], self._of_cells[weight][:, None]
             mean = total.sum(0) / size.sum()

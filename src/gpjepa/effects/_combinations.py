@@ -21,9 +21,10 @@ _PRIOR_INTERACTION = 0.1
 doubles (``published`` L2 of Ahlmann-Eltze 2025: additive 2.42, no change 5.82, sampling noise
 taken off) it is 0.08."""
 
+_LEAST_INTERACTION = 0.01
 # Experts on combinations, by how many of their targets were measured alone.
 _OTHERS = "mean of the combinations"
-_BOTH = ("sum of the singles", "larger single", "saturating sum", _OTHERS)
+_BOTH = ("sum of the singles", "larger single", _OTHERS, "saturating sum")
 _PARTLY = ("measured targets", "targets never measured", _OTHERS)
 _NEITHER = ("sum of the targets", _OTHERS)
 
@@ -43,8 +44,16 @@ class Combinations:
 
     def __init__(self, measured: Measured, singles: Singles) -> None:
         self.measured, self.singles, self.effects = measured, singles, measured.effects
+        # Of what is no expression, or of no known rate, nothing is multiplied.
+        self._saturates = self.effects.has_controls and measured.scale in SCALES
+        self._whole = {c: Weights.equal(rows) for c, rows in measured.combined.items()}
+        self._with: dict[tuple[str, str], set[int]] = {}
+        for context, rows in measured.combined.items():
+            for i in rows:
+                for target in self.effects.rows[i][1].targets:
+                    self._with.setdefault((context, target), set()).add(i)
         both, partly, neither = self._examples()
-        self.both = self._fit(both, np.array([1.0, 0.0, 0.0, 0.0]))
+        self.both = self._fit(both, np.eye(3 + self._saturates)[0])
         self.partly = self._fit(partly, np.array([1.0, 1.0, 0.0]))
         self.neither = self._fit(neither, self._prior_of_neither())
         self.residual = self._residual()
@@ -147,7 +156,7 @@ class Combinations:
             apart += (off**2).sum() - self.measured.noise(distance).sum()
             apart -= (estimate.left.values * self.measured.totals[estimate.left.columns]).sum()
             size += ((self.measured.values[i] - off) ** 2).sum()
-        return max(apart / size, 0.0) if size > 0 else _PRIOR_INTERACTION
+        return max(apart / size, _LEAST_INTERACTION) if size > 0 else _PRIOR_INTERACTION
 
     # Estimates
 
@@ -252,11 +261,14 @@ class Combinations:
         self, parts: list[Estimate], others: Estimate, said: np.ndarray, context: str
     ) -> Sums:
         """Experts where all targets were measured alone, with effects ``said``."""
-        larger = int(np.argmax((said**2).sum(1)))
         n, last = len(parts), np.eye(len(parts) + 2)
-        whole = np.append(np.ones(n), [0, 0])
-        experts = np.stack([whole, last[larger], whole + last[n], last[n + 1]])
-        return Sums([*parts, self._saturation(said, context), others], experts, _BOTH)
+        whole = last[:n].sum(0)
+        experts = [whole, last[int(np.argmax((said**2).sum(1)))], last[n]]
+        parts = [*parts, others]
+        if not self._saturates:
+            return Sums(parts, np.stack(experts)[:, :-1], _BOTH[:-1])
+        experts.append(whole + last[n + 1])
+        return Sums([*parts, self._saturation(said, context)], np.stack(experts), _BOTH)
 
     def _saturation(self, said: np.ndarray, context: str) -> Estimate:
         """A saturating sum of singles minus their plain sum.
@@ -264,8 +276,6 @@ class Combinations:
         Of the rates: what singles add, adds up; what they leave of a rate is multiplied, so that it
         is never less than none.
         """
-        if not self.effects.has_controls or self.measured.scale not in SCALES:
-            return Estimate()
         control = self.effects.control[self.measured.scale][context].astype(float)
         before = np.expm1(control)
         after = np.expm1(np.maximum(control + said, 0))
@@ -277,22 +287,28 @@ class Combinations:
 
     def _mean_combination(self, context: str, without: int | None = None) -> Estimate:
         """Mean effect of the measured combinations, but for one row; else of other contexts."""
-        mine = [i for i in self.measured.combined.get(context, []) if i != without]
-        if mine or without is not None:
-            return _mean_of([mine])
-        return _mean_of(list(self.measured.combined.values()))
+        mine = self.measured.combined.get(context, [])
+        if without is not None or mine:
+            return self._mean_but(context, set() if without is None else {without} & set(mine))
+        groups = list(self.measured.combined.values())
+        weights = added(Weights.equal(rows, 1 / len(groups)) for rows in groups)
+        return Estimate((Share("", _OTHERS, 1.0, weights),))
 
     def _without(self, context: str, targets: Sequence[str]) -> Estimate:
         """Mean effect of the combinations that have none of the targets."""
-        rows, out = self.effects.rows, set(targets)
-        mine = self.measured.combined.get(context, [])
-        return _mean_of([[i for i in mine if out.isdisjoint(rows[i][1].targets)]])
+        return self._mean_but(context, set().union(*(self._with[context, t] for t in targets)))
 
-
-def _mean_of(groups: list[list[int]]) -> Estimate:
-    """Mean over groups of rows of the mean in each."""
-    weights = added(Weights.equal(rows, 1 / len(groups)) for rows in groups)
-    return Estimate((Share("", _OTHERS, 1.0, weights),))
+    def _mean_but(self, context: str, out: set[int]) -> Estimate:
+        """Mean effect of the combinations of a context but for some: of all, minus those few."""
+        whole = self._whole.get(context, NOTHING)
+        n = len(whole.columns)
+        left = n - len(out)
+        if not left:
+            return Estimate((Share("", _OTHERS, 1.0, NOTHING),))
+        shares = [Share("", _OTHERS, n / left, whole)]
+        if out:
+            shares.append(Share("", _OTHERS, -len(out) / left, Weights.equal(sorted(out))))
+        return Estimate(tuple(shares))
 
 
 def _some_known(parts: list[Estimate], known: list[bool], others: Estimate) -> Sums:

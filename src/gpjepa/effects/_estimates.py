@@ -12,7 +12,7 @@ from gpjepa.perturbations import Perturbation, TargetFeatures
 from ._combinations import Combinations
 from ._measured import Measured
 from ._scales import Scale
-from ._singles import Singles
+from ._singles import SURPLUS, Singles
 from ._table import EffectTable
 from ._weighted import Estimate, added
 
@@ -63,6 +63,7 @@ class ScaleFit:
         for own, estimate in zip(left, estimates, strict=True):
             np.add.at(own, estimate.bias.columns, estimate.bias.values)
         interaction = np.array([e.interaction for e in estimates])[:, None]
-        square = size**2
+        # Where nothing is predicted, something may still interact.
+        square = size**2 + SURPLUS * self.singles.spread
         left += interaction * 0.5 * (square + square.mean(1, keepdims=True))
         return noise, left

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS
@@ -40,6 +41,11 @@ def table_of_frame(
     contexts = ["all"] * len(read) if context is None else [str(c) for c in context]
     batches = [""] * len(read) if batch is None else [str(b) for b in batch]
     profiles = any(p.is_control for p in read)
+    if control != "control" and not profiles:
+        raise ValueError(
+            f"No row is labelled {' or '.join(map(repr, sorted(named)))}, as control= says; leave it "
+            "out if the values are effects."
+        )
     if profiles and control_profiles is not None:
         raise ValueError("There are control rows among the values: leave control_profiles out.")
     if batch is not None and not profiles:
@@ -86,9 +92,12 @@ def _check(
         raise ValueError(f"Genes occur more than once, such as {repeats}.")
     if not np.isfinite(values.to_numpy(float)).all():
         raise ValueError("The values hold NaN or infinite entries; fill them or drop the genes.")
-    if sd is not None and (sd.shape != values.shape or not (sd > 0).all()):
+    if sd is not None and sd.shape != values.shape:
+        raise ValueError(f"sd is of shape {sd.shape}; the values are of shape {values.shape}.")
+    if sd is not None and not (sd > 0).all():
         raise ValueError(
-            f"sd must be positive and of shape {values.shape}; its shape is {sd.shape}."
+            f"sd must be positive; {int((~(sd > 0)).sum())} of its values are not. Leave it out to "
+            "have the noise estimated."
         )
     if not (size > 0).all():
         raise ValueError("n must be positive.")
@@ -104,10 +113,9 @@ def _averaged(
     groups = sorted(set(keys))
     at = {key: i for i, key in enumerate(groups)}
     code = np.array([at[key] for key in keys], int)
-    share = np.zeros((len(groups), len(keys)))
-    share[code, np.arange(len(keys))] = size
-    total = share.sum(1)
-    share /= total[:, None]
+    total = np.bincount(code, size)
+    at_row = code, np.arange(len(keys))
+    share = sp.csr_matrix((size / total[code], at_row), shape=(len(groups), len(keys)))
     mean = share @ x
     shown = np.zeros_like(mean)
     if len(groups) < len(keys):
@@ -115,7 +123,7 @@ def _averaged(
     elif errors is None:
         # The same of all rows, and less of those that more lies behind.
         shown = _out_of_fold(mean, [c for c, *_ in groups]) * (np.median(total) / total)[:, None]
-    stated = np.zeros_like(mean) if errors is None else share**2 @ errors**2
+    stated = np.zeros_like(mean) if errors is None else share.power(2) @ errors**2
     least = _LEAST * max((x**2).mean(), 1e-12) / total[:, None]
     return (
         groups,

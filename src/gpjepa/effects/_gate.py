@@ -26,7 +26,7 @@ class Gate:
         Held-out units, of which fewer than five leave the gate at 0.
     error_anchor, error_network, error_gated
         Squared error of each on the held-out rows; of the gated prediction, with the gate of each
-        unit set by the others.
+        unit set by the others, before their gain decides how much of it is kept.
     """
 
     gate: float

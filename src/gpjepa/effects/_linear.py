@@ -91,7 +91,8 @@ class LinearModel(Baseline):
             For a combination, a target without an embedding or a context without perturbed cells.
         """
         pairs = zip(perturbations, contexts, strict=True)
-        return np.stack([self._predict(p, c) for p, c in pairs])
+        found = [self._predict(p, c) for p, c in pairs]
+        return np.reshape(found, (len(found), len(self.effects_.genes)))
 
     def _predict(self, perturbation: Perturbation, context: str) -> np.ndarray:
         if perturbation.is_control:

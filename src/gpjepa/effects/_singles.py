@@ -221,11 +221,14 @@ def _spread(measured: Measured) -> np.ndarray:
     """Noise-corrected mean square of the effects per gene: how large an effect may be.
 
     At least the noise of the controls: less than that is not significantly different from no effect.
+    Where none is known, at least the error of this mean square itself.
     """
     n = len(measured.values)
     floor = np.full(measured.values.shape[1], measured.variance[n:].mean())
     if not n:
         return floor
     noise = measured.effects.noise(measured.scale)
+    if not floor.any():
+        floor += np.sqrt(2 / n) * noise.mean()
     square = np.mean(measured.values**2 - noise, axis=0)
     return np.maximum(np.maximum(square, 0) + max(square.mean(), 0) * SURPLUS, floor)

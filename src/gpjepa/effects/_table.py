@@ -285,10 +285,9 @@ class EffectTable:
             Shape (n,).
         """
         weighted = weights * np.sqrt(self._strata_variance(scale)[stratum])
-        if scale in self.draws:
-            context = self.compared[1][:, [stratum]].nonzero()[0][0]
-            weighted = weighted @ self.draws[scale][self.contexts[context]].T
-        return (weighted**2).sum(1)
+        context = self.contexts[self.compared[1][:, [stratum]].nonzero()[0][0]]
+        draws = self.draws.get(scale, {}).get(context)
+        return ((weighted if draws is None else weighted @ draws.T) ** 2).sum(1)
 
     def control_profiles(self, scale: Scale) -> np.ndarray:
         """Profiles of the control cells of each context, shape (n_contexts, n_genes)."""

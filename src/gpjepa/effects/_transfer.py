@@ -72,7 +72,8 @@ class Transfer(Baseline):
         No change for a perturbation that was measured in no other context.
         """
         pairs = zip(perturbations, contexts, strict=True)
-        return np.stack([self._predict(p, c) for p, c in pairs])
+        found = [self._predict(p, c) for p, c in pairs]
+        return np.reshape(found, (len(found), len(self.effects_.genes)))
 
     def _predict(self, perturbation: Perturbation, context: str) -> np.ndarray:
         rows = self._sources(perturbation, context)

@@ -44,7 +44,7 @@ class EffectMethod:
 
     def fit(self, train: ad.AnnData, split: Split) -> None:
         """Make the table of training effects."""
-        self.effects_ = effects_of(train)
+        self.effects_, self.of_cells_ = effects_of(train), "unit" not in train.uns
 
     def predict(self, perturbations: Sequence[str], control: ad.AnnData) -> ad.AnnData:
         """Mean profiles of the perturbations."""
@@ -56,7 +56,7 @@ class EffectMethod:
         names = list(wanted)
         effect, sd = self.predictor(self.effects_, list(wanted.values()), [context] * len(wanted))
         obs = pd.DataFrame({"perturbation": names}, index=names)
-        if self.effects_.scales[0] == SCALE:
+        if self.of_cells_:
             profile = np.maximum(self.effects_.control[SCALE][context] + effect, 0)
             cells = ad.AnnData(profile, obs, control.var[[]], uns={"scale": "log1p"})
         else:

@@ -64,7 +64,8 @@ class Metric:
     @property
     def of_effects(self) -> bool:
         """Whether it needs no cells, only mean effects and what is stated of them."""
-        return self.axis in ("effect", "calibration") and "counts" not in self.needs
+        of_them = self.axis in ("effect", "calibration") or "gene_sets" in self.needs
+        return of_them and "counts" not in self.needs
 
     def applied(self, scoring: Scoring, function: Callable[[Scoring], np.ndarray]) -> np.ndarray:
         """Values of a function, the metric's or its denominator's; NaN if it is not applicable."""

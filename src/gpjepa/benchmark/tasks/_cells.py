@@ -124,6 +124,9 @@ def data_hash(cells: ad.AnnData) -> str:
     counts = sp.csr_matrix(cells.X[:, order])
     counts.sort_indices()
     found = sha256("\n".join(cells.var_names[order]).encode())
+    found.update(str(cells.uns.get("unit", "")).encode())
+    for layer in cells.layers.values():
+        found.update(np.ascontiguousarray(np.asarray(layer)[:, order]).tobytes())
     for column in cells.obs:
         found.update("\n".join(cells.obs[column].astype(str)).encode())
     for part in (counts.indptr.astype(np.int64), counts.indices.astype(np.int64), counts.data):

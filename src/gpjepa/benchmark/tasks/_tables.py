@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import anndata as ad
@@ -55,8 +57,9 @@ def standard_effects(
     check_columns(adata, {**keys, "batch_key": batch_key})
     check_gene_names(adata.var_names)
     column = adata.obs[perturbation_key]
-    # Published effects are differences already, and have no rows of a control.
-    reader = LabelReader(**labels).checked(column, genes=adata.var_names, need_control=False)
+    # Published effects are differences already, and have no rows of a control, unless it is named.
+    named = labels.get("control", "control") != "control"
+    reader = LabelReader(**labels).checked(column, genes=adata.var_names, need_control=named)
     read = reader.read_cells(column)
     obs = pd.DataFrame(
         {
@@ -78,7 +81,7 @@ def standard_effects(
 
 
 def table_of(rows: ad.AnnData, sd: np.ndarray | None = None) -> EffectTable:
-    """Effects of rows as :func:`standard_effects` makes them; with their own standard errors, or others."""
+    """Effects of rows as :func:`standard_effects` makes them."""
     obs = rows.obs
     return EffectTable.from_frame(
         rows.to_df(),
@@ -90,16 +93,36 @@ def table_of(rows: ad.AnnData, sd: np.ndarray | None = None) -> EffectTable:
     )
 
 
-def standard_errors(rows: ad.AnnData, keys: list[Row]) -> np.ndarray:
-    """Standard error of each value, from all rows: few that are held out show it badly."""
-    if "sd" in rows.layers:
-        return np.asarray(rows.layers["sd"])
-    table, unit = table_of(rows), rows.uns["unit"]
-    variance = dict(zip(table.rows, table.variance[unit], strict=True))
-    of_control = table.control_variance[unit]
-    often = pd.Series(keys).value_counts().to_dict()
-    found = [of_control[c] if p.is_control else variance[c, p] for c, p in keys]
-    return np.sqrt(np.stack(found) * np.array([[often[k]] for k in keys]))
+def truth_of(
+    values: ad.AnnData, keys: list[Row], half: np.ndarray, whole: EffectTable
+) -> EffectTable:
+    """Effects of a half of the held-out rows, with the noise that all rows show.
+
+    The few that are held out would show it badly. Noise per row of the data, over the rows behind
+    each effect.
+    """
+    mine = [k for k, chosen in zip(keys, half, strict=True) if chosen]
+    often, here = Counter(keys), Counter(mine)
+    table, unit = table_of(values[half], np.ones((len(mine), values.n_vars))), values.uns["unit"]
+    at = {row: i for i, row in enumerate(whole.rows)}
+    own = [whole.variance[unit][at[r]] * (often[r] / here[r]) for r in table.rows]
+    control, strata = {}, table.strata
+    for context, of_all in whole.control_variance[unit].items():
+        key = context, Perturbation()
+        if context in table.contexts:
+            control[context] = of_all * (often[key] / here[key]) if here[key] else of_all
+    if strata is not None:
+        shares = strata.shares.tocoo()
+        noise = np.empty_like(strata.variance[unit])
+        for i, s, share in zip(shares.row, shares.col, shares.data, strict=True):
+            noise[s] = control[table.contexts[i]] / share
+        strata = replace(strata, variance={unit: noise})
+    return replace(
+        table,
+        variance={unit: np.array(own, np.float32)},
+        control_variance={unit: control},
+        strata=strata,
+    )
 
 
 def parts_of_rows(keys: list[Row], split: Split, rows: set[Row], least: int) -> list[np.ndarray]:
@@ -111,7 +134,7 @@ def parts_of_rows(keys: list[Row], split: Split, rows: set[Row], least: int) -> 
     rng = np.random.default_rng([split.seed, 7])
     masks = [np.zeros(len(keys), bool) for _ in range(3)]
     tested = {c for c, _ in rows}
-    groups: dict[Row, list[int]] = {}
+    trained, groups = set(split.train), dict[Row, list[int]]()
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     for key in sorted(groups):
@@ -127,7 +150,7 @@ def parts_of_rows(keys: list[Row], split: Split, rows: set[Row], least: int) -> 
                 )
             for mask, part in zip(masks, (mine[::2], mine[1::4], mine[3::4]), strict=True):
                 mask[part] = True
-        elif key[1].is_control or key in set(split.train):
+        elif key[1].is_control or key in trained:
             masks[0][mine] = True
     return masks
 

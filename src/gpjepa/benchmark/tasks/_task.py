@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from gpjepa.perturbations import Perturbation
 from gpjepa.splits import Row, Split
 
 from ._cells import CellSet, measured_rows
-from ._tables import no_cells, parts_of_rows, standard_errors, starts, table_of
+from ._tables import no_cells, parts_of_rows, starts, table_of, truth_of
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
@@ -32,11 +33,15 @@ SCALE: Scale = "mean_log1p"
 
 
 def too_small(cells: ad.AnnData, split: Split) -> dict[Row, int]:
-    """Held-out rows with fewer than ``MIN_CELLS`` cells, and how many they have."""
-    if "unit" in cells.uns:  # of effects, one row will do
-        return {}
+    """Held-out rows with fewer than ``MIN_CELLS`` cells, and how many they have.
+
+    Of effects without cells one row will do, or two, for halves, where any has two.
+    """
     n_cells = measured_rows(cells)
-    return {r: n_cells.get(r, 0) for r in split.test if n_cells.get(r, 0) < MIN_CELLS}
+    least = MIN_CELLS
+    if "unit" in cells.uns:
+        least = min(2, max((n_cells.get(r, 0) for r in split.test), default=0))
+    return {r: n_cells.get(r, 0) for r in split.test if n_cells.get(r, 0) < least}
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class Task:
         Effects of the training cells.
     gene_sets
         Name → genes, for the agreement of enrichment; None for none.
+    replicated
+        Whether the halves of the truth are measurements of their own.
     """
 
     split: Split
@@ -99,6 +106,7 @@ class Task:
     truths: tuple[Truth, Truth]
     training: EffectTable
     gene_sets: dict[str, set[str]] | None = None
+    replicated: bool = True
 
     @classmethod
     def of(
@@ -162,19 +170,32 @@ class Task:
         cls, values: ad.AnnData, split: Split, gene_sets: dict[str, set[str]] | None
     ) -> Task:
         """As :meth:`of`, of values as :func:`standard_effects` makes them."""
-        keys, rows = _keys(values), split.test
-        sd = standard_errors(values, keys)
+        keys, dropped = _keys(values), too_small(values, split)
+        rows = tuple(r for r in split.test if r not in dropped)
         train, *halves = parts_of_rows(keys, split, set(rows), MIN_CELLS)
         training = table_of(values[train])
-        truths = []
+        if unknown := sorted({c for c, _ in rows} - set(training.contexts)):
+            raise ValueError(
+                f"Nothing is left to learn from in context {', '.join(map(repr, unknown))}: without "
+                "control rows, a context is known by its effects alone."
+            )
+        truths, whole = [], table_of(values)
         for half in halves:
-            table = table_of(values[half], sd[half])
+            table = truth_of(values, keys, half, whole)
             where = {r: i for i, r in enumerate(table.rows)}
             truths.append(Truth(table.subset(np.array([where[r] for r in rows])), no_cells()))
         control = starts(training, rows)
         one, other = truths
         return cls(
-            split, rows, {}, values[train].copy(), control, (one, other), training, gene_sets
+            split,
+            rows,
+            dropped,
+            values[train].copy(),
+            control,
+            (one, other),
+            training,
+            gene_sets,
+            replicated=Counter(keys)[rows[0]] > 1,
         )
 
     @property
@@ -186,11 +207,6 @@ class Task:
     def has_cells(self) -> bool:
         """Whether it is made of cells, or of effects alone."""
         return "unit" not in self.train.uns
-
-    @cached_property
-    def replicated(self) -> bool:
-        """Whether the halves of the truth are measurements of their own."""
-        return self.has_cells or not (self.truths[0].effect == self.truths[1].effect).all(1).any()
 
     @property
     def genes(self) -> np.ndarray:
