@@ -1100,3 +1100,46 @@ def test_a_saturating_sum_is_an_expert_on_combinations(rng):
     explained = anchor.explain(held[0])
     assert explained.experts["expert"].str.startswith("saturating sum").any()
     np.testing.assert_allclose(explained.contributions.sum(0), explained.mean, atol=1e-6)
+
+
+def test_nothing_goes_below_no_expression_measured_or_not(rng):
+    """A measured pair of knock-outs is shrunk towards their sum, which is below none."""
+    labels = [x for x in ("control", "A", "B", "C", "A+B", "A+C") for _ in range(40)]
+    kept = {"A": 0.1, "B": 0.2, "C": 0.5}
+    rate = np.array([np.prod([kept.get(t, 1.0) for t in x.split("+")]) for x in labels])
+    counts = rng.poisson(2 * rate[:, None], (len(labels), 30))
+    library, read_labels = np.full(len(labels), 1_000.0), [read(x) for x in labels]
+    genes = [f"g{i}" for i in range(30)]
+    table = effect_table(sp.csr_matrix(counts), library, read_labels, ["c"] * len(labels), genes)
+    anchor = EffectAnchor().fit(table)
+    pairs = [p for _, p in table.rows]
+    for scale in SCALES:
+        found = anchor.predict(pairs, ["c"] * len(pairs), scale).mean
+        assert (found >= -table.control[scale]["c"]).all()
+
+
+def test_no_prediction_is_certain_where_nothing_is_seen(rng):
+    """Effects that are all noise, without controls: unseen targets and interactions have widths."""
+    names = [*(f"T{i:02d}" for i in range(20)), *(f"T{i:02d}+T{i + 1:02d}" for i in range(12))]
+    values = pd.DataFrame(rng.normal(size=(32, 50)), columns=[f"g{i}" for i in range(50)])
+    table = EffectTable.from_frame(values, names, sd=np.ones((32, 50)), unit="z")
+    anchor = EffectAnchor().fit(table)
+    assert (anchor.predict([read("NEW")], ["all"], "z").variance > 0).all()
+    unseen = [read("T00+T05"), read("T00+NEW"), read("NEW+OTHER")]
+    assert (anchor.predict_interactions(unseen, ["all"] * 3, "z").variance > 0).all()
+    # Values that are no expression have no rates to multiply.
+    experts = anchor.explain("T00+T05", scale="z").experts["expert"]
+    assert not experts.str.contains("saturating").any()
+
+
+def test_few_controls_have_noise_too(rng):
+    """Too few to show which genes vary together: then genes are independent, not certain."""
+    for _ in range(20):
+        counts = rng.poisson(3, (6, 10))
+        labels = [read(x) for x in ("control", "control", "A", "A", "B", "B")]
+        table = effect_table(
+            sp.csr_matrix(counts), np.full(6, 100.0), labels, ["c"] * 6, list("abcdefghij")
+        )
+        shown = table.control_variance["mean_log1p"]["c"]
+        found = table.variance_on_control("mean_log1p", 0, np.ones((1, 10)))
+        np.testing.assert_allclose(found, shown.sum(), rtol=1e-5)

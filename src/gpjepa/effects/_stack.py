@@ -16,7 +16,7 @@ from gpjepa.splits import MIN_UNITS
 
 from ._gain import SharedNoise, kept_share
 from ._measured import Measured, blocks
-from ._weighted import Terms, Weights
+from ._weighted import Terms, Weights, added
 
 _NOTHING = 1e-4  # a weight below this says nothing
 _STANDS_OUT = 2.0  # standard deviations
@@ -135,20 +135,11 @@ def _steps(
         # Only what stands out: the positive part of noise would add up to a bias everywhere.
         strong = taken * distance**2 > _STANDS_OUT**2 * explained
         bias = np.where(strong, taken * distance**2 - explained, 0)
-        yield _Step(
-            factor,
-            float(risk.sum()),
-            [
-                Weights(
-                    np.append(a, n_rows + (used := np.flatnonzero(c))), u * np.append(o, c[used])
-                )
-                for a, u, o, c in zip(mine, open_, own, controls, strict=True)
-            ],
-            [
-                Weights(genes := np.flatnonzero(s), b[genes])
-                for s, b in zip(strong, bias, strict=True)
-            ],
-        )
+        left = [
+            added([Weights(np.array([a]), np.array([o])), Weights.of(c, n_rows)]).times(float(u))
+            for a, o, c, u in zip(mine, own, controls, open_, strict=True)
+        ]
+        yield _Step(factor, float(risk.sum()), left, [Weights.of(b) for b in bias])
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,12 @@ class Weights:
         """The same weight for each column; none for no columns."""
         return cls(np.asarray(columns, int), np.full(len(columns), total / max(len(columns), 1)))
 
+    @classmethod
+    def of(cls, values: np.ndarray, first: int = 0) -> Weights:
+        """What is not 0 of a vector whose first value has a given column."""
+        where = np.flatnonzero(values)
+        return cls(first + where, values[where])
+
     def times(self, factor: float) -> Weights:
         """All weights times a factor."""
         fixed = None if self.fixed is None else factor * self.fixed
