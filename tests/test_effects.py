@@ -336,6 +336,37 @@ def test_out_of_fold_rows_do_not_know_themselves(rng):
     np.testing.assert_array_equal(before[row], after[row])
 
 
+def test_leaving_out_in_closed_form_is_refitting(rng, monkeypatch):
+    """Two contexts, features, combinations: as ten refits say, but for the weights of experts."""
+    singles = [f"T{i:02d}" for i in range(40)]
+    loadings = rng.normal(size=(40, 4))
+    programmes = rng.normal(size=(4, 30))
+    effects = {}
+    for context in "xy":
+        for i, name in enumerate(singles):
+            effects[context, name] = loadings[i] @ programmes + rng.normal(0, 0.2, 30)
+        for i in range(0, 39, 2):
+            both = effects[context, singles[i]] + effects[context, singles[i + 1]]
+            effects[context, f"{singles[i]}+{singles[i + 1]}"] = both + rng.normal(0, 0.2, 30)
+    table = table_of(effects, noise=0.02, contexts="xy")
+    features = TargetFeatures(singles, np.hstack([loadings, rng.normal(size=(40, 2))]))
+    anchor = EffectAnchor(features, "mean").fit(table)
+    refitted = anchor.out_of_fold("mean_log1p", n_folds=20)
+    monkeypatch.setattr("gpjepa.effects._anchor.MANY_UNITS", 50)
+    closed = anchor.out_of_fold("mean_log1p")
+    truth = table.effect["mean_log1p"]
+    assert anchor.n_folds == 1
+    assert ((closed - refitted) ** 2).sum() < 0.01 * (truth**2).sum()
+    error, other = (((x - truth) ** 2).sum() for x in (closed, refitted))
+    assert error == pytest.approx(other, rel=0.05)
+    # Another measurement of a row moves what is said of it by the weights of experts alone.
+    changed = effects | {("x", "T05"): effects["x", "T05"] + rng.normal(size=30)}
+    after = EffectAnchor(features, "mean").fit(table_of(changed, noise=0.02, contexts="xy"))
+    row = table.rows.index(("x", read("T05")))
+    moved = after.out_of_fold("mean_log1p")[row] - closed[row]
+    assert (moved**2).sum() < 0.01 * (closed[row] ** 2).sum()
+
+
 def test_library_shifts_add_up_and_noise_is_shrunk(rng):
     labels = [Perturbation()] * 500 + [read("A")] * 500 + [read("B")] * 500
     library = np.exp(rng.normal(9, 0.3, 1_500))

@@ -25,6 +25,9 @@ from ._scales import SCALES, Scale
 from ._table import EffectTable
 from ._weighted import Estimate
 
+MANY_UNITS = 500
+"""Targets from which on none of them moves the weights of experts."""
+
 
 @dataclass(frozen=True)
 class AnchorPrediction:
@@ -332,8 +335,13 @@ class EffectAnchor:
 
     @property
     def n_folds(self) -> int:
-        """Folds of :meth:`out_of_fold`."""
-        return len(self._folds(10))
+        """Steps of :meth:`out_of_fold`."""
+        return 1 if self._many else len(self._folds(10))
+
+    @property
+    def _many(self) -> bool:
+        """Whether there are so many targets that a few move no weight of an expert."""
+        return len({p.targets for p in self._measured}) >= MANY_UNITS
 
     def out_of_fold(
         self, scale: Scale, n_folds: int = 10, *, progress: Callable[[], object] = lambda: None
@@ -342,18 +350,24 @@ class EffectAnchor:
 
         Singles are left out of all contexts at once and become unseen; combinations are left out
         while their singles stay. With fewer than five perturbations the rows of one context are
-        left out instead. ``progress`` is called after each fold.
+        left out instead. From 500 targets on the weights of the experts are those of all rows, and
+        each row is left out of what they say in closed form. ``progress`` is called after each
+        step.
         """
         rows = self.effects_.rows
         result = np.zeros((len(rows), len(self.effects_.genes)), np.float32)
-        for out in self._folds(n_folds):
-            rest = EffectAnchor(self.features, "mean").fit(self.effects_.subset(~out))
+        every = np.ones(len(rows), bool)
+        for out in [every] if self._many else self._folds(n_folds):
+            rest = self
+            if not self._many:
+                rest = EffectAnchor(self.features, "mean").fit(self.effects_.subset(~out))
             where = np.flatnonzero(out)
             fit = rest._fit_of(scale)
+            said = fit.left_out if self._many else fit.estimates
             for block in blocks(len(where)):
                 at = where[block]
                 pairs = [(rows[i][1], rows[i][0]) for i in at]
-                result[at] = rest._floored(fit.mean(fit.estimates(pairs)), pairs, scale)
+                result[at] = rest._floored(fit.mean(said(pairs)), pairs, scale)
             progress()
         return result
 

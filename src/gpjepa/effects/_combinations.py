@@ -162,11 +162,8 @@ class Combinations:
 
     def estimates(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
         """One mean effect for each combination and context."""
-        needed = [(s, context) for p, context in pairs for s in p.singles]
-        alone = self.singles.estimates(needed)
-        means = self._means(alone)
         found = []
-        for perturbation, context in pairs:
+        for (perturbation, context), expected in zip(pairs, self.expected(pairs), strict=True):
             measured = self.measured.row.get((context, perturbation))
             carried = None
             if measured is None and not self._all_here(perturbation, context):
@@ -174,15 +171,21 @@ class Combinations:
                 carried = self.singles.carried(perturbation, context, sources)
             if carried is not None:
                 found.append(carried)
-                continue
+            elif measured is None:
+                found.append(replace(expected, interaction=self.misfit))
+            else:
+                found.append(self._towards(measured, expected))
+        return found
+
+    def expected(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
+        """Combinations from their singles and from other combinations, not from themselves."""
+        alone = self.singles.estimates((s, c) for p, c in pairs for s in p.singles)
+        means = self._means(alone)
+        found = []
+        for perturbation, context in pairs:
             parts = [alone[s, context] for s in perturbation.singles]
             said = np.stack([means[s, context] for s in perturbation.singles])
-            expected = self._expected(perturbation, context, parts, said)
-            found.append(
-                replace(expected, interaction=self.misfit)
-                if measured is None
-                else self._towards(measured, expected)
-            )
+            found.append(self._expected(perturbation, context, parts, said))
         return found
 
     def interactions(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:

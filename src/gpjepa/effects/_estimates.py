@@ -38,6 +38,15 @@ class ScaleFit:
         found = alone | dict(zip(several, self.combinations.estimates(several), strict=True))
         return [Estimate() if p.is_control else found[p, c] for p, c in pairs]
 
+    def left_out(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
+        """What is said of measured pairs without them; weights of experts are those of all."""
+        several = [(p, c) for p, c in pairs if len(p.targets) > 1]
+        found = dict(zip(several, self.combinations.expected(several), strict=True))
+        for single, context in pairs:
+            if len(single.targets) == 1:
+                found[single, context] = self.singles.left_out(single, context, single.targets)
+        return [found[pair] for pair in pairs]
+
     def mean(self, estimates: Sequence[Estimate]) -> np.ndarray:
         """Predicted mean effects, shape (n_estimates, n_genes)."""
         return self.measured.mean(self.measured.assemble([e.terms for e in estimates]))
