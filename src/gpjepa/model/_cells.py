@@ -109,6 +109,7 @@ class Cells:
         """Some of the cells."""
         return replace(
             self,
+            names=self.names[where],
             counts=self.counts[where],
             library=self.library[where],
             perturbations=self.perturbations and [self.perturbations[i] for i in where],
