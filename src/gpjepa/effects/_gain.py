@@ -56,9 +56,11 @@ def kept_share(along: np.ndarray, square: np.ndarray, shared: float) -> float:
     A share λ of a change *c* of predictions lowers the squared error by
     :math:`2 \lambda a - \lambda^2 b`, with :math:`a = \sum_u \langle c_u, m_u\rangle` (*m* is what is
     missed without it) and :math:`b = \sum_u \lVert c_u\rVert^2`, so that :math:`a/b` is the best share.
-    Of units *u*, each changed by what the others fitted, *a* is known up to a standard error *s*, and
-    the share is :math:`(a/b)(1 - (s/a)^2)_+`, at most 1: James and Stein's factor. The error is the
-    spread between units, and the noise that all units share, which their spread does not show.
+    Of units *u*, each changed by what the others fitted, this ratio is known up to a standard error
+    *s* (Cochran, Sampling Techniques, ch. 6): the spread of :math:`\langle c_u, m_u\rangle - (a/b)
+    \lVert c_u\rVert^2` between units, and the noise that all units share, which their spread does
+    not show. The share is the posterior mean of λ under the prior N(0, 1), :math:`(a/b) / (1 + s^2)`,
+    between 0 and 1.
 
     Parameters
     ----------
@@ -70,5 +72,6 @@ def kept_share(along: np.ndarray, square: np.ndarray, shared: float) -> float:
     n, a, b = len(along), float(along.sum()), float(square.sum())
     if n < 2 or a <= 0 or b <= 0:
         return 0.0
-    variance = n * along.var(ddof=1) + shared * n / (n - 1)
-    return float(np.clip((a - variance / a) / b, 0, 1))
+    spread = ((along - a / b * square) ** 2).sum()
+    variance = (spread + shared) * n / (n - 1)
+    return min(a * b / (b**2 + variance), 1.0)
