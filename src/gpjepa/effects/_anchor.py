@@ -70,10 +70,10 @@ class EffectAnchor:
       stacked; from a single other context nothing is carried over: what this context's own
       targets say, if it has any, or no change.
 
-    Stacking weights (Breiman 1996) are fitted out of fold, freed of the
-    control noise that the effects of a context share, and shrunk by their own gain. With fewer than
-    five independent rows (three contexts) a prior stands in: shrunken additive for combinations,
-    half of the mean without its noise for targets never perturbed, no change across contexts.
+    Stacking weights (Breiman 1996) are fitted out of fold, freed of the control noise that the
+    effects of a context share, and go as far as rows left out gain from it. With fewer than five
+    independent rows (three contexts) a prior stands in: shrunken additive for combinations, half of
+    the mean without its noise for targets never perturbed, no change across contexts.
 
     Parameters
     ----------

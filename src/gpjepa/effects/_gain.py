@@ -55,23 +55,20 @@ def kept_share(along: np.ndarray, square: np.ndarray, shared: float) -> float:
 
     A share λ of a change *c* of predictions lowers the squared error by
     :math:`2 \lambda a - \lambda^2 b`, with :math:`a = \sum_u \langle c_u, m_u\rangle` (*m* is what is
-    missed without it) and :math:`b = \sum_u \lVert c_u\rVert^2`, so that :math:`a/b` is the best share.
-    Of units *u*, each changed by what the others fitted, this ratio is known up to a standard error
-    *s* (Cochran, Sampling Techniques, ch. 6): the spread of :math:`\langle c_u, m_u\rangle - (a/b)
-    \lVert c_u\rVert^2` between units, and the noise that all units share, which their spread does
-    not show. The share is the posterior mean of λ under the prior N(0, 1), :math:`(a/b) / (1 + s^2)`,
-    between 0 and 1.
+    missed without it) and :math:`b = \sum_u \lVert c_u\rVert^2`, so that :math:`a/b` is the best share,
+    measured on units *u* that are each changed by what the others fitted. Noise that all units
+    share, of variance *v* in *a*, moves them all in one direction: the share is the posterior mean
+    under the prior N(0, 1), :math:`(a/b) / (1 + v/b^2)`, between 0 and 1. The spread between units is
+    not taken off once more: in simulations that does not lower the risk.
 
     Parameters
     ----------
     along, square
         :math:`\langle c_u, m_u\rangle` and :math:`\lVert c_u\rVert^2`, shape (n_units,).
     shared
-        Variance of *a* that units do not show by their spread, as they share it.
+        Variance of the sum of ``along`` from the noise that units share.
     """
-    n, a, b = len(along), float(along.sum()), float(square.sum())
-    if n < 2 or a <= 0 or b <= 0:
+    a, b = float(along.sum()), float(square.sum())
+    if a <= 0 or b <= 0:
         return 0.0
-    spread = ((along - a / b * square) ** 2).sum()
-    variance = (spread + shared) * n / (n - 1)
-    return min(a * b / (b**2 + variance), 1.0)
+    return min(a * b / (b**2 + shared), 1.0)
