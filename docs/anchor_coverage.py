@@ -35,12 +35,17 @@ def splits(adata: ad.AnnData, batch: str | None = None) -> list[tuple[EffectTabl
         found.append(
             tuple(
                 effect_table(
-                    counts, library, labels, ["c"] * adata.n_obs, adata.var_names, keep,
+                    counts,
+                    library,
+                    labels,
+                    ["c"] * adata.n_obs,
+                    adata.var_names,
+                    keep,
                     batches=batches,
                 )
                 for keep in (half & (library > 0), ~half & (library > 0))
             )
-        )  # fmt: skip
+        )
     return found
 
 

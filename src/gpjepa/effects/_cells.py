@@ -151,8 +151,8 @@ class CellSums:
             cells = _fingerprints(block, salt)
             y = self._add(block, library[rows], code[rows])
             for context, draws in self._draws.items():
-                mine = np.flatnonzero(of_control[rows] == context)
-                draws.add(y[mine], block[mine], library[rows[mine]], cells[mine])
+                if len(mine := np.flatnonzero(of_control[rows] == context)):
+                    draws.add(y[mine], block[mine], library[rows[mine]], cells[mine])
             # Cells with hardly any counts are like cells of other data.
             known = np.diff(block.indptr) >= _EXPRESSED
             self._cells.append((cells[known], code[rows][known]))

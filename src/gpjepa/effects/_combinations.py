@@ -14,7 +14,7 @@ from ._measured import Measured
 from ._scales import SCALES
 from ._singles import SURPLUS, Single, Singles
 from ._stack import Experts, Stack, fit_stack, shrink
-from ._weighted import COMBINATIONS, NOTHING, Estimate, Share, Sums, Weights, added, total
+from ._weighted import COMBINATIONS, NOTHING, Estimate, Share, Sums, Weights, added, once, total
 
 _PRIOR_INTERACTION = 0.1
 """Squared interaction over squared effect where too few combinations were measured. On Norman's
@@ -326,5 +326,5 @@ def _none_known(parts: list[Estimate], known: list[bool], others: Estimate) -> S
 
 
 def _not_below_0(weights: Weights) -> Weights:
-    columns, at = np.unique(weights.columns, return_inverse=True)
-    return Weights(columns, np.maximum(np.bincount(at, weights.values, len(columns)), 0))
+    whole = once(weights)
+    return Weights(whole.columns, np.maximum(whole.values, 0))

@@ -30,8 +30,8 @@ class SharedNoise:
         Parameters
         ----------
         moved
-            Terms of which each is a product: weights on the control profiles, shape (n, n_strata), and
-            derivatives for each gene, shape (n, n_genes).
+            Terms of which each is a product: weights on the control profiles, shape
+            (n, n_strata), and derivatives for each gene, shape (n, n_genes).
         """
         used = np.any([np.any(on != 0, axis=0) for on, _ in moved], axis=0)
         for s in np.flatnonzero(used).tolist():
@@ -50,7 +50,7 @@ class SharedNoise:
         return float(self.effects.variance_on_control(self.scale, stratum, by).sum())
 
 
-def kept_share(along: np.ndarray, square: np.ndarray, shared: float) -> float:
+def kept_share(along: float, square: float, shared: float) -> float:
     r"""Share of a fitted change that is to be kept.
 
     A share λ of a change *c* of predictions lowers the squared error by
@@ -63,12 +63,9 @@ def kept_share(along: np.ndarray, square: np.ndarray, shared: float) -> float:
 
     Parameters
     ----------
-    along, square
-        :math:`\langle c_u, m_u\rangle` and :math:`\lVert c_u\rVert^2`, shape (n_units,).
-    shared
-        Variance of the sum of ``along`` from the noise that units share.
+    along, square, shared
+        a, b and v.
     """
-    a, b = float(along.sum()), float(square.sum())
-    if a <= 0 or b <= 0:
+    if along <= 0 or square <= 0:
         return 0.0
-    return min(a * b / (b**2 + shared), 1.0)
+    return min(along * square / (square**2 + shared), 1.0)

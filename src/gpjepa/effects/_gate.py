@@ -81,9 +81,10 @@ def fit_gate(
     )
     shared = SharedNoise(effects, scale)
     shared.add([(-effects.compared[0][rows].toarray(), gate * added)])
-    kept = kept_share(others * along, others**2 * square, shared.variance)
-    gain = float((2 * others * along - others**2 * square).sum())
-    return Gate(kept * gate, n, error_anchor, error_network, error_anchor - gain)
+    gained, changed = float(others @ along), float(others**2 @ square)
+    kept = kept_share(gained, changed, shared.variance)
+    gated = error_anchor - (2 * gained - changed)
+    return Gate(kept * gate, n, error_anchor, error_network, gated)
 
 
 def _slope(along: float, square: float) -> float:

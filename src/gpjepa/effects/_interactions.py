@@ -64,9 +64,10 @@ def significant_interactions(
 
 
 def interaction_recall(
-    predicted: np.ndarray, interacts: np.ndarray,
+    predicted: np.ndarray,
+    interacts: np.ndarray,
     false_discoveries: Sequence[float] = (0.05, 0.1, 0.2, 0.5),
-) -> pd.Series:  # fmt: skip
+) -> pd.Series:
     """Recall of interactions at a fixed false discovery proportion (Ahlmann-Eltze et al. 2025).
 
     Combinations × genes are called in the order of the size of their predicted interaction.

@@ -56,10 +56,10 @@ class Assembled:
 class Measured:
     """The measured effects of a table on one scale, and weighted sums of them.
 
-    Columns of :class:`Weights` are the rows of the table, then the control profiles of its contexts. An
-    effect is a difference of two profiles, so that a sum of effects is one of profiles, whose
-    sampling errors are independent of each other: those of the perturbed profiles, then of the
-    control profiles (of the batches where there are any).
+    Columns of :class:`Weights` are the rows of the table, then the control profiles of its
+    contexts. An effect is a difference of two profiles, so that a sum of effects is one of
+    profiles, whose sampling errors are independent of each other: those of the perturbed profiles,
+    then of the control profiles (of the batches where there are any).
 
     Attributes
     ----------

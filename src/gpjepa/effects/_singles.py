@@ -12,7 +12,7 @@ from gpjepa.perturbations import Perturbation, TargetFeatures
 from ._measured import Measured
 from ._regression import NeverPerturbed, UnseenTargets, single_units
 from ._stack import Shrunken, fit_stack, shrink, stack_residual
-from ._transfer import MIN_CONTEXTS, transfer_experts
+from ._transfer import MIN_CONTEXTS, difference_of_states, transfer_experts
 from ._weighted import (
     SPREAD,
     TRANSFER,
@@ -134,8 +134,7 @@ class Singles:
         elsewhere = total([e.times(share) for e in sources.values()])
         name = str(perturbation)
         together = once(added(of.times(weight) for weight, of in elsewhere.terms))
-        columns = [self.measured.control[c] for c in (*sources, context)]
-        away = Weights(np.array(columns), np.append(np.full(len(sources), share), -1.0))
+        away = difference_of_states(self.measured, list(sources), context)
         shares = [
             Share(name, "mean effect elsewhere", mean, together),
             Share(name, "controls elsewhere - here", state, away),

@@ -226,10 +226,12 @@ def fit_stack(
             for unit_square, unit_along in zip(square, along, strict=True)
         ]
     )
-    missed = along - square @ towards
-    shared = _shared_noise(measured, experts, weights - towards, towards)
-    along = (change * missed).sum(1)
-    kept = kept_share(along, np.einsum("uk,ukl,ul->u", change, square, change), shared)
+    gained = float((change * (along - square @ towards)).sum())
+    kept = 0.0
+    if gained > 0:
+        changed = float(np.einsum("uk,ukl,ul->", change, square, change))
+        shared = _shared_noise(measured, experts, weights - towards, towards)
+        kept = kept_share(gained, changed, shared)
     weights = towards + kept * (weights - towards)
     weights = np.where(weights < _NOTHING, 0, weights)
     return Stack(weights, n, kept)

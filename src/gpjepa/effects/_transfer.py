@@ -84,7 +84,8 @@ class Transfer(Baseline):
         weights = self._alike(rows, context) if self.form == "similar" else np.ones(len(rows))
         carried = np.average(self.effects_.effect[self.scale][rows], axis=0, weights=weights)
         if self.form == "state":
-            away = _state(self.measured_, rows, context)
+            elsewhere = [self.effects_.rows[i][0] for i in rows]
+            away = difference_of_states(self.measured_, elsewhere, context)
             state = self.measured_.mean(self.measured_.assemble([[(self.slope_, away)]]))[0]
             carried = carried + state
         return carried
@@ -116,13 +117,14 @@ def transfer_experts(measured: Measured) -> Experts:
         context, perturbation = effects.rows[several[i]]
         elsewhere = [c for c in effects.measured_in[perturbation] if c != context]
         rows = [measured.row[c, perturbation] for c in elsewhere]
-        return [[(1.0, Weights.equal(rows))], [(1.0, _state(measured, rows, context))]]
+        away = difference_of_states(measured, elsewhere, context)
+        return [[(1.0, Weights.equal(rows))], [(1.0, away)]]
 
     return Experts(several, [effects.rows[i][0] for i in several], of)
 
 
-def _state(measured: Measured, sources: list[int], context: str) -> Weights:
-    """Weights of the control profiles in (mean control elsewhere - control here)."""
-    away = [measured.control[measured.effects.rows[i][0]] for i in sources]
-    share = np.full(len(away), 1 / max(len(away), 1))
-    return once(Weights(np.append(away, measured.control[context]), np.append(share, -1.0)))
+def difference_of_states(measured: Measured, sources: Sequence[str], context: str) -> Weights:
+    """Weights of the control profiles in (mean control of other contexts - control here)."""
+    columns = [measured.control[c] for c in (*sources, context)]
+    share = np.full(len(sources), 1 / max(len(sources), 1))
+    return once(Weights(np.array(columns), np.append(share, -1.0)))

@@ -48,7 +48,7 @@ class Weights:
 
 
 def added(weights: Iterable[Weights]) -> Weights:
-    """Sum of weights, in which a column may occur more than once."""
+    """Sum of weights without what is fixed; a column may occur more than once."""
     found = list(weights)
     if len(found) == 1:
         return found[0]
