@@ -172,12 +172,15 @@ def text_of(column: pd.Series) -> pd.Series:
     return column.astype(str)
 
 
+def layer_names(adata: AnnData) -> list[str]:
+    """Names of the layers, sorted; from anndata 0.13 on, X is among them as None."""
+    return sorted(str(name) for name in adata.layers if name is not None)
+
+
 def check_layer(adata: AnnData, layer: str | None) -> None:
     """Refuse a layer that is not there."""
     if layer is not None and layer not in adata.layers:
-        raise KeyError(
-            f"layer={layer!r} is not in adata.layers, which has {sorted(map(str, adata.layers))}."
-        )
+        raise KeyError(f"layer={layer!r} is not in adata.layers, which has {layer_names(adata)}.")
 
 
 def raw_counts(adata: AnnData, layer: str | None) -> sp.csr_matrix:

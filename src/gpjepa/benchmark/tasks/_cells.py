@@ -21,6 +21,7 @@ from gpjepa._checks import (
     check_gene_names,
     check_layer,
     check_library,
+    layer_names,
     text_of,
 )
 from gpjepa.effects import log1p_rates
@@ -125,8 +126,8 @@ def data_hash(cells: ad.AnnData) -> str:
     counts.sort_indices()
     found = sha256("\n".join(cells.var_names[order]).encode())
     found.update(str(cells.uns.get("unit", "")).encode())
-    for layer in cells.layers.values():
-        found.update(np.ascontiguousarray(np.asarray(layer)[:, order]).tobytes())
+    for name in layer_names(cells):
+        found.update(np.ascontiguousarray(np.asarray(cells.layers[name])[:, order]).tobytes())
     for column in cells.obs:
         found.update("\n".join(cells.obs[column].astype(str)).encode())
     for part in (counts.indptr.astype(np.int64), counts.indices.astype(np.int64), counts.data):
