@@ -29,7 +29,7 @@ import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -49,7 +49,7 @@ from sklearn.preprocessing import StandardScaler
 import gpjepa
 from gpjepa import GPJEPA
 from gpjepa.benchmark import avg_bio
-from gpjepa.model import _moments
+from gpjepa.model import Ablation, _moments
 
 N_LATENT, DEPTHS, SEEDS, DRAWS = 32, (1.0, 0.5, 0.25, 0.1), (0, 1, 2), 1_000
 TYPED = 2_000  # test cells whose AvgBIO is taken, at most
@@ -280,7 +280,11 @@ def embedder(arm, cells, seed):
         keys = {"perturbation_key": "label", "control": control}
     GPJEPA.setup_anndata(cells, library_size_key="library", **keys)
     model = GPJEPA(cells, n_latent=N_LATENT, **options)
-    model.pretrain(0 if plan is None else None, plan_kwargs=plan, enable_progress_bar=False)
+    ablation = {f.name for f in fields(Ablation)}
+    plan_kwargs = {k: v for k, v in (plan or {}).items() if k not in ablation}
+    plan_kwargs["ablation"] = {k: v for k, v in (plan or {}).items() if k in ablation}
+    epochs = 0 if plan is None else None
+    model.pretrain(epochs, plan_kwargs=plan_kwargs, enable_progress_bar=False)
     return model.get_latent_representation
 
 
@@ -288,13 +292,13 @@ def reading(transform):
     """The defaults, but that encoders see this of log1p counts per 10,000, and not square roots."""
 
     def moments(cells, where):
-        x = transform(cells.tensors(where)["values"]).double().numpy()
+        x = transform(torch.from_numpy(cells.log1p_rates(where))).double().numpy()
         return replace(_moments.moments(cells, where), root=x.mean(0), spread=x.std(0))
 
     @contextmanager
     def other():
         # There is no option for it: what is chosen here is part of what an encoder is.
-        root, base = "gpjepa.nn._encoders._root", "gpjepa.model._base.moments"
+        root, base = "gpjepa.nn._encoders._root", "gpjepa.model._training.moments"
         with patch(root, transform), patch(base, moments):
             yield
 

@@ -16,9 +16,10 @@ from sklearn.exceptions import NotFittedError
 
 import gpjepa
 from gpjepa import GPJEPA
-from gpjepa.effects import effect_table
-from gpjepa.model._plans import Plan
-from gpjepa.model._training import _ActionStage
+from gpjepa.effects import EffectAnchor, effect_table
+from gpjepa.model._plan import Plan
+from gpjepa.model._states import States
+from gpjepa.model._training import ActionTraining, TrainingCells
 from gpjepa.perturbations import Perturbation, TargetFeatures, UnknownTargetError
 from gpjepa.splits import hold_out
 
@@ -176,17 +177,14 @@ def test_saved_model_predicts_the_same(model, simulated, held_out, tmp_path):
 
 
 @pytest.mark.parametrize("gate", [0, 1])
-def test_cells_do_not_depend_on_threads_or_mini_batches(
-    model, simulated, held_out, monkeypatch, request, gate
-):
+def test_cells_do_not_depend_on_threads_or_mini_batches(model, simulated, held_out, request, gate):
     """Another number of threads moves states in single precision by 4e-6."""
     reference = model.predict_perturbation(simulated, held_out, gate=gate)
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     for size, n in ((3, threads), (512, 1), (1, 1)):
-        monkeypatch.setattr("gpjepa.model._embedding._ENCODE", size)
         torch.set_num_threads(n)
-        again = model.predict_perturbation(simulated, held_out, gate=gate)
+        again = model.predict_perturbation(simulated, held_out, gate=gate, batch_size=size)
         assert (reference.X != again.X).nnz == 0
         np.testing.assert_allclose(again.layers["expected"], reference.layers["expected"], 1e-6)
     assert next(model.module.parameters()).dtype == torch.float32
@@ -302,9 +300,15 @@ def test_a_state_is_decoded_as_its_cell(model, simulated):
     _, generated, loss = model.module(tensors)
     assert generated["px"].mu.shape == (64, 120)
     assert np.isfinite(loss.loss.item())
-    baseline = tensors["counts"].mean(0).expand(64, -1)
-    own = np.corrcoef(generated["px"].mu.detach().ravel(), tensors["counts"].ravel())[0, 1]
-    assert own > 0.9 * np.corrcoef(baseline.ravel(), tensors["counts"].ravel())[0, 1]
+    counts = tensors["X"]
+    baseline = counts.mean(0).expand(64, -1)
+    own = np.corrcoef(generated["px"].mu.detach().ravel(), counts.ravel())[0, 1]
+    assert own > 0.9 * np.corrcoef(baseline.ravel(), counts.ravel())[0, 1]
+    # Tensors of scvi-tools' own loader are taken as well.
+    loaded = next(iter(scvi.dataloaders.AnnDataLoader(model.adata_manager, batch_size=64)))
+    inferred, _, loss = model.module(loaded)
+    assert inferred["z"].shape == (64, 16)
+    assert np.isfinite(loss.loss.item())
 
 
 # Training
@@ -315,19 +319,20 @@ def test_history_and_hold_out(model):
         model.history
     )
     assert len(model.history["train_loss"]) == 3
-    assert set(model.gate_) <= {"seen2", "seen1", "seen0", "unseen", "in combinations"}
+    assert set(model.response_.gate) <= {"seen2", "seen1", "seen0", "unseen", "in combinations"}
     rows = list(model.anchor.effects_.rows)
     assert hold_out(rows).kind == "perturbations"
 
 
 def test_history_has_the_means_over_the_cells_of_an_epoch(simulated, monkeypatch):
-    steps, log = [], Plan._log
+    steps, add = [], Plan.add
 
-    def spy(self, losses, prefix, n_cells):
-        steps.append((losses["predict"].item(), n_cells))
-        return log(self, losses, prefix, n_cells)
+    def spy(self, losses, kind, n_cells):
+        if kind == "pretrain":
+            steps.append((losses["predict"].item(), n_cells))
+        return add(self, losses, kind, n_cells)
 
-    monkeypatch.setattr(Plan, "_log", spy)
+    monkeypatch.setattr(Plan, "add", spy)
     small, large = simulated[:100].copy(), simulated[100:].copy()
     adata = gpjepa.datasets.join({"small": small, "large": large})
     GPJEPA.setup_anndata(
@@ -336,47 +341,50 @@ def test_history_has_the_means_over_the_cells_of_an_epoch(simulated, monkeypatch
     fitted = GPJEPA(adata, n_latent=8, n_hidden=16)
     fitted.pretrain(2, batch_size=300, enable_progress_bar=False)
     epochs = np.array(steps).reshape(2, -1, 2)
-    assert set(epochs[0, :, 1]) == {100, 300}
+    assert set(epochs[0, :, 1]) == {98, 300}  # two are held out
     means = [np.average(epoch[:, 0], weights=epoch[:, 1]) for epoch in epochs]
     assert fitted.history["pretrain_predict"].to_numpy(float).ravel() == pytest.approx(means)
 
 
 def _stage(fitted):
-    cells = fitted._training_cells()
-    holdout, out = fitted._hold_out(cells)
-    return _ActionStage(fitted, cells, out, holdout, torch.zeros(len(cells), 16))
+    """What the network is trained on, and what it is judged by."""
+    data = TrainingCells(fitted._training_cells(), fitted.genes)
+    stage = ActionTraining(fitted.module, data, fitted.new_anchor, fitted.vocabulary)
+    anchor = EffectAnchor((), "mean").fit(stage.inside)
+    return stage, stage.watch(anchor, fitted.response_.reference)
 
 
 @pytest.mark.parametrize("helps", [True, False])
 def test_the_gate_opens_only_where_the_network_helps_on_five_units(model, helps):
-    stage = _stage(model)
-    truth = stage.outside.effect["mean_log1p"]
+    _, watch = _stage(model)
+    truth = watch.measured.effect["mean_log1p"]
     network = truth if helps else truth + 9
-    gates = stage.gates(network)
+    gates = watch.gates(network)
     assert gates
     regimes = {}
     for (_, p), regime in zip(
-        stage.outside.rows, stage.predicted["mean_log1p"].regime, strict=True
+        watch.measured.rows, watch.predicted["mean_log1p"].regime, strict=True
     ):
         regimes.setdefault(regime, set()).add(p.targets)
     assert max(map(len, regimes.values())) >= 5 > min(map(len, regimes.values()))
     for regime, gate in gates.items():
-        assert (gate["gate"] > 0.5) == (helps and len(regimes[regime]) >= 5)
+        assert (gate.gate > 0.5) == (helps and len(regimes[regime]) >= 5)
 
 
 def test_the_gate_is_judged_by_controls_that_the_network_has_not_seen(model):
-    stage = _stage(model)
+    stage, _ = _stage(model)
+    cells, members = stage.data.cells, stage.data.members()
     inside, outside = (t.control["mean_log1p"] for t in (stage.inside, stage.outside))
-    control = stage.cells.is_control
+    control = cells.is_control
     for context in inside:
-        mine = control & (np.array(stage.cells.contexts) == context)
-        seen = np.isin(np.arange(len(mine)), stage.members[context, Perturbation()])
+        mine = control & (np.array(cells.contexts) == context)
+        seen = np.isin(np.arange(len(mine)), members[context, Perturbation()])
         halves = [
             effect_table(
-                stage.cells.counts,
-                stage.cells.library,
-                stage.cells.perturbations,
-                stage.cells.contexts,
+                cells.counts,
+                cells.library,
+                cells.perturbations,
+                cells.contexts,
                 model.genes,
                 half,
             ).control["mean_log1p"][context]
@@ -387,27 +395,20 @@ def test_the_gate_is_judged_by_controls_that_the_network_has_not_seen(model):
 
 
 def test_the_gate_does_not_count_targeted_genes(model):
-    stage = _stage(model)
-    network = stage.predicted["mean_log1p"].mean.copy()
-    for i, (_, p) in enumerate(stage.outside.rows):
+    _, watch = _stage(model)
+    network = watch.predicted["mean_log1p"].mean.copy()
+    for i, (_, p) in enumerate(watch.measured.rows):
         network[i, np.isin(model.genes, p.targets)] += 100
-    for gate in stage.gates(network).values():
-        assert gate["error_network"] == pytest.approx(gate["error_anchor"])
+    for gate in watch.gates(network).values():
+        assert gate.error_network == pytest.approx(gate.error_anchor)
 
 
-def test_the_gate_knows_no_library_sizes_of_held_out_cells(simulated, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        _ActionStage,
-        "gates",
-        lambda self, network: seen.append(dict(self.model.library_shifts_)) or {},
-    )
-    monkeypatch.setattr(_ActionStage, "errors", lambda *arguments: None)
-    fitted = train_quickly(simulated, train={"max_epochs": 1})
-    holdout, _ = fitted._hold_out(fitted._training_cells())
+def test_the_gate_knows_no_library_sizes_of_held_out_cells(model):
+    stage, watch = _stage(model)
+    holdout = stage.data.holdout
     assert holdout.kind == "perturbations"
-    assert not set(holdout.units) & set(seen[0])
-    assert set(holdout.units) <= set(fitted.library_shifts_)
+    assert not set(holdout.units) & set(watch.network.library_shifts)
+    assert set(holdout.units) <= set(model.response_.library_shifts)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -466,8 +467,7 @@ def test_the_gate_can_be_set_and_is_0_without_evidence(model, simulated, held_ou
         model.predict_effects(held_out, gate=0.5)
     few = simulated[simulated.obs["perturbation"].isin(["control", held_out])]
     fitted = train_quickly(few)
-    assert set(fitted.gate_) <= {"seen"}
-    assert all(g["gate"] == 0 for g in fitted.gate_.values())
+    assert not fitted.response_.gate
 
 
 def test_interrupted_training_leaves_a_model_that_predicts(tiny, tmp_path):
@@ -556,7 +556,7 @@ def test_cells_without_counts_are_left_out_with_a_warning(tiny):
         setup(adata)
     fitted = GPJEPA(adata)
     assert len(fitted._training_cells()) == 296
-    assert np.isfinite(fitted._encode(fitted._attached_cells(), np.arange(300))).all()
+    assert np.isfinite(States(fitted.module).encode(fitted._attached_cells())).all()
     adata.layers["counts"] = sp.csr_matrix(adata.shape)
     with pytest.raises(ValueError, match="None of the 300 cells has any counts"):
         setup(adata)
@@ -820,7 +820,7 @@ def test_few_control_cells_train(simulated, n):
     keep = np.ones(simulated.n_obs, bool)
     keep[control[n:]] = False
     fitted = train_quickly(simulated[keep], train={"max_epochs": 1})
-    assert fitted.gate_ == {}
+    assert not fitted.response_.gate
     assert len(fitted.predict_effects("TF001", gate=1)) == simulated.n_vars
 
 
@@ -871,11 +871,13 @@ def test_batches_and_replicates_reach_the_effects(simulated, tmp_path):
         for key in (None, "guide")
     )
     scale = "mean_log1p"
-    assert model.effects_.strata.weights.shape[1] == 4  # two contexts × two batches
+    assert model.anchor.effects_.strata.weights.shape[1] == 4  # two contexts × two batches
     np.testing.assert_allclose(
-        model.effects_.effect[scale], plain.effects_.effect[scale], atol=1e-5
+        model.anchor.effects_.effect[scale], plain.anchor.effects_.effect[scale], atol=1e-5
     )
-    assert model.effects_.variance[scale].mean() > plain.effects_.variance[scale].mean()
+    assert (
+        model.anchor.effects_.variance[scale].mean() > plain.anchor.effects_.variance[scale].mean()
+    )
     model.save(str(tmp_path / "model"))
     control = adata[adata.obs["perturbation"] == "control"].copy()
     del control.obs["guide"]

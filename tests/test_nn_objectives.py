@@ -370,7 +370,21 @@ def test_optimal_transport_pairs_ignore_the_mean_shift():
     order = torch.randperm(30)
     pairs = optimal_transport_pairs(x, (x + 5)[order], epsilon=0.005)
     exact = ot.emd([], [], ot.dist(x.numpy(), x[order].numpy())).argmax(1)
-    assert (pairs == exact).mean() > 0.9
+    assert (pairs.numpy() == exact).mean() > 0.9
+
+
+def test_optimal_transport_pairs_are_drawn_from_the_plan():
+    """By which every perturbed cell is drawn equally often; its largest entries are not."""
+    x, y = torch.randn(2, 12, 3), torch.randn(2, 12, 3) * 2
+    pairs = torch.stack([optimal_transport_pairs(x, y, epsilon=0.5) for _ in range(3_000)])
+    for k in range(2):
+        a, b = (z[k] - z[k].mean(0) for z in (x, y))
+        cost = ot.dist(a.double().numpy(), b.double().numpy())
+        plan = ot.sinkhorn([], [], cost / cost.mean(), reg=0.5)
+        drawn = torch.nn.functional.one_hot(pairs[:, k], 12).double().mean(0).numpy()
+        np.testing.assert_allclose(drawn, 12 * plan, atol=0.04)
+        np.testing.assert_allclose(drawn.sum(0), 1, atol=0.08)
+        assert len(set(plan.argmax(1))) < 12
 
 
 def test_blocks_are_disjoint_and_leave_genes_visible():

@@ -1,6 +1,7 @@
 """Stage A: what is hidden, what is predicted of it, and what happens when states collapse."""
 
 import logging
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,10 @@ from plain import assert_same_axes, half_of, plain_components
 
 import gpjepa
 from gpjepa import GPJEPA
-from gpjepa.model import CollapseError
-from gpjepa.model._pretrain import CollapseGuard, PretrainPlan, masked_genes
+from gpjepa.model import Ablation, CollapseError
+from gpjepa.model._module import log1p_rates
+from gpjepa.model._stage_a import CollapseGuard, PretrainPlan, masks
+from gpjepa.model._training import TrainingCells
 from gpjepa.nn import ENCODERS
 from gpjepa.objectives import gene_blocks
 
@@ -23,12 +26,20 @@ def cells():
     return gpjepa.datasets.simulate(400, 60, n_targets=4, n_combinations=2, seed=3)
 
 
-def pretrained(cells, epochs=2, encoder="mlp", batch_size=64, components=True, **plan):
+def options(**given):
+    """Options of the plan, with those of ablations in their place."""
+    ablation = {f.name: given.pop(f.name) for f in fields(Ablation) if f.name in given}
+    return {**given, "ablation": ablation}
+
+
+def pretrained(cells, epochs=2, encoder="mlp", batch_size=64, components=True, seed=0, **plan):
     adata = cells.copy()
-    scvi.settings.seed = 0
+    scvi.settings.seed = seed
     GPJEPA.setup_anndata(adata)
     model = GPJEPA(adata, n_latent=8, n_hidden=32, encoder=encoder, components=components)
-    model.pretrain(epochs, batch_size=batch_size, plan_kwargs=plan, enable_progress_bar=False)
+    model.pretrain(
+        epochs, batch_size=batch_size, plan_kwargs=options(**plan), enable_progress_bar=False
+    )
     return model
 
 
@@ -86,7 +97,7 @@ def test_gene_sets_and_regulons_are_hidden_as_wholes(cells, tmp_path):
     )
     edges.to_csv(tmp_path / "regulons.csv", index=False)
     found = [
-        masked_genes({"masks": kind, kind: given}, read, genes, np.arange(len(read)))["groups"]
+        masks(Ablation(**{"masks": kind, kind: given}), read, genes, np.arange(len(read)))["groups"]
         for kind, given in (
             ("gene_sets", sets(cells)), ("gene_sets", tmp_path / "sets.gmt"),
             ("regulons", edges), ("regulons", tmp_path / "regulons.csv"),
@@ -106,12 +117,12 @@ def test_adversarial_masks_hide_what_tells_perturbations(cells):
     told.layers["counts"] = counts
     model = pretrained(told)
     read = model._training_cells()
-    weights = masked_genes({"masks": "adversarial"}, read, model.genes, np.arange(len(read)))
+    weights = masks(Ablation(masks="adversarial"), read, model.genes, np.arange(len(read)))
     assert int(weights["weights"].argmax()) == 7
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "message"),
     [
         ({"objective": "magic"}, "objective='magic'"),
         ({"regulariser": "magic"}, "regulariser='magic'"),
@@ -139,10 +150,12 @@ def test_adversarial_masks_hide_what_tells_perturbations(cells):
         ({"batch_size": 1}, "batch_size=1"),
     ],
 )
-def test_wrong_options_are_told_before_any_work(cells, options, message, monkeypatch):
-    monkeypatch.setattr(GPJEPA, "_standardise", lambda *args: pytest.fail("work was begun"))
+def test_wrong_options_are_told_before_any_work(cells, given, message, monkeypatch):
+    monkeypatch.setattr(
+        "gpjepa.model._gpjepa.standardise", lambda *args: pytest.fail("work was begun")
+    )
     with pytest.raises(ValueError, match=message):
-        pretrained(cells, **options)
+        pretrained(cells, **given)
 
 
 def test_the_target_is_the_teachers_view_of_the_block_alone(cells):
@@ -184,15 +197,16 @@ def test_a_condition_is_predicted_from_its_other_cells(cells, monkeypatch):
     scvi.settings.seed = 0
     GPJEPA.setup_anndata(told, library_size_key="depth")
     model = GPJEPA(told, n_latent=8, n_hidden=32)
-    model.pretrain(1, plan_kwargs={"set_size": 8, "thinning": 0.0}, enable_progress_bar=False)
+    model.pretrain(1, plan_kwargs=options(set_size=8, thinning=0.0), enable_progress_bar=False)
     read = model._training_cells()
-    values = read.tensors(np.arange(len(read)))["values"]
+    tensors = read.tensors(np.arange(len(read)))
+    values = log1p_rates(tensors["X"], tensors["library_size"])
     for state, target, itself in seen:
         rows = [int((values == row).all(1).nonzero()) for row in target]
         mine = labels[rows].reshape(-1, 4)
         assert (mine == mine[:, :1]).all()  # sets of one label
         assert ((state - itself).abs().amax(1) > 1e-4).all()  # of other cells
-        means = PretrainPlan._pool(PretrainPlan(model.module, set_size=8), state)
+        means = PretrainPlan._pool(PretrainPlan(model.module, ablation={"set_size": 8}), state)
         torch.testing.assert_close(means[0], state[:4].mean(0))
 
 
@@ -203,8 +217,7 @@ def test_the_context_is_thinned_to_a_share_of_its_own_and_keeps_its_scale():
     counts[:, 1_000:] = 5_000
     library = counts.sum(1)
     values = torch.log1p(counts * (1e4 / library).unsqueeze(1))
-    batch = {"counts": counts, "library": library, "values": values}
-    view = PretrainPlan._view(plan, batch)
+    view = PretrainPlan._view(plan, counts, library, values)
     share = (view[:, :1_000] > 0).float().mean(1)  # of single counts, those that are left
     assert share.min() == pytest.approx(0.1, abs=0.03)
     assert share.max() == pytest.approx(1.0, abs=0.03)
@@ -213,7 +226,7 @@ def test_the_context_is_thinned_to_a_share_of_its_own_and_keeps_its_scale():
         view[:, 1_000:].mean(1), values[:, 1_000:].mean(1), rtol=5e-3, atol=0
     )
     plan.thinning = 0.0
-    assert PretrainPlan._view(plan, batch) is values
+    assert PretrainPlan._view(plan, counts, library, values) is values
 
 
 def test_noise_is_on_expressed_genes_and_falls_to_nothing():
@@ -222,7 +235,7 @@ def test_noise_is_on_expressed_genes_and_falls_to_nothing():
     plan.trainer = SimpleNamespace(estimated_stepping_batches=10)
     for step, spread in ((0, 0.5), (5, 0.25), (10, 0.0)):
         plan.global_step = step
-        change = PretrainPlan._view(plan, {"values": values}) - values
+        change = PretrainPlan._view(plan, None, None, values) - values
         assert not change[values == 0].any()
         assert change[values > 0].std() == pytest.approx(spread, rel=0.05)
 
@@ -230,7 +243,7 @@ def test_noise_is_on_expressed_genes_and_falls_to_nothing():
 def test_the_teachers_momentum_rises_to_one(cells, monkeypatch):
     found = []
     monkeypatch.setattr(
-        "gpjepa.model._pretrain.ema_update", lambda teacher, student, m: found.append(m)
+        "gpjepa.model._stage_a.ema_update", lambda teacher, student, m: found.append(m)
     )
     pretrained(cells, 20, momentum=0.996)
     start = min(0.996, 1 - 10 / len(found))
@@ -265,9 +278,9 @@ def test_training_that_diverges_says_so(cells):
 def test_unlabelled_cells_have_no_sets_and_no_probe(cells):
     adata = cells.copy()
     GPJEPA.setup_anndata(adata, perturbation_key=None)
-    for options in ({"set_size": 8}, {"masks": "adversarial"}):
+    for ablation in ({"set_size": 8}, {"masks": "adversarial"}):
         with pytest.raises(ValueError, match="the cells have none"):
-            GPJEPA(adata).pretrain(1, plan_kwargs=options, enable_progress_bar=False)
+            GPJEPA(adata).pretrain(1, plan_kwargs={"ablation": ablation}, enable_progress_bar=False)
 
 
 def test_a_probe_needs_different_perturbations(cells):
@@ -275,7 +288,7 @@ def test_a_probe_needs_different_perturbations(cells):
     read = model._training_cells()
     controls = np.flatnonzero(read.is_control)
     with pytest.raises(ValueError, match="all are 'control'"):
-        masked_genes({"masks": "adversarial"}, read, model.genes, controls)
+        masks(Ablation(masks="adversarial"), read, model.genes, controls)
 
 
 def test_the_guard_warns_then_raises_the_regulariser_then_stops():
@@ -319,7 +332,7 @@ def test_an_encoder_that_collapses_is_seen_and_held_up(cells, encoder, caplog):
         caplog.at_level(logging.WARNING, "gpjepa"),
         pytest.warns(UserWarning, match="has collapsed"),
     ):
-        model = pretrained(cells, 25, encoder, components=False, teacher=False, regulariser_weight=0.0,
+        model = pretrained(cells, 25, encoder, components=False, seed=1, teacher=False, regulariser_weight=0.0,
                            n_blocks=4,
                            lr=1e-2 if encoder == "mlp" else 3e-3,
                            hidden=0.8)  # fmt: skip
@@ -343,7 +356,7 @@ def test_components_are_what_halves_of_the_counts_share(cells):
     model = pretrained(cells, encoder="components")
     assert not model.history
     read = model._training_cells()
-    _, out = model._hold_out(read)
+    out = TrainingCells(read, model.genes).out
     ours = model.get_latent_representation()[~out]
     counts = read.counts[~out].toarray().astype(float)
     expected = plain_components(counts, read.library[~out], half_of(counts), 3)

@@ -15,10 +15,10 @@ from plain import assert_same_axes, half_of, plain_components
 import gpjepa
 from gpjepa import GPJEPA
 from gpjepa.datasets import join
-from gpjepa.model._cells import RandomBatches
+from gpjepa.model._batches import RandomBatches
 from gpjepa.model._components import _information
 from gpjepa.model._moments import moments
-from gpjepa.model._pretrain import masked_genes
+from gpjepa.model._stage_a import Ablation, masks
 from gpjepa.nn import ENCODERS
 from gpjepa.objectives import gene_blocks
 
@@ -165,7 +165,9 @@ def test_training_on_perturbations_starts_from_a_pretrained_encoder(
     name = next(p for p in labelled.obs["perturbation"].unique() if p != "control")
     assert model.predict_perturbation(None, str(name)).n_obs > 0
     # What is trained already is not put back to its start.
-    monkeypatch.setattr(model, "_standardise", lambda *args: pytest.fail("started again"))
+    monkeypatch.setattr(
+        "gpjepa.model._gpjepa.standardise", lambda *args: pytest.fail("started again")
+    )
     model.train(1, **QUIET)
 
 
@@ -256,7 +258,7 @@ def test_joined_data_sets_are_for_pretraining(two):
     with pytest.raises(ValueError, match="can be pretrained on, not trained on"):
         model.train(1, **QUIET)
     with pytest.raises(ValueError, match="cells of one data set"):
-        model.pretrain(1, plan_kwargs={"set_size": 4}, **QUIET)
+        model.pretrain(1, plan_kwargs={"ablation": {"set_size": 4}}, **QUIET)
     lone = join({"first": two["first"], "second": two["second"][:1].copy()})
     with pytest.raises(ValueError, match="the only one of its data set"):
         GPJEPA(unlabelled(lone, **keys)).pretrain(1, **QUIET)
@@ -291,7 +293,7 @@ def test_a_gene_that_one_data_set_did_not_measure_tells_no_perturbation():
     GPJEPA.setup_anndata(joined, dataset_key="dataset", library_size_key="library_size")
     model = GPJEPA(joined)
     read = model._training_cells()
-    weights = masked_genes({"masks": "adversarial"}, read, model.genes, np.arange(len(read)))
+    weights = masks(Ablation(masks="adversarial"), read, model.genes, np.arange(len(read)))
     assert joined.var_names[-1] == "G39"
     assert weights["weights"][-1] < 3 * weights["weights"].mean()
 

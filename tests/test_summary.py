@@ -7,6 +7,7 @@ from sklearn.exceptions import NotFittedError
 from gpjepa import GPJEPA
 from gpjepa.effects import effect_table, noise_corrected_error
 from gpjepa.model._held_out import HeldOut
+from gpjepa.model._training import TrainingCells
 
 
 def errors(**rows):
@@ -40,9 +41,10 @@ def test_nothing_held_out_is_said():
 def test_errors_are_those_of_the_rows_that_were_held_out(model):
     """Against errors computed anew from the cells."""
     cells = model._training_cells()
-    holdout, out = model._hold_out(cells)
+    data = TrainingCells(cells, model.genes)
+    holdout, out = data.holdout, data.out
     assert f"{len(holdout.units)} perturbations" in model.summary()
-    found = model.held_out_.errors
+    found = model.response_.held_out.errors
     table = effect_table(
         cells.counts,
         cells.library,
@@ -63,8 +65,8 @@ def test_errors_are_those_of_the_rows_that_were_held_out(model):
     )
     assert len(found) == len(table.rows)
     np.testing.assert_allclose(sorted(found["no change"]), sorted(by_hand), rtol=1e-5)
-    assert set(found.index) == set(model.gate_)
-    gated = pd.Series({r: g["gate"] for r, g in model.gate_.items()})
+    assert set(found.index) == set(model.response_.gate)
+    gated = pd.Series({r: g.gate for r, g in model.response_.gate.items()})
     shut = found[[gated[r] == 0 for r in found.index]]
     np.testing.assert_allclose(shut["GP-JEPA"], shut["anchor"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -164,6 +165,12 @@ def train(
     batch_size: BatchSize = 256,
     accelerator: Accelerator = "auto",
     gene_sets: GeneSets = None,
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(help="Directory in which every epoch leaves a checkpoint.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoints, if there are any.")
+    ] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -187,19 +194,19 @@ def train(
         pretrain_epochs,
         batch_size=batch_size,
         accelerator=accelerator,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
         enable_progress_bar=output.shown,
     )
     with written_whole(out) as draft:
         _save(model, draft)
     output.say(model.summary())
     output.say(WORDS)
-    label = shlex.quote(model._label(model.anchor.effects_.perturbations[0]))
+    label = shlex.quote(str(model.get_perturbation_representation().index[0]))
     output.say(f"Wrote {out}/. Next: gpjepa predict {out} {label} --out cells.h5ad")
-    errors = (
-        None
-        if model.held_out_ is None or model.held_out_.errors is None
-        else records(model.held_out_.relative().reset_index())
-    )
+    assert model.response_ is not None
+    held_out = model.response_.held_out
+    errors = None if held_out.errors is None else records(held_out.relative().reset_index())
     output.result({"out": out, "summary": model.summary(), "errors": errors})
 
 
@@ -215,7 +222,9 @@ def predict(
     perturbations: Annotated[
         list[str], typer.Argument(help="What to predict, such as KLF1+MAP2K6.")
     ],
-    out: Annotated[Path | None, typer.Option(help="File for the predicted cells (.h5ad).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the predicted cells (.h5ad or .zarr).")
+    ] = None,
     effects: Annotated[
         Path | None,
         typer.Option(help="File for the mean effect of every gene, with its interval (.csv)."),
@@ -242,11 +251,12 @@ def predict(
         raise ValueError("Say what to write: --out FILE.h5ad (cells), --effects FILE.csv, or both.")
     if out is None and (data is not None or n_samples is not None):
         raise ValueError("--data and --n-samples are for predicted cells: add --out FILE.h5ad.")
-    for path, suffix, option in ((out, ".h5ad", "--out"), (effects, ".csv", "--effects")):
+    endings = ((out, (".h5ad", ".zarr"), "--out"), (effects, (".csv",), "--effects"))
+    for path, suffixes, option in endings:
         if path is not None:
             check_free(path, overwrite)
-            if path.suffix != suffix:
-                raise ValueError(f"{option} {path} must end in {suffix}.")
+            if path.suffix not in suffixes:
+                raise ValueError(f"{option} {path} must end in {' or '.join(suffixes)}.")
     _check_model(model_dir)
     controls = model_dir / CONTROLS
     if out is not None and data is None and not controls.exists():
@@ -259,16 +269,19 @@ def predict(
     frame = model.predict_effects(perturbations, context or None, gate=chosen)
     written = []
     if out is not None:
-        cells = model.predict_perturbation(
-            load(data or str(controls)),
-            perturbations,
-            context=context or None,
-            n_samples=n_samples,
-            seed=seed,
-            gate=chosen,
-        )
         with written_whole(out) as draft:
-            cells.write_h5ad(draft, compression="gzip")
+            cells = model.predict_perturbation(
+                load(data or str(controls)),
+                perturbations,
+                context=context or None,
+                n_samples=n_samples,
+                out=draft,
+                seed=seed,
+                gate=chosen,
+            )
+            cells.file.close()
+            if out.is_dir():  # a store of the same name, of which nothing is to be left
+                shutil.rmtree(out)
         written.append(f"{cells.n_obs} cells to {out}")
     if effects is not None:
         with written_whole(effects) as draft:

@@ -21,6 +21,7 @@ from ._interactions import (
 )
 from ._library import library_shift, library_shifts
 from ._linear import LinearModel
+from ._regimes import Regimes
 from ._regression import KernelRidge, NearestPerturbation, ShrunkenMean, UnseenTargets
 from ._scales import PER, SCALES, Scale, check_scale, expected_log1p, log1p_rates
 from ._table import EffectTable, noise_corrected_error
@@ -44,6 +45,7 @@ __all__ = [
     "MeanEffect",
     "NearestPerturbation",
     "NoChange",
+    "Regimes",
     "Scale",
     "ShrunkenAdditive",
     "ShrunkenMean",

@@ -114,13 +114,7 @@ class EffectAnchor:
             check_no_leak(features.name, features.source, effects)
         self.effects_ = effects
         self._fits: dict[Scale, ScaleFit] = {}
-        self._rows = set(effects.rows)
         self._measured = {p for _, p in effects.rows}
-        self._contexts = {c for c, _ in effects.rows}
-        singles = [(c, p.targets[0]) for c, p in effects.rows if len(p.targets) == 1]
-        self._perturbed = {t for p in self._measured for t in p.targets}
-        self._alone = {target for _, target in singles}
-        self._alone_here = {c: {t for d, t in singles if d == c} for c in self._contexts}
         return self
 
     def predict(
@@ -201,7 +195,9 @@ class EffectAnchor:
             perturbation = Perturbation.parse(perturbation)
         if vocabulary is None:
             featured = [t for f in self.features for t in f.targets]
-            vocabulary = Vocabulary(self._perturbed, [*map(str, self.effects_.genes), *featured])
+            vocabulary = Vocabulary(
+                self.effects_.regimes.perturbed, [*map(str, self.effects_.genes), *featured]
+            )
         vocabulary.check(perturbation)
         if context is None:
             if len(self.effects_.contexts) > 1:
@@ -278,7 +274,7 @@ class EffectAnchor:
         """
         if not self.features or self.missing_features == "mean":
             return
-        known = self._alone if alone is None else set(alone)
+        known = self.effects_.regimes.alone if alone is None else set(alone)
         never = {t for p in perturbations if p not in self._measured for t in p.targets} - known
         unknown = sorted(t for t in never if not any(f.covers(t) for f in self.features))
         if unknown:
@@ -308,30 +304,7 @@ class EffectAnchor:
 
     def regime(self, perturbation: Perturbation, context: str) -> str:
         """What training knew of the perturbation in the context."""
-        if perturbation.is_control:
-            return "control"
-        if (context, perturbation) in self._rows:
-            return "seen"
-        here = self._alone_here.get(context, set())
-        known = [t in here for t in perturbation.targets]
-        if len(known) == 1 and known[0]:
-            return "new dose"
-        alone = all((context, s) in self._rows for s in perturbation.singles)
-        carried = not alone and self.effects_.can_be_carried(perturbation, context)
-        if context not in self._contexts or carried:
-            return "new context"
-        away = [s for s, k in zip(perturbation.singles, known, strict=True) if not k]
-        if any(self.effects_.can_be_carried(s, context) for s in away):
-            return "new context"
-        if len(known) == 1:
-            # Of a target that one other context knows, this context's own targets speak.
-            alone = perturbation.targets[0] in self._alone
-            return "unseen" if alone or self.never_perturbed(perturbation) else "in combinations"
-        return "seen2" if all(known) else "seen1" if any(known) else "seen0"
-
-    def never_perturbed(self, perturbation: Perturbation) -> bool:
-        """Whether one of the targets occurs in no training perturbation."""
-        return not self._perturbed.issuperset(perturbation.targets)
+        return self.effects_.regimes.of(perturbation, context)
 
     @property
     def n_folds(self) -> int:

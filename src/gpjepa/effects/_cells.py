@@ -147,7 +147,7 @@ class CellSums:
             rows = start + np.flatnonzero(code[start : start + _CHUNK] >= 0)
             if not len(rows):
                 continue
-            block = _rows(counts, start, min(start + _CHUNK, n))[rows - start]
+            block = _rows(counts, start, min(start + _CHUNK, n), rows)
             cells = _fingerprints(block, salt)
             y = self._add(block, library[rows], code[rows])
             for context, draws in self._draws.items():
@@ -185,15 +185,36 @@ class CellSums:
             self._of_cells[name][groups] += np.bincount(local, values)
         return y
 
-    def table(self) -> EffectTable:
+    def plus(self, other: CellSums) -> CellSums:
+        """The sums of both, of cells that are not the same."""
+        both = CellSums(self.genes)
+        for part in (self, other):
+            code = np.array([both._index.setdefault(g, len(both._index)) for g in part._index], int)
+            both._grow(len(both._index))
+            for name in _SUMS:
+                both._sums[name][code] += part._sums[name][: len(code)]
+            for name in _OF_CELLS:
+                both._of_cells[name][code] += part._of_cells[name][: len(code)]
+            both._cells += [(cells, code[groups]) for cells, groups in part._cells]
+            for context, draws in part._draws.items():
+                both._draws.setdefault(context, ControlDraws(len(self.genes))).include(draws)
+        return both
+
+    def table(self, contexts: Sequence[str] | None = None) -> EffectTable:
         """The effects of all cells added so far.
+
+        Parameters
+        ----------
+        contexts
+            Those that are wanted; all by default.
 
         Raises
         ------
         ValueError
             If a context has fewer than two control cells.
         """
-        groups = sorted(self._index)
+        wanted = {g[0] for g in self._index} if contexts is None else set(contexts)
+        groups = sorted(g for g in self._index if g[0] in wanted)
         order = np.array([self._index[g] for g in groups], int)
         n = self._of_cells["n"][order]
         _check_controls(groups, n)
@@ -256,6 +277,12 @@ class ControlDraws:
         self._of_cells["n"] += np.bincount(part, minlength=_DRAWS)
         self._of_cells["l"] += np.bincount(part, library, _DRAWS)
 
+    def include(self, other: ControlDraws) -> None:
+        """Add the cells of others."""
+        for mine, theirs in ((self._sums, other._sums), (self._of_cells, other._of_cells)):
+            for name in mine:
+                mine[name] += theirs[name]
+
     def deviations(self) -> dict[Scale, np.ndarray]:
         """Of each part from all, each gene at unit length, shape (n_parts, n_genes).
 
@@ -273,10 +300,14 @@ class ControlDraws:
         return found
 
 
-def _rows(counts: Any, start: int, stop: int) -> sp.csr_matrix:
+def _rows(counts: Any, start: int, stop: int, wanted: np.ndarray) -> sp.csr_matrix:
+    """Some rows of a slice."""
     block = counts[start:stop]
     if hasattr(block, "compute"):
         block = block.compute()
+    block = sp.csr_matrix(block)
+    if len(wanted) < stop - start:
+        block = block[wanted - start]
     return sp.csr_matrix(block, dtype=np.float64)
 
 

@@ -88,7 +88,7 @@ class Singles:
     def known(self, single: Perturbation, context: str) -> bool:
         """Whether its target was measured alone: here, at whatever dose, or in enough contexts."""
         here = (context, single.targets[0]) in self._doses
-        return here or self.effects.can_be_carried(single, context)
+        return here or self.effects.regimes.can_be_carried(single, context)
 
     def estimates(self, singles: Iterable[Single]) -> dict[Single, Estimate]:
         """One mean effect for each target and context."""

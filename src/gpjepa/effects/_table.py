@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from gpjepa.perturbations import Perturbation
 
+from ._regimes import Regimes
 from ._scales import Scale
 
 if TYPE_CHECKING:
@@ -205,24 +206,14 @@ class EffectTable:
         return sorted({p for _, p in self.rows})
 
     @cached_property
+    def regimes(self) -> Regimes:
+        """What the rows say of other perturbations."""
+        return Regimes(self.rows)
+
+    @property
     def measured_in(self) -> dict[Perturbation, tuple[str, ...]]:
         """The contexts of each perturbation."""
-        found: dict[Perturbation, list[str]] = {}
-        for context, perturbation in self.rows:
-            found.setdefault(perturbation, []).append(context)
-        return {p: tuple(contexts) for p, contexts in found.items()}
-
-    def can_be_carried(self, perturbation: Perturbation, context: str) -> bool:
-        """Whether a perturbation was measured in enough other contexts to say something of this.
-
-        In two; or in one, if nothing was measured in this.
-        """
-        others = [c for c in self.measured_in.get(perturbation, ()) if c != context]
-        return len(others) > 1 or (len(others) == 1 and context not in self._perturbed_contexts)
-
-    @cached_property
-    def _perturbed_contexts(self) -> frozenset[str]:
-        return frozenset(c for c, _ in self.rows)
+        return self.regimes.measured_in
 
     def targeted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Mask of the genes that the perturbations of some rows target, shape (n, n_genes)."""

@@ -3,7 +3,15 @@
 from ._gpjepa import GPJEPA
 from ._held_out import REGIMES
 from ._module import GPJEPAModule
-from ._plans import ActionPlan
-from ._pretrain import CollapseError, PretrainPlan
+from ._stage_a import Ablation, CollapseError, PretrainPlan
+from ._stages_bc import ActionPlan
 
-__all__ = ["REGIMES", "GPJEPA", "ActionPlan", "CollapseError", "GPJEPAModule", "PretrainPlan"]
+__all__ = [
+    "REGIMES",
+    "Ablation",
+    "ActionPlan",
+    "CollapseError",
+    "GPJEPA",
+    "GPJEPAModule",
+    "PretrainPlan",
+]

@@ -80,9 +80,17 @@ def refuse_unknown(where: str, given: Collection[str], known: Collection[str]) -
 
 
 def check_training(
-    where: str, trainer_kwargs: Mapping[str, Any], parameters: Collection[str], **numbers: Any
+    where: str,
+    trainer_kwargs: Mapping[str, Any],
+    parameters: Collection[str],
+    devices: Any = "auto",
+    **numbers: Any,
 ) -> None:
-    """Refuse unknown arguments of the trainer, and counts that are no counts."""
+    """Refuse unknown arguments of the trainer, several devices, and counts that are no counts."""
+    if devices not in ("auto", 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise ValueError(
+            f"devices={devices!r}: training runs on one device. Leave it out, or name one: devices=[0]."
+        )
     for name in trainer_kwargs:
         if name not in _TRAINER:
             refuse_unknown(where, [name], [*parameters, *sorted(_TRAINER)])
@@ -97,13 +105,13 @@ def check_training(
             )
 
 
-def check_plan(plan: type, given: Mapping[str, Any] | None, *more: str) -> None:
-    """Refuse options that a stage does not have; ``more`` are known besides its own."""
+def check_plan(plan: type, given: Mapping[str, Any] | None) -> None:
+    """Refuse options that a stage does not have."""
     own = [p.name for p in inspect.signature(plan).parameters.values()
            if p.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
-    wrong = [option for option in given or () if option not in (*own, *more)]
+    wrong = [option for option in given or () if option not in own]
     if wrong:
         raise TypeError(
             f"{plan.__name__} has no option {', '.join(map(repr, wrong))}; its options are "
-            f"{', '.join([*own, *more])}."
+            f"{', '.join(own)}."
         )

@@ -12,13 +12,11 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
-from lightning import LightningDataModule
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
-from torch.utils.data import DataLoader, Dataset
 
 from gpjepa._checks import check_library
-from gpjepa.effects import PER
+from gpjepa.effects import log1p_rates
 from gpjepa.perturbations import LabelReader, Perturbation
 
 from ._fields import (
@@ -141,17 +139,18 @@ class Cells:
             yield self.visible & self.measured[code], np.flatnonzero(codes == code)
 
     def tensors(
-        self, where: np.ndarray | Sequence[int], dtype: torch.dtype = torch.float32
+        self, where: np.ndarray, dtype: torch.dtype = torch.float32
     ) -> dict[str, torch.Tensor]:
-        """Some of the cells, dense: counts, library, log1p counts per 10,000, batch."""
-        counts = torch.from_numpy(self.counts[where].toarray()).to(dtype)
-        library = torch.from_numpy(self.library[where]).to(dtype)
+        """Some of the cells by registry keys: counts (dense), library sizes and codes of batches."""
         return {
-            "counts": counts,
-            "library": library,
-            "values": torch.log1p(counts * (PER / library).unsqueeze(1)),
-            "batch": torch.from_numpy(self.batch[where]),
+            REGISTRY_KEYS.X_KEY: torch.from_numpy(self.counts[where].toarray()).to(dtype),
+            LIBRARY_KEY: torch.from_numpy(self.library[where]).to(dtype),
+            BATCH_KEY: torch.from_numpy(self.batch[where]),
         }
+
+    def log1p_rates(self, where: np.ndarray) -> np.ndarray:
+        """log1p of counts per 10,000 of some of the cells, dense, shape (n_cells, n_genes)."""
+        return log1p_rates(self.counts[where], self.library[where]).toarray()
 
 
 def _read_datasets(manager: AnnDataManager) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -287,139 +286,3 @@ def align(
     if isinstance(adata.varm.get(MEASURED), pd.DataFrame):
         light.varm[MEASURED] = adata.varm[MEASURED].reindex(light.var_names, fill_value=False)
     return light, visible
-
-
-class _Rows(Dataset):
-    """Cells by lists of positions, with their latents where those are at hand."""
-
-    def __init__(self, cells: Cells, latent: torch.Tensor | None) -> None:
-        self.cells, self.latent = cells, latent
-
-    def __len__(self) -> int:
-        return len(self.cells)
-
-    def __getitem__(self, index: tuple[np.ndarray, torch.Tensor]) -> dict[str, torch.Tensor]:
-        where, rows = index
-        batch = {**self.cells.tensors(where), "rows": rows}
-        if self.cells.measured is not None:  # a mini-batch is of one data set
-            ((measured, _),) = self.cells.by_dataset(where)
-            batch["measured"] = torch.from_numpy(measured)
-        if self.latent is not None:
-            batch["latent"] = self.latent[where]
-        return batch
-
-
-class RandomBatches:
-    """Mini-batches of cells in random order, without the last, smaller one.
-
-    Parameters
-    ----------
-    groups
-        Cells; a mini-batch is of one group.
-    batch_size
-        Cells in a mini-batch.
-    """
-
-    def __init__(self, groups: Sequence[np.ndarray], batch_size: int) -> None:
-        self.groups = [(cells, min(batch_size, len(cells))) for cells in groups]
-
-    def __len__(self) -> int:
-        return sum(len(cells) // size for cells, size in self.groups)
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        batches = []
-        for cells, size in self.groups:
-            order = cells[torch.randperm(len(cells)).numpy()]
-            batches += [order[i : i + size] for i in range(0, len(cells) - size + 1, size)]
-        turns = range(len(batches)) if len(self.groups) == 1 else torch.randperm(len(batches))
-        for i in turns:
-            yield batches[i], torch.empty(0)
-
-
-def _draw(cells: np.ndarray, n: int) -> np.ndarray:
-    """Some of the cells, each once where there are enough."""
-    if len(cells) >= n:
-        return cells[torch.randperm(len(cells))[:n].numpy()]
-    return cells[torch.randint(len(cells), (n,)).numpy()]
-
-
-class SetBatches:
-    """Mini-batches of sets of cells that share context and perturbation, set by set.
-
-    Parameters
-    ----------
-    rows
-        Cells of each context and perturbation.
-    n_rows, n_cells
-        Sets in a batch, and cells per set.
-    n_batches
-        Batches in an epoch.
-    """
-
-    def __init__(self, rows: list[np.ndarray], n_rows: int, n_cells: int, n_batches: int) -> None:
-        self.rows, self.n_cells, self.n_batches = rows, n_cells, n_batches
-        self.n_rows = min(n_rows, len(rows))
-
-    def __len__(self) -> int:
-        return self.n_batches
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        for _ in range(self.n_batches):
-            chosen = torch.randperm(len(self.rows))[: self.n_rows]
-            yield np.concatenate([_draw(self.rows[i], self.n_cells) for i in chosen]), chosen
-
-
-class CoherentBatches:
-    """Mini-batches of a few (context, perturbation) rows, each with as many control cells.
-
-    A batch lists the perturbed cells row by row, then the control cells of each row's context.
-
-    Parameters
-    ----------
-    rows, controls
-        Cells of each row, and the control cells of its context.
-    n_rows, n_cells
-        Rows in a batch, and cells per row.
-    n_batches
-        Batches in an epoch.
-    """
-
-    def __init__(
-        self,
-        rows: list[np.ndarray],
-        controls: list[np.ndarray],
-        n_rows: int,
-        n_cells: int,
-        n_batches: int,
-    ) -> None:
-        self.rows, self.controls = rows, controls
-        self.n_rows, self.n_cells, self.n_batches = min(n_rows, len(rows)), n_cells, n_batches
-
-    def __len__(self) -> int:
-        return self.n_batches
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        for _ in range(self.n_batches):
-            chosen = torch.randperm(len(self.rows))[: self.n_rows]
-            perturbed = [_draw(self.rows[i], self.n_cells) for i in chosen]
-            control = [_draw(self.controls[i], self.n_cells) for i in chosen]
-            yield np.concatenate(perturbed + control), chosen
-
-
-class Batches(LightningDataModule):
-    """Feeds a training plan with the mini-batches of a sampler."""
-
-    def __init__(
-        self,
-        cells: Cells,
-        sampler: RandomBatches | SetBatches | CoherentBatches,
-        latent: torch.Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.cells, self.sampler, self.latent = cells, sampler, latent
-
-    def train_dataloader(self) -> DataLoader:
-        """One epoch."""
-        return DataLoader(
-            _Rows(self.cells, self.latent), sampler=self.sampler, batch_size=None, num_workers=0
-        )

@@ -66,7 +66,7 @@ def _chunks(cells: Cells, encoder: ComponentEncoder) -> Iterator[tuple[np.ndarra
         visible = torch.from_numpy(genes).to(encoder.center.device)
         for start in range(0, len(mine), CHUNK):
             part = mine[start : start + CHUNK]
-            values = cells.tensors(part)["values"].to(visible.device)
+            values = torch.from_numpy(cells.log1p_rates(part)).to(visible.device)
             yield part, encoder.standardise(values, visible)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import rich.table
 from anndata import AnnData
+from scvi import REGISTRY_KEYS
 from scvi.data.fields import BaseAnnDataField, LayerField, NumericalObsField
 
 from gpjepa._checks import (
@@ -27,7 +28,7 @@ from gpjepa.perturbations import LabelReader, Perturbation
 
 PERTURBATION_KEY = "perturbation"
 CONTEXT_KEY = "context"
-BATCH_KEY = "batch_label"
+BATCH_KEY = REGISTRY_KEYS.BATCH_KEY
 REPLICATE_KEY = "replicate"
 LIBRARY_KEY = "library_size"
 DATASET_KEY = "dataset"
@@ -194,7 +195,7 @@ class _CodesField(BaseAnnDataField):
 
     def get_summary_stats(self, state_registry: dict) -> dict:
         """Number of values."""
-        return {f"n_{self._registry_key}s": len(state_registry["values"])}
+        return {f"n_{self._registry_key}": len(state_registry["values"])}
 
     def view_state_registry(self, state_registry: dict) -> rich.table.Table:
         """The values and their codes."""

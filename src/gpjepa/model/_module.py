@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from scvi import REGISTRY_KEYS
 from scvi.distributions import NegativeBinomial
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import nn
@@ -27,6 +28,8 @@ from gpjepa.objectives import (
     sliced_wasserstein,
     vicreg,
 )
+
+from ._fields import BATCH_KEY, LIBRARY_KEY
 
 MATCHINGS = ("prototype", "energy", "mmd", "sliced_wasserstein", "ot")
 
@@ -81,21 +84,22 @@ class GPJEPAModule(BaseModuleClass):
     # The scvi-tools interface: a cell to its state to its counts.
 
     def _get_inference_input(self, tensors: dict[str, torch.Tensor], **kwargs: Any) -> dict:
-        return {"values": tensors["values"], "visible": tensors.get("visible")}
+        counts = tensors[REGISTRY_KEYS.X_KEY]
+        library = tensors.get(LIBRARY_KEY)
+        library = counts.sum(1) if library is None else library.flatten()
+        return {"counts": counts, "library": library}
 
     def _get_generative_input(
         self, tensors: dict[str, torch.Tensor], inference_outputs: dict, **kwargs: Any
     ) -> dict:
-        return {
-            "z": inference_outputs["z"],
-            "library": tensors["library"],
-            "batch": tensors["batch"],
-        }
+        return {**inference_outputs, "batch": tensors[BATCH_KEY].flatten()}
 
     @auto_move_data
-    def inference(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> dict:
-        """State of cells from their log1p counts per 10,000."""
-        return {"z": self.encoder(values, visible)}
+    def inference(
+        self, counts: torch.Tensor, library: torch.Tensor, visible: torch.Tensor | None = None
+    ) -> dict:
+        """State of cells from their counts, shape (n_cells, n_genes), and library sizes."""
+        return {"z": self.encoder(log1p_rates(counts, library), visible), "library": library}
 
     @auto_move_data
     def generative(self, z: torch.Tensor, library: torch.Tensor, batch: torch.Tensor) -> dict:
@@ -106,7 +110,7 @@ class GPJEPAModule(BaseModuleClass):
     def loss(self, tensors: dict, inference_outputs: dict, generative_outputs: dict) -> LossOutput:
         """Negative log-likelihood of counts decoded from the cells' own states."""
         px = generative_outputs["px"]
-        nll = negative_binomial_nll(tensors["counts"], px.mu, px.theta)
+        nll = negative_binomial_nll(tensors[REGISTRY_KEYS.X_KEY], px.mu, px.theta)
         return LossOutput(loss=nll.mean(), reconstruction_loss=nll)
 
     # Stages B and C
@@ -137,8 +141,8 @@ class GPJEPAModule(BaseModuleClass):
         Parameters
         ----------
         tensors
-            Perturbed cells row by row, then as many control cells: ``latent``, ``counts``,
-            ``library``, ``batch``.
+            Perturbed cells row by row, then as many control cells: ``latent`` beside counts,
+            library sizes and batches.
         action, shift
             Action embedding and latent anchor of each row, shape (n_rows, ·).
         missed
@@ -152,15 +156,10 @@ class GPJEPAModule(BaseModuleClass):
         n = len(tensors["latent"]) // 2
         per_row = n // len(action)
         target, base = tensors["latent"][:n], tensors["latent"][n:]
+        order = torch.arange(n, device=target.device)
         if matching == "ot":
             sets = [x.unflatten(0, (-1, per_row)) for x in (base, target)]
-            pairs = [
-                i * per_row + optimal_transport_pairs(b, t)
-                for i, (b, t) in enumerate(zip(*sets, strict=True))
-            ]
-            order = torch.as_tensor([j for pair in pairs for j in pair], device=target.device)
-        else:
-            order = torch.arange(n, device=target.device)
+            order = (order[::per_row].unsqueeze(1) + optimal_transport_pairs(*sets)).flatten()
         target = target[order]
         action = action.repeat_interleave(per_row, 0)
         shift = shift.repeat_interleave(per_row, 0)
@@ -174,15 +173,15 @@ class GPJEPAModule(BaseModuleClass):
         compare = (prior, log_variance, target)
         predict = F.smooth_l1_loss(q_mean, target) + self._prior_loss(*compare, per_row, matching)
         kl = gaussian_kl(q_mean, q_log_variance, prior, log_variance).mean() / z.shape[1]
-        share = self.decoder(
-            torch.cat([z, base]), torch.cat([tensors["batch"][:n][order], tensors["batch"][n:]])
+        counts, library, batch = (
+            torch.cat([tensors[key][:n][order], tensors[key][n:]])
+            for key in (REGISTRY_KEYS.X_KEY, LIBRARY_KEY, BATCH_KEY)
         )
-        library = torch.cat([tensors["library"][:n][order], tensors["library"][n:]])
-        counts = torch.cat([tensors["counts"][:n][order], tensors["counts"][n:]])
+        share = self.decoder(torch.cat([z, base]), batch)
         nb = negative_binomial_nll(counts, share * library.unsqueeze(1), self.decoder.dispersion)
         nb = nb.mean() / self.n_genes
         spread = vicreg(z, spread=float(target.std(0).mean())) if weights["vicreg"] else kl * 0
-        effect = self._effect_loss(prior, base + shift, tensors["batch"][n:], missed)
+        effect = self._effect_loss(prior, base + shift, batch[n:], missed)
         loss = predict + sum(
             weights[name] * part
             for name, part in (("vicreg", spread), ("nb", nb), ("kl", kl), ("effect", effect))
@@ -222,14 +221,15 @@ class GPJEPAModule(BaseModuleClass):
         sets = [x.unflatten(0, (-1, per_row)) for x in (sample, target)]
         return torch.stack([distance[matching](x, y) for x, y in zip(*sets, strict=True)]).mean()
 
-    def freeze(self, stage: str) -> list[nn.Parameter]:
-        """Leave only the parameters of a stage trainable, and return them."""
-        stages: dict[str, list[nn.Module]] = {
-            "pretrain": [self.encoder, self.block_predictor],
-            "action": [self.perturbation_encoder, self.predictor, self.posterior, self.decoder],
-        }
-        parts = stages[stage]
-        self.requires_grad_(False)
-        for part in parts:
-            part.requires_grad_(True)
-        return [p for part in parts for p in part.parameters()]
+    def parts(self, stage: Literal["pretrain", "action"]) -> nn.ModuleList:
+        """What a stage trains."""
+        if stage == "pretrain":
+            return nn.ModuleList([self.encoder, self.block_predictor])
+        return nn.ModuleList(
+            [self.perturbation_encoder, self.predictor, self.posterior, self.decoder]
+        )
+
+
+def log1p_rates(counts: torch.Tensor, library: torch.Tensor) -> torch.Tensor:
+    """log1p of counts per 10,000, shape (n_cells, n_genes)."""
+    return torch.log1p(counts * (PER / library).unsqueeze(1))

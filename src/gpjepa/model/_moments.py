@@ -42,17 +42,16 @@ def moments(cells: Cells, where: np.ndarray) -> Moments:
             ("n", "root", "share", "count", "excess", "crossed", "library", "libraries")}  # fmt: skip
     for measured, mine in cells.by_dataset(where):
         for start in range(0, len(mine), CHUNK):
-            batch = cells.tensors(where[mine[start : start + CHUNK]])
-            k = batch["counts"].double().numpy()
-            library = batch["library"].double().numpy()[:, None]
-            share = k / library
-            found = {
-                "n": len(k), "root": np.sqrt(PER * share).sum(0), "share": share.sum(0),
-                "count": k.sum(0), "excess": (k**2 - k).sum(0),
-                "crossed": (k * library).sum(0), "library": library.sum(),
-                "libraries": (library**2).sum(),
+            part = where[mine[start : start + CHUNK]]
+            counts, library = cells.counts[part], cells.library[part]
+            k, of_cell = counts.data.astype(float), np.repeat(library, np.diff(counts.indptr))
+            each = {
+                "root": np.sqrt(PER * k / of_cell), "share": k / of_cell, "count": k,
+                "excess": k**2 - k, "crossed": k * of_cell,
             }  # fmt: skip
-            for name, x in found.items():
+            found = {name: np.bincount(counts.indices, x, n_genes) for name, x in each.items()}
+            of_cells = {"n": len(part), "library": library.sum(), "libraries": (library**2).sum()}
+            for name, x in (found | of_cells).items():
                 sums[name] += x * measured
     n = np.maximum(sums["n"], 1)
     root, share = sums["root"] / n, sums["share"] / n

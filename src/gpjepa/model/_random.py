@@ -7,14 +7,15 @@ from hashlib import blake2b
 import numpy as np
 
 
-def _key(*parts: object) -> int:
+def key(*parts: object) -> int:
+    """A number of 128 bits that is the same for the same parts."""
     digest = blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()
     return int.from_bytes(digest, "little")
 
 
 def stream(*parts: object) -> np.random.Generator:
     """A generator that is the same for the same parts, whatever came before."""
-    return np.random.Generator(np.random.Philox(key=_key(*parts)))
+    return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
 def choose(names: np.ndarray, n: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +26,7 @@ def choose(names: np.ndarray, n: int | None, seed: int) -> tuple[np.ndarray, np.
     by_name = np.argsort(names, kind="stable")
     if n is None:
         return by_name, np.zeros(len(names), int)
-    by_lot = sorted(by_name, key=lambda i: _key(seed, names[i]))
+    by_lot = sorted(by_name, key=lambda i: key(seed, names[i]))
     picked = [(by_lot[k % len(names)], k // len(names)) for k in range(n)]
     picked.sort(key=lambda pick: (names[pick[0]], pick[1]))
     return np.array([i for i, _ in picked]), np.array([draw for _, draw in picked])

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
+from anndata.io import read_elem, sparse_dataset, write_elem
 from scipy.stats import false_discovery_control, norm
 
+from gpjepa._files import written_whole
 from gpjepa.effects import Scale
 from gpjepa.perturbations import Perturbation
 
 from ._held_out import REGIMES
 
+logger = logging.getLogger(__name__)
+
 COVERAGE = 0.95
 """Level of the intervals."""
 Z = float(norm.ppf(0.5 + COVERAGE / 2))
+_MOST_RANKED = 200  # perturbations in uns["rank_genes_groups"]: HDF5's tables have few columns
 
 
 @dataclass(frozen=True)
@@ -53,39 +62,55 @@ class PredictedEffect:
         return np.expm1(np.maximum(y, 0))
 
     @property
+    def sd(self) -> np.ndarray:
+        """Standard deviation of the effect on log1p of the pooled rate, shape (n_genes,)."""
+        return np.sqrt(self.variance["log1p_mean"])
+
+    @property
     def network_share(self) -> float:
         """Share of the network's part in the predicted effect's length."""
         residual = np.linalg.norm(self.effect["mean_log1p"] - self.anchor["mean_log1p"])
         total = residual + np.linalg.norm(self.anchor["mean_log1p"])
         return float(residual / total) if total else 0.0
 
-    def frame(self, genes: np.ndarray, scale: Scale) -> pd.DataFrame:
-        """One row per gene."""
-        sd = np.sqrt(self.variance[scale])
-        effect = self.effect[scale]
-        return pd.DataFrame(
-            {
-                "perturbation": self.label,
-                "context": self.context,
-                "gene": genes,
-                "effect": effect,
-                "sd": sd,
-                # Expression is not negative; within batches there may be more of it to lose.
-                "lower": np.maximum(effect - Z * sd, np.minimum(-self.control[scale], effect)),
-                "upper": effect + Z * sd,
-                "anchor": self.anchor[scale],
-                "regime": self.regime,
-            }
-        )
+
+def effect_frame(
+    effects: Sequence[PredictedEffect], genes: np.ndarray, scale: Scale
+) -> pd.DataFrame:
+    """One row per effect and gene."""
+
+    def of_rows(name: str) -> np.ndarray:
+        """Repeat what holds for all genes."""
+        values = np.array([getattr(e, name) for e in effects], dtype=object)
+        return np.repeat(values, len(genes))
+
+    effect = np.stack([e.effect[scale] for e in effects])
+    sd = np.sqrt(np.stack([e.variance[scale] for e in effects]))
+    control = np.stack([e.control[scale] for e in effects])
+    # Expression is not negative; within batches there may be more of it to lose.
+    lower = np.maximum(effect - Z * sd, np.minimum(-control, effect))
+    return pd.DataFrame(
+        {
+            "perturbation": of_rows("label"),
+            "context": of_rows("context"),
+            "gene": np.tile(genes, len(effects)),
+            "effect": effect.ravel(),
+            "sd": sd.ravel(),
+            "lower": lower.ravel(),
+            "upper": (effect + Z * sd).ravel(),
+            "anchor": np.stack([e.anchor[scale] for e in effects]).ravel(),
+            "regime": of_rows("regime"),
+        }
+    )
 
 
 @dataclass(frozen=True)
 class PredictedCells:
-    """Cells predicted from the control cells of one context."""
+    """Cells predicted from control cells of one context: some of them or all."""
 
     effect: PredictedEffect
     counts: sp.csr_matrix
-    expected: np.ndarray  # counts per 10,000
+    expected: np.ndarray  # counts per 10,000, dense
     state: np.ndarray
     library: np.ndarray
     control_cells: np.ndarray
@@ -93,98 +118,223 @@ class PredictedCells:
     control_labels: np.ndarray | None  # of the control itself: as the cells are labelled
 
 
-def assemble(
-    groups: list[PredictedCells],
-    genes: np.ndarray,
-    seed: int,
-    units: str,
-    keys: dict[str | None, str],
-    control: str,
-) -> AnnData:
-    """Put predicted cells into one AnnData.
+class Results:
+    """Puts predicted cells together, in memory or on disk.
 
-    ``keys`` are the user's own names of columns, and ``control`` what the data call their control.
+    Parameters
+    ----------
+    genes
+        Names of the genes.
+    seed, units
+        Seed of the draws, and what ``X`` holds.
+    keys
+        The user's own names of columns.
+    control
+        What the data call their control.
+    layers
+        Which of ``expected`` and ``expected_sd`` are kept for every cell.
     """
-    obs = pd.concat([_obs(g) for g in groups], ignore_index=True)
-    columns = (obs["control_cell"], obs["perturbation"], obs.pop("draw"))
-    obs.index = pd.Index(
-        [
-            f"{cell}|{p}" + (f"|{draw}" if draw else "")
-            for cell, p, draw in zip(*columns, strict=True)
-        ]
-    )
-    labels = list(dict.fromkeys(obs["perturbation"]))
-    obs["perturbation"] = pd.Categorical(obs["perturbation"], labels)
-    obs["context"] = obs["context"].astype("category")
-    for own, column in keys.items():
-        if own is not None and own not in obs:
-            obs[own] = obs[column]
-    adata = AnnData(
-        sp.vstack([g.counts for g in groups], format="csr"),
-        obs=obs,
-        var=pd.DataFrame(index=pd.Index(genes.astype(str))),
-        obsm={"X_gpjepa": np.concatenate([g.state for g in groups])},
-    )
-    adata.layers["expected"] = np.concatenate([g.expected for g in groups])
-    adata.layers["expected_sd"] = np.concatenate([_expected_sd(g) for g in groups])
-    adata.uns["rank_genes_groups"] = _rank_genes(groups, genes, control)
-    adata.uns["gpjepa"] = {
-        "units": {
-            "X": units,
-            "expected": "expected counts per 10,000",
-            "expected_sd": "standard deviation of `expected` from that of the mean effect",
-            "effect": "difference from the control, log1p of counts per 10,000",
-        },
-        "effects": pd.DataFrame(
-            {
-                "perturbation": [g.effect.label for g in groups],
-                "context": [g.effect.context for g in groups],
-                "regime": [g.effect.regime for g in groups],
-                "gate": [g.effect.gate for g in groups],
-                "anchor_share": [1 - g.effect.network_share for g in groups],
-                "network_share": [g.effect.network_share for g in groups],
+
+    def __init__(
+        self,
+        genes: np.ndarray,
+        seed: int,
+        units: str,
+        keys: Mapping[str | None, str],
+        control: str,
+        layers: Sequence[str],
+    ) -> None:
+        self.genes, self.seed, self.units = genes, seed, units
+        self.keys, self.control, self.layers = keys, control, tuple(layers)
+        self._effects: list[PredictedEffect] = []
+        self._obs: list[pd.DataFrame] = []
+        self._states: list[np.ndarray] = []
+
+    def _add(self, part: PredictedCells) -> dict[str, np.ndarray]:
+        """Note what is said of some cells; their layers are given back."""
+        if not self._effects or self._effects[-1] is not part.effect:
+            self._effects.append(part.effect)
+        self._obs.append(_obs(part))
+        self._states.append(part.state)
+        return {name: _LAYERS[name](part) for name in self.layers}
+
+    def in_memory(self, parts: Iterable[PredictedCells]) -> AnnData:
+        """All cells as an AnnData."""
+        counts: list[sp.csr_matrix] = []
+        layers: dict[str, list[np.ndarray]] = {name: [] for name in self.layers}
+        for part in parts:
+            counts.append(part.counts)
+            for name, values in self._add(part).items():
+                layers[name].append(values)
+        return AnnData(
+            sp.vstack(counts, format="csr"),
+            layers={name: np.concatenate(values) for name, values in layers.items()},
+            **self._annotations(),
+        )
+
+    def on_disk(self, parts: Iterable[PredictedCells], path: Path) -> AnnData:
+        """Write the cells as they come, and give the file back as a backed AnnData.
+
+        The file has another name until it is whole.
+        """
+        with written_whole(path) as draft, warnings.catch_warnings():
+            # What anndata and zarr say of their own formats.
+            warnings.filterwarnings("ignore", "zarr v3 autosharding|.*Zarr V3 specification")
+            store = _opened(draft, "w")
+            write_elem(store, "/", AnnData(var=pd.DataFrame(index=self._var_names)))
+            for part in parts:
+                layers = {f"layers/{name}": x for name, x in self._add(part).items()}
+                for name, block in {"X": part.counts, **layers}.items():
+                    _append(store, name, block)
+            for name, value in self._annotations().items():
+                write_elem(store, name, value)
+            if path.suffix == ".h5ad":
+                store.close()
+        return _backed(path)
+
+    @property
+    def _var_names(self) -> pd.Index:
+        return pd.Index(self.genes.astype(str))
+
+    def _annotations(self) -> dict[str, Any]:
+        """Everything but the matrices."""
+        obs = pd.concat(self._obs, ignore_index=True)
+        columns = (obs["control_cell"], obs["perturbation"], obs.pop("draw"))
+        obs.index = pd.Index(
+            [
+                f"{cell}|{p}" + (f"|{draw}" if draw else "")
+                for cell, p, draw in zip(*columns, strict=True)
+            ]
+        )
+        labels = list(dict.fromkeys(obs["perturbation"]))
+        obs["perturbation"] = pd.Categorical(obs["perturbation"], labels)
+        obs["context"] = obs["context"].astype("category")
+        for own, column in self.keys.items():
+            if own is not None and own not in obs:
+                obs[own] = obs[column]
+        return {
+            "obs": obs,
+            "var": pd.DataFrame(index=self._var_names),
+            "obsm": {"X_gpjepa": np.concatenate(self._states)},
+            "varm": self._profiles(),
+            "uns": self._uns(),
+        }
+
+    def _profiles(self) -> dict[str, pd.DataFrame]:
+        """Expected counts per 10,000 of each perturbation, with their standard deviation."""
+        several = len({e.context for e in self._effects}) > 1
+        names = [f"{e.label}|{e.context}" if several else e.label for e in self._effects]
+        rates = [e.target_rate for e in self._effects]
+        sds = [(1 + r) * e.sd for r, e in zip(rates, self._effects, strict=True)]
+        return {
+            name: pd.DataFrame(np.stack(x, 1).astype(np.float32), self._var_names, names)
+            for name, x in (("expected", rates), ("expected_sd", sds))
+        }
+
+    def _uns(self) -> dict[str, Any]:
+        effects = self._effects
+        found: dict[str, Any] = {}
+        if len({e.label for e in effects}) <= _MOST_RANKED:
+            found["rank_genes_groups"] = _rank_genes(effects, self.genes, self.control)
+        else:
+            logger.info(
+                "uns['rank_genes_groups'] is left out, as HDF5 holds no table of more than %d "
+                "perturbations: use predict_effects.",
+                _MOST_RANKED,
+            )
+        found["gpjepa"] = {
+            "units": {
+                "X": self.units,
+                "expected": "expected counts per 10,000",
+                "expected_sd": "standard deviation of `expected` from that of the mean effect",
+                "effect": "difference from the control, log1p of counts per 10,000",
             },
-            index=[str(i) for i in range(len(groups))],
-        ),
-        "words": {
-            "regime": "how far a prediction is from what was measured",
-            **{
-                r: REGIMES[r]
-                for r in dict.fromkeys(g.effect.regime for g in groups)
-                if r in REGIMES
+            "effects": pd.DataFrame(
+                {
+                    "perturbation": [e.label for e in effects],
+                    "context": [e.context for e in effects],
+                    "regime": [e.regime for e in effects],
+                    "gate": [e.gate for e in effects],
+                    "anchor_share": [1 - e.network_share for e in effects],
+                    "network_share": [e.network_share for e in effects],
+                },
+                index=[str(i) for i in range(len(effects))],
+            ),
+            "words": {
+                "regime": "how far a prediction is from what was measured",
+                **{r: REGIMES[r] for r in dict.fromkeys(e.regime for e in effects) if r in REGIMES},
+                "gate": "share of the network's correction that was let in, 0 for the anchor alone",
+                "anchor": "closed-form prediction, in which simple baselines are weighted",
+                "context": "what was perturbed: cell line, donor, treatment; 'all' if there is just one",
             },
-            "gate": "share of the network's correction that was let in, 0 for the anchor alone",
-            "anchor": "closed-form prediction, in which simple baselines are weighted",
-            "context": "what was perturbed: cell line, donor, treatment; 'all' if there is just one",
-        },
-        "coverage": COVERAGE,
-        "seed": seed,
-        "versions": {name: version(name) for name in ("gpjepa", "scvi-tools", "torch")},
-    }
-    return adata
+            "coverage": COVERAGE,
+            "seed": self.seed,
+            "versions": {name: version(name) for name in ("gpjepa", "scvi-tools", "torch")},
+        }
+        return found
 
 
-def _obs(group: PredictedCells) -> pd.DataFrame:
+def _obs(part: PredictedCells) -> pd.DataFrame:
+    labels = part.effect.label if part.control_labels is None else part.control_labels
     return pd.DataFrame(
         {
-            "perturbation": group.effect.label
-            if group.control_labels is None
-            else group.control_labels,
-            "context": group.effect.context,
-            "control_cell": group.control_cells,
-            "library_size": group.library,
-            "draw": group.draws,
+            "perturbation": labels,
+            "context": part.effect.context,
+            "control_cell": part.control_cells,
+            "library_size": part.library,
+            "draw": part.draws,
         }
     )
 
 
-def _expected_sd(group: PredictedCells) -> np.ndarray:
+def _expected_sd(part: PredictedCells) -> np.ndarray:
     """Delta method: a step in log1p of the rate is worth (1 + rate)."""
-    sd = np.sqrt(group.effect.variance["log1p_mean"])
-    return ((1 + group.expected) * sd).astype(np.float32)
+    return ((1 + part.expected) * part.effect.sd).astype(np.float32)
 
 
-def _rank_genes(groups: list[PredictedCells], genes: np.ndarray, reference: str) -> dict:
+_LAYERS: dict[str, Callable[[PredictedCells], np.ndarray]] = {
+    "expected": lambda part: part.expected.astype(np.float32),
+    "expected_sd": _expected_sd,
+}
+LAYERS = tuple(_LAYERS)
+
+
+def _opened(path: Path, mode: Literal["r", "w"]) -> Any:
+    """A group of an HDF5 file or a zarr store."""
+    if path.suffix == ".h5ad":
+        import h5py
+
+        return h5py.File(path, mode)
+    import zarr
+
+    return zarr.open_group(str(path), mode=mode)
+
+
+def _append(store: Any, name: str, block: sp.csr_matrix | np.ndarray) -> None:
+    """Add rows to a matrix on disk."""
+    if name not in store:
+        options = {}
+        if isinstance(block, np.ndarray) and not hasattr(store, "store"):  # HDF5 has to be told
+            options = {"maxshape": (None, block.shape[1]), "chunks": (256, block.shape[1])}
+        write_elem(store, name, block, dataset_kwargs=options)
+    elif isinstance(block, np.ndarray):
+        array, n = store[name], store[name].shape[0]
+        array.resize((n + len(block), block.shape[1]))
+        array[n:] = block
+    else:
+        sparse_dataset(store[name]).append(block)
+
+
+def _backed(path: Path) -> AnnData:
+    """An AnnData whose counts stay on disk."""
+    if path.suffix == ".h5ad":
+        return read_h5ad(path, backed="r")
+    store = _opened(path, "r")
+    parts = {name: read_elem(store[name]) for name in ("obs", "var", "obsm", "varm", "uns")}
+    return AnnData(sparse_dataset(store["X"]), **parts)
+
+
+def _rank_genes(effects: list[PredictedEffect], genes: np.ndarray, reference: str) -> dict:
     """Predicted differential expression in scanpy's own format.
 
     Not a test on sampled cells, which would find everything significant with enough of them: the
@@ -194,8 +344,10 @@ def _rank_genes(groups: list[PredictedCells], genes: np.ndarray, reference: str)
     columns: dict[str, dict[str, np.ndarray]] = {
         k: {} for k in ("names", "scores", "logfoldchanges", "pvals", "pvals_adj")
     }
-    for label in dict.fromkeys(g.effect.label for g in groups):
-        mine = [g.effect for g in groups if g.effect.label == label]
+    by_label: dict[str, list[PredictedEffect]] = {}
+    for effect in effects:
+        by_label.setdefault(effect.label, []).append(effect)
+    for label, mine in by_label.items():
         control = np.mean([e.control["log1p_mean"].astype(float) for e in mine], axis=0)
         changed = np.mean([np.log1p(e.target_rate) for e in mine], axis=0)
         variance = np.mean([e.variance["log1p_mean"] for e in mine], axis=0) / len(mine)
@@ -210,7 +362,7 @@ def _rank_genes(groups: list[PredictedCells], genes: np.ndarray, reference: str)
         columns["pvals"][label] = p[order]
         columns["pvals_adj"][label] = false_discovery_control(p)[order]
     result: dict[str, Any] = {
-        name: pd.DataFrame(by_label).to_records(index=False) for name, by_label in columns.items()
+        name: pd.DataFrame(table).to_records(index=False) for name, table in columns.items()
     }
     result["params"] = {
         "groupby": "perturbation",

@@ -1,47 +1,45 @@
+"""Training: what is held out, stage A, the closed form, stages B and C."""
+
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from scvi.train import TrainRunner
-from sklearn.exceptions import NotFittedError
 
 from gpjepa.effects import (
     SCALES,
-    Additive,
+    CellSums,
     EffectAnchor,
     EffectTable,
-    MeanEffect,
-    Scale,
-    effect_table,
-    fit_gate,
     gene_loadings,
     library_shifts,
-    noise_corrected_error,
 )
 from gpjepa.nn import ComponentEncoder, ResidualEncoder
-from gpjepa.objectives import gene_blocks
-from gpjepa.perturbations import Perturbation
+from gpjepa.perturbations import Perturbation, Vocabulary
 from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
-from ._arguments import check_plan, check_training
-from ._cells import Batches, Cells, CoherentBatches, RandomBatches, SetBatches
+from ._batches import Batches, RandomBatches, RowBatches
+from ._cells import Cells
 from ._components import fit_components, worth_keeping
-from ._fields import BATCH_KEY
 from ._held_out import HeldOut
-from ._module import MATCHINGS
-from ._plans import ActionPlan, finish_on_interrupt
-from ._prediction import Predicting
-from ._pretrain import MASK_OPTIONS, PretrainPlan, masked_genes
-from ._progress import ANCHOR, STAGE_A, STAGES_BC, Stage, StageBar, quiet
+from ._module import GPJEPAModule
+from ._moments import moments
+from ._network import Network, Reference, target_indices
+from ._progress import ANCHOR, STAGE_A, STAGES_BC, Stage
+from ._response import Response
+from ._running import TrainingOptions
+from ._stage_a import PretrainPlan
+from ._stages_bc import ActionPlan, Watch
+from ._states import States
 
 logger = logging.getLogger(__name__)
 
@@ -49,288 +47,227 @@ _N_REFERENCE = 256  # control cells of a context behind the network's mean effec
 _N_MAP = 2_000  # cells behind the latent image of the anchor
 _CELLS_PER_ROW = 32
 _BATCHES_PER_EPOCH = 25
+_ROWS_WATCHED = 16  # held-out rows judged at a time
+_N_WATCHED = 512  # cells that stage A is watched by, at most
+_LEAST_WATCHED = 2_000  # unlabelled cells from which on some are held out
+_LEAST_CONTROLS = 4  # control cells of a context that can be dealt out to two sides
+
+History = dict[str, pd.DataFrame]
 
 
-class Trainable(Predicting):
-    """Stage A, then the closed form, then stages B and C."""
+class TrainingCells:
+    """The cells of training by name, and which of them are held out.
 
-    # Training
+    Everything goes through the cells in the order of their names, so that the order in which they
+    come changes nothing.
 
-    def pretrain(
-        self,
-        max_epochs: int | None = None,
-        *,
-        batch_size: int = 256,
-        accelerator: str = "auto",
-        devices: int | list[int] | str = "auto",
-        plan_kwargs: dict | None = None,
-        **trainer_kwargs: Any,
+    Parameters
+    ----------
+    cells
+        Cells with counts, and with a perturbation if they are labelled.
+    genes
+        Names of the genes.
+    batch_names
+        Names of the batches, for effects within them; None for no batches.
+    """
+
+    def __init__(
+        self, cells: Cells, genes: np.ndarray, batch_names: Sequence[str] | None = None
     ) -> None:
-        """Stage A alone: learn cell states by predicting the embedding of hidden genes.
+        self.cells, self.genes, self.batch_names = cells, genes, batch_names
+        self.order = np.argsort(cells.names, kind="stable")
+        if cells.perturbations is None:
+            self.holdout = Holdout("cells", (), "a fiftieth of the cells")
+            out = self._ranks(cells.contexts) % 50 == 49
+            self.out = out & (len(cells) >= _LEAST_WATCHED)
+            return
+        self.rows = list(zip(cells.contexts, cells.each_perturbation, strict=True))
+        rows = sorted(set(self.rows))
+        self.holdout = hold_out(rows)
+        rank = self._ranks(self.rows)
+        if self.holdout.kind == "cells":
+            self.out = rank % 10 == 9
+            return
+        self.out = exclude(cells.each_perturbation, cells.contexts, self.holdout)
+        # Half of the controls, so that what is held out is measured against controls that the
+        # network has not seen: noise that both shared would pass for skill.
+        controls = pd.Series(cells.contexts)[cells.is_control].value_counts()
+        self.few = sorted(controls.index[controls < _LEAST_CONTROLS])
+        both = ~np.isin(np.array(cells.contexts, dtype=object), self.few)
+        self.out |= cells.is_control & both & (rank % 2 == 1)
+        judged = [c for c, _ in self.held_rows if c not in self.few]
+        if self.few and judged:
+            reason = f"{self.holdout.reason} (not judged in {', '.join(map(repr, self.few))}: "
+            reason += f"fewer than {_LEAST_CONTROLS} control cells)"
+            self.holdout = replace(self.holdout, reason=reason)
 
-        Works on unlabelled cells (``perturbation_key=None``). Of labelled ones, those that
-        :meth:`train` holds out are left out here too. :meth:`train` then starts from here. What was
-        learned before (``pretrained``) is gone on from; where genes are new and components fitted
-        to half of these cells say more of the other half than those brought along, the components
-        are fitted again, and the network starts with adding nothing to them.
+    few: Sequence[str] = ()
+    """Contexts with too few control cells to hold out half of them."""
 
-        Parameters
-        ----------
-        max_epochs
-            Epochs; by default as many as make about 1,000 steps.
-        batch_size
-            Cells in a mini-batch.
-        accelerator, devices
-            As in scvi-tools.
-        plan_kwargs
-            Options of :class:`gpjepa.model.PretrainPlan`. Also ``masks``: which genes are hidden
-            together, ``"random"`` ones, ``"gene_sets"`` (with ``gene_sets``: GMT files, or a dict of
-            names to genes), ``"regulons"`` (with ``regulons``: a table or CSV with columns
-            ``source`` and ``target``), or ``"adversarial"`` (those that tell most of the
-            perturbation, by a linear probe on the training cells).
-        **trainer_kwargs
-            Options of :class:`scvi.train.Trainer`.
-        """
-        check_plan(PretrainPlan, plan_kwargs, *MASK_OPTIONS)
-        check_training(
-            "pretrain",
-            trainer_kwargs,
-            inspect.signature(self.pretrain).parameters,
-            max_epochs=max_epochs,
-            batch_size=batch_size,
-        )
-        cells = self._training_cells()
-        out = self._hold_out(cells)[1] if self.labelled else np.zeros(len(cells), bool)
-        self._pretrain(
-            cells,
-            np.flatnonzero(~out),
-            max_epochs,
-            batch_size,
-            plan_kwargs,
-            accelerator=accelerator,
-            devices=devices,
-            **trainer_kwargs,
-        )
+    def _ranks(self, groups: Sequence[Any]) -> np.ndarray:
+        """Place of each cell among those of its group, by name."""
+        rank = np.empty(len(self.order), int)
+        ordered = pd.Series([groups[i] for i in self.order])
+        rank[self.order] = ordered.groupby(ordered, sort=False).cumcount()
+        return rank
 
-    def train(
-        self,
-        max_epochs: int | None = None,
-        pretrain_epochs: int | None = None,
-        *,
-        matching: str = "prototype",
-        batch_size: int = 256,
-        early_stopping: bool = True,
-        early_stopping_patience: int = 8,
-        accelerator: str = "auto",
-        devices: int | list[int] | str = "auto",
-        plan_kwargs: dict | None = None,
-        pretrain_kwargs: dict | None = None,
-        **trainer_kwargs: Any,
+    @property
+    def inside(self) -> np.ndarray:
+        """Cells that are trained on, in the order of their names."""
+        return self.order[~self.out[self.order]]
+
+    @property
+    def held_rows(self) -> set[tuple[str, Perturbation]]:
+        """Rows of which there are held-out cells, without controls."""
+        return {self.rows[i] for i in np.flatnonzero(self.out) if not self.rows[i][1].is_control}
+
+    def members(self) -> dict[tuple[str, Perturbation], np.ndarray]:
+        """Cells of each row that are trained on."""
+        found: dict[tuple[str, Perturbation], list[int]] = {}
+        for i in self.inside:
+            found.setdefault(self.rows[i], []).append(int(i))
+        return {key: np.array(mine) for key, mine in found.items()}
+
+    def effects(self) -> tuple[EffectTable, EffectTable | None, EffectTable | None]:
+        """Effects of all cells, of those inside, and of those held out where they have controls."""
+        cells, names = self.cells, self.batch_names
+        labels = {
+            "batches": None if names is None else [str(names[b]) for b in cells.batch],
+            "replicates": None if cells.replicate is None else [str(r) for r in cells.replicate],
+        }
+        sums = [CellSums(self.genes) for _ in range(2)]
+        for side, keep in zip(sums, (~self.out, self.out), strict=True):
+            side.add(
+                cells.counts,
+                cells.library,
+                cells.each_perturbation,
+                cells.contexts,
+                keep,
+                **labels,
+            )
+        every = sums[0].plus(sums[1]).table()
+        controls = cells.is_control
+        sides: list[EffectTable | None] = []
+        for side, keep in zip(sums, (~self.out, self.out), strict=True):
+            n = pd.Series(cells.contexts)[keep & controls].value_counts()
+            enough = sorted(n.index[n > 1])
+            with warnings.catch_warnings():  # which batches have no controls is said of all cells
+                warnings.simplefilter("ignore", UserWarning)
+                sides.append(side.table(enough) if enough else None)
+        return every, sides[0], sides[1]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells whether other cells are these, in any order."""
+        cells = self.cells
+        names, labels = ([str(x[i]) for i in self.order] for x in (cells.names, self.labels()))
+        return {
+            "cells": len(cells),
+            "genes": len(self.genes),
+            "counts": float(cells.counts.sum()),
+            "names": f"{_random.key(*self.genes, *names):032x}",
+            "labels": f"{_random.key(*labels):032x}",
+        }
+
+    def labels(self) -> list[str]:
+        """Context, batch and perturbation of each cell."""
+        cells = self.cells
+        perturbations = cells.perturbations or [None] * len(cells)
+        each = zip(cells.contexts, cells.batch, perturbations, strict=True)
+        return [f"{context}|{batch}|{perturbation}" for context, batch, perturbation in each]
+
+    def library_shifts(self, keep: np.ndarray | None = None) -> dict[Perturbation, float]:
+        """Of all cells, or of some."""
+        cells = self.cells
+        return library_shifts(cells.library, cells.each_perturbation, cells.contexts, keep)
+
+
+class Pretraining:
+    """Stage A on some cells.
+
+    Parameters
+    ----------
+    module
+        The module, of which the encoder is trained.
+    data
+        Cells of training.
+    plan
+        The plan.
+    batch_size
+        Cells in a mini-batch.
+    """
+
+    def __init__(
+        self, module: GPJEPAModule, data: TrainingCells, plan: PretrainPlan, batch_size: int
     ) -> None:
-        """Fit the anchor, then the encoder (stage A), then predictor and decoder (stages B, C).
-
-        A share of the perturbations is held out from the network (fewer than fifteen: a context,
-        else cells) for early stopping and for the gate; the anchor that predictions use is fitted
-        on everything. Ctrl-C ends training early and leaves a model that predicts.
-
-        Parameters
-        ----------
-        max_epochs
-            Epochs of stages B and C, 25 steps each; 40 by default.
-        pretrain_epochs
-            Epochs of stage A; by default as many as make about 1,000 steps, and none if
-            :meth:`pretrain` was called.
-        matching
-            How unpaired control and perturbed cells are compared: ``"prototype"`` (means),
-            ``"energy"``, ``"mmd"``, ``"sliced_wasserstein"`` (sets), or ``"ot"`` (entropic optimal
-            transport pairs after removing the mean shift).
-        batch_size
-            Cells in a mini-batch of stage A, and perturbed cells in one of stages B and C.
-        early_stopping, early_stopping_patience
-            Stop when the error on what is held out has not improved for so many epochs; the best
-            epoch is kept in any case.
-        accelerator, devices
-            As in scvi-tools.
-        plan_kwargs, pretrain_kwargs
-            Options of :class:`gpjepa.model.ActionPlan`, and of stage A as in :meth:`pretrain`.
-        **trainer_kwargs
-            Options of :class:`scvi.train.Trainer`.
-        """
-        check_plan(ActionPlan, plan_kwargs)
-        check_plan(PretrainPlan, pretrain_kwargs, *MASK_OPTIONS)
-        check_training(
-            "train",
-            trainer_kwargs,
-            inspect.signature(self.train).parameters,
-            max_epochs=max_epochs,
-            pretrain_epochs=pretrain_epochs,
-            batch_size=batch_size,
-            early_stopping_patience=early_stopping_patience,
-        )
-        if not self.labelled:
-            raise ValueError(
-                "The cells have no perturbations (perturbation_key=None): call pretrain(), or set "
-                "the AnnData up with perturbation_key."
-            )
-        if matching not in MATCHINGS:
-            raise ValueError(f"matching={matching!r} is not known; choose one of {MATCHINGS}.")
-        cells = self._training_cells()
-        if cells.measured is not None:
-            raise ValueError(
-                "Cells of several data sets with genes of their own can be pretrained on, not "
-                "trained on. Save this model, and start from it with one data set: "
-                "GPJEPA(adata, pretrained=PATH)."
-            )
-        for perturbation in set(cells.each_perturbation):  # data that were loaded may hold new ones
-            self.vocabulary.check(perturbation)
-        trainer_kwargs |= {"accelerator": accelerator, "devices": devices}
-        shown = trainer_kwargs.get("enable_progress_bar", True)
-        holdout, out = self._hold_out(cells)
-        self._fit_closed_form(cells, out)
-        interrupted = False
-        if pretrain_epochs is not None or not self.is_pretrained_:
-            interrupted = self._pretrain(
-                cells,
-                np.flatnonzero(~out),
-                pretrain_epochs,
-                batch_size,
-                pretrain_kwargs,
-                **trainer_kwargs,
-            )
-        elif not self.history_:  # the encoder was trained elsewhere, the decoder is not yet
-            self._standardise(cells, np.flatnonzero(~out))
-        state = self._prepare_action(cells, out)
-        history = self.history_ or {}
-        stage = _ActionStage(self, cells, out, holdout, state)
-        self.held_out_ = HeldOut(holdout.reason, None, {})
-        if not interrupted and stage.rows:
-            plan = stage.plan(matching, plan_kwargs or {}, shown)
-            callbacks = list(trainer_kwargs.pop("callbacks", []))
-            if early_stopping:
-                callbacks.append(
-                    EarlyStopping(
-                        "holdout_error",
-                        patience=early_stopping_patience,
-                        check_on_train_epoch_end=True,
-                    )
-                )
-            epochs = 40 if max_epochs is None else max_epochs
-            batches = stage.batches(batch_size)
-            self._run(STAGES_BC, plan, batches, epochs, callbacks=callbacks, **trainer_kwargs)
-            if plan.best is not None:
-                self.module.load_state_dict(plan.best[1])
-            self.module.eval()
-            if stage.independent:
-                network = stage.networks("mean_log1p")
-                self.gate_ = stage.gates(network)
-                gates = {regime: found["gate"] for regime, found in self.gate_.items()}
-                self.held_out_ = HeldOut(holdout.reason, stage.errors(network, gates), gates)
-            else:
-                self.gate_ = {}
-        self.library_shifts_ = library_shifts(
-            cells.library, cells.each_perturbation, cells.contexts
-        )
-        self.history_ = {**history, **(self.history_ or {})}
-        self.is_trained_ = True
-
-    def summary(self) -> str:
-        """What training held out, how well it was predicted, and what to expect of predictions.
-
-        Errors are those of the mean effect, freed of sampling noise, against control cells that
-        training has not seen, and without the targeted genes. The gate was set on the same
-        perturbations, so that the first number is a little too good; ``gpjepa.benchmark`` measures
-        perturbations that nothing was chosen on.
-
-        Returns
-        -------
-        str
-            Three lines.
-        """
-        if self.held_out_ is None:
-            raise NotFittedError(
-                "The model was saved by an older version, which did not keep what was held out."
-                if self.effects_ is not None
-                else "The model is not trained on perturbations yet: call train()."
-            )
-        return self.held_out_.text()
-
-    def _run(
-        self, name: str, plan: Any, batches: Batches, epochs: int, **trainer_kwargs: Any
-    ) -> bool:
-        """Run a plan; True if it was interrupted."""
-        self.module.train()
-        trainer_kwargs = {"log_every_n_steps": 1, **trainer_kwargs}
-        if trainer_kwargs.pop("enable_progress_bar", True):
-            callbacks = [*trainer_kwargs.pop("callbacks", []), StageBar(name)]
-            trainer_kwargs["callbacks"] = callbacks
-        self.is_trained_ = False  # or scvi-tools would keep only the metrics that it knows already
-        with quiet("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-            runner = TrainRunner(
-                self, plan, batches, max_epochs=epochs, enable_progress_bar=False, **trainer_kwargs
-            )
-            with finish_on_interrupt(runner.trainer) as interrupted:
-                runner()
-        self.module.eval()
-        self.module.requires_grad_(True)
-        if interrupted:
-            warnings.warn(
-                "Training was interrupted; the model keeps what it has learned so far.",
-                UserWarning,
-                stacklevel=3,
-            )
-        return bool(interrupted)
-
-    def _pretrain(
-        self,
-        cells: Cells,
-        where: np.ndarray,
-        max_epochs: int | None,
-        batch_size: int,
-        plan_kwargs: dict | None,
-        **trainer_kwargs: Any,
-    ) -> bool:
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size}: cells are compared, so 2 are needed.")
-        plan = PretrainPlan(
-            self.module, **masked_genes(plan_kwargs or {}, cells, self.genes, where)
-        )
+        self.module, self.data, self.plan = module, data, plan
+        cells, where = data.cells, data.inside
+        plan.learn_masks(cells, data.genes, where)
         groups = [where[mine] for _, mine in cells.by_dataset(where)]
         if min(map(len, groups)) < 2:
             raise ValueError(
                 "A single cell, or the only one of its data set, cannot be compared with anything: "
                 "at least 2 are needed, better 50. Add cells or remove it."
             )
-        sampler: RandomBatches | SetBatches = RandomBatches(groups, batch_size)
+        self.sampler: RandomBatches | RowBatches = RandomBatches(groups, batch_size)
         if plan.set_size:
-            sampler = self._sets(cells, where, plan.set_size, batch_size)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # as they will be drawn, or an error before the work
-            for measured, _ in cells.by_dataset(where):
-                gene_blocks(len(self.genes), among=torch.from_numpy(measured), **plan.blocks)
-        epochs = max(2, round(1_000 / len(sampler))) if max_epochs is None else max_epochs
-        interrupted = False
-        self._standardise(cells, where)
-        closed_form = next(self.module.encoder.parameters(), None) is None
+            self.sampler = self._sets(plan.set_size, batch_size)
+
+    def _sets(self, set_size: int, batch_size: int) -> RowBatches:
+        """Sets of cells that share context and perturbation."""
+        cells = self.data.cells
+        if cells.perturbations is None:
+            raise ValueError("set_size needs perturbations: the cells have none.")
+        if cells.measured is not None:
+            raise ValueError("set_size needs cells of one data set, and dataset_key was given.")
+        rows = [mine for mine in self.data.members().values() if len(mine) >= set_size]
+        if len(rows) < 2:
+            raise ValueError(
+                f"set_size={set_size}: {len(rows)} groups of cells with one context and perturbation "
+                "have so many; at least 2 are needed."
+            )
+        n_batches = max(1, len(self.data.inside) // batch_size)
+        return RowBatches(rows, max(2, batch_size // set_size), set_size, n_batches)
+
+    def run(
+        self,
+        max_epochs: int | None,
+        options: TrainingOptions,
+        callbacks: Sequence[pl.Callback] = (),
+    ) -> tuple[History, bool]:
+        """Components in closed form, then the network; history, and whether it was interrupted."""
+        cells, encoder = self.data.cells, self.module.encoder
+        epochs = max(2, round(1_000 / len(self.sampler))) if max_epochs is None else max_epochs
+        closed_form = next(encoder.parameters(), None) is None
         learns = bool(epochs) or closed_form
-        self._fit_components(cells, where, again=closed_form, learns=learns)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_random.key(options.seed, "components") % 2**63)
+            self._fit_components(again=closed_form, learns=learns)
         if learns:
             self.module.known.fill_(True)
-        if epochs and not closed_form:
-            batches = Batches(cells, sampler)
-            interrupted = self._run(STAGE_A, plan, batches, epochs, **trainer_kwargs)
-            plan.finish()
-        self.is_pretrained_ = self.is_trained_ = True
-        return interrupted
+        if not epochs or closed_form:
+            return {}, False
+        watched = [
+            where[:_N_WATCHED]
+            for where in (self._held_out[mine] for _, mine in cells.by_dataset(self._held_out))
+            if len(where) > 1 and not self.plan.set_size
+        ]
+        batches = Batches(cells, self.sampler, validation=[(w, torch.empty(0)) for w in watched])
+        interrupted = options.run(STAGE_A, self.plan, batches, epochs, callbacks)
+        self.plan.finish()
+        return self.plan.history, interrupted
 
-    def _fit_components(
-        self, cells: Cells, where: np.ndarray, *, again: bool, learns: bool
-    ) -> None:
+    @property
+    def _held_out(self) -> np.ndarray:
+        return self.data.order[self.data.out[self.data.order]]
+
+    def _fit_components(self, *, again: bool, learns: bool) -> None:
         """For an encoder that has components; a network that learned to add to them keeps them.
 
         But not if there are genes to be learned with which other components say more.
         """
-        encoder = self.module.encoder
+        cells, where, encoder = self.data.cells, self.data.inside, self.module.encoder
         if isinstance(encoder, ComponentEncoder) and (again or not encoder.axes.any()):
             fit_components(cells, where, encoder)
         elif isinstance(encoder, ResidualEncoder) and learns and not self.module.known.all():
@@ -340,232 +277,228 @@ class Trainable(Predicting):
                 encoder.add_nothing()
         self.module.target_encoder.load_state_dict(encoder.state_dict())
 
-    def _sets(self, cells: Cells, where: np.ndarray, set_size: int, batch_size: int) -> SetBatches:
-        """Sets of cells that share context and perturbation."""
-        if cells.perturbations is None:
-            raise ValueError("set_size needs perturbations: the cells have none.")
-        if cells.measured is not None:
-            raise ValueError("set_size needs cells of one data set, and dataset_key was given.")
-        if set_size < 4 or set_size % 2:
-            raise ValueError(f"set_size={set_size}: expected an even number from 4.")
-        groups: dict[tuple[str, Perturbation], list[int]] = {}
-        perturbations = cells.each_perturbation
-        for i in where:
-            groups.setdefault((cells.contexts[i], perturbations[i]), []).append(int(i))
-        rows = [np.array(g) for g in groups.values() if len(g) >= set_size]
-        if len(rows) < 2:
-            raise ValueError(
-                f"set_size={set_size}: {len(rows)} groups of cells with one context and perturbation "
-                "have so many; at least 2 are needed."
-            )
-        n_batches = max(1, len(where) // batch_size)
-        return SetBatches(rows, max(2, batch_size // set_size), set_size, n_batches)
 
-    def _hold_out(self, cells: Cells) -> tuple[Holdout, np.ndarray]:
-        holdout = hold_out(sorted(set(zip(cells.contexts, cells.each_perturbation, strict=True))))
-        groups = pd.Series(list(zip(cells.contexts, cells.each_perturbation, strict=True)))
-        rank = groups.groupby(groups).cumcount().to_numpy()
-        if holdout.kind == "cells":
-            return holdout, rank % 10 == 9
-        out = exclude(cells.each_perturbation, cells.contexts, holdout)
-        control = pd.Series(cells.contexts)[cells.is_control].value_counts()
-        if holdout.kind == "perturbations" and control.min() >= 4:
-            # Half of the controls, so that what is held out is measured against controls that the
-            # network has not seen: noise that both shared would pass for skill.
-            out |= cells.is_control & (rank % 2 == 1)
-        return holdout, out
+def standardise(module: GPJEPAModule, cells: Cells, where: np.ndarray) -> np.ndarray:
+    """What cells say of each gene, for the encoder's input and the decoder's start.
 
-    def _fit_closed_form(self, cells: Cells, out: np.ndarray) -> None:
-        """Effects of all cells; library shifts without what is held out, until training ends."""
-        self.effects_ = self._effects_of(cells)
-        self._anchor = None
-        self._warn_of_coverage()
-        self.library_shifts_ = library_shifts(
-            cells.library, cells.each_perturbation, cells.contexts, ~out
-        )
+    Dispersion too: the steps that training has would not bring it there.
 
-    def _effects_of(self, cells: Cells, keep: np.ndarray | None = None) -> EffectTable:
-        """Effects of training cells, or of some of them, within batches."""
-        known = self.adata_manager.get_state_registry(BATCH_KEY)["values"]
-        return effect_table(
-            cells.counts,
-            cells.library,
-            cells.each_perturbation,
-            cells.contexts,
-            self.genes,
-            keep,
-            batches=[str(known[b]) for b in cells.batch] if len(known) > 1 else None,
-            replicates=None if cells.replicate is None else [str(r) for r in cells.replicate],
-        )
-
-    def _warn_of_coverage(self) -> None:
-        """Features can only be judged by perturbed targets that they cover."""
-        assert self.effects_ is not None
-        targets = {p.targets[0] for p in self.effects_.perturbations if len(p.targets) == 1}
-        for features in self.anchor.features:
-            covered = sum(features.covers(t) for t in targets)
-            if covered < MIN_UNITS:
-                warnings.warn(
-                    f"{features.name}: covers {covered} of the {len(targets)} targets perturbed "
-                    f"alone, of which {MIN_UNITS} are needed to judge it; it gets no weight. Are "
-                    "its names written as the targets are?",
-                    UserWarning,
-                    stacklevel=4,
-                )
-
-    def _prepare_action(self, cells: Cells, out: np.ndarray) -> torch.Tensor:
-        """States of all cells, the latent image of the anchor, features, reference controls."""
-        state = self._encode(cells, np.arange(len(cells)))
-        inside = np.flatnonzero(~out)
-        some = inside[_random.stream("map").permutation(len(inside))[:_N_MAP]]
-        values = cells.tensors(some)["values"].numpy()
-        self.module.anchor_map.copy_(_ridge(values, state[some].numpy()))
-        features = _gene_loadings(values, self.module.perturbation_encoder.features.shape[1])
-        table = torch.zeros_like(self.module.perturbation_encoder.features)
-        for g, gene in enumerate(self.genes):
-            table[self.vocabulary.index[gene]] = features[g]
-        self.module.perturbation_encoder.features.copy_(table)
-
-        is_control = cells.is_control
-        contexts = np.array(cells.contexts, dtype=object)
-        self.reference_ = {}
-        for context in sorted(set(cells.contexts)):
-            mine = np.flatnonzero(is_control & ~out & (contexts == context))
-            chosen, _ = _random.choose(cells.names[mine], min(_N_REFERENCE, len(mine)), 0)
-            mine = mine[chosen]
-            self.reference_[context] = {
-                "state": state[mine].numpy(),
-                "library": cells.library[mine],
-                "batch": cells.batch[mine],
-            }
-        return state
+    Returns
+    -------
+    numpy.ndarray
+        Mean share of each gene in the counts, shape (n_genes,).
+    """
+    found = moments(cells, where)
+    scale = max(float(np.sqrt(np.square(found.spread).mean())), 1e-3)
+    for encoder in (module.encoder, module.target_encoder):
+        encoder.set_standard(torch.from_numpy(found.root), scale)
+    share = np.maximum(found.share, 1e-8)
+    decoder = module.decoder
+    with torch.no_grad():
+        rest = [max(1 - share.sum(), 1e-4)] if decoder.rest else []
+        decoder.out.bias.copy_(torch.from_numpy(np.log(np.append(share, rest))))
+        log_dispersion = np.log(np.clip(found.dispersion, 0.05, 100))
+        decoder.log_dispersion.copy_(torch.from_numpy(log_dispersion))
+    return share
 
 
-class _ActionStage:
-    """Stages B and C on the training rows, and what is decided on the held-out ones."""
+@dataclass(frozen=True)
+class ActionOptions:
+    """How stages B and C are trained: see :meth:`gpjepa.GPJEPA.train`."""
+
+    max_epochs: int | None
+    batch_size: int
+    matching: str
+    patience: int | None
+    plan: dict[str, Any]
+
+
+class ActionTraining:
+    """The closed form, then stages B and C; what is decided on the held-out rows.
+
+    Parameters
+    ----------
+    module
+        The module; its predictor and decoder are trained.
+    data
+        Cells of training.
+    new_anchor
+        Makes an anchor that is not fitted.
+    vocabulary
+        Targets by their place in the perturbation encoder.
+    """
 
     def __init__(
-        self, model: Trainable, cells: Cells, out: np.ndarray, holdout: Holdout, state: torch.Tensor
+        self,
+        module: GPJEPAModule,
+        data: TrainingCells,
+        new_anchor: Callable[[], EffectAnchor],
+        vocabulary: Vocabulary,
     ) -> None:
-        assert model.effects_ is not None
-        self.model, self.cells, self.holdout, self.state = model, cells, holdout, state
-        keys = list(zip(cells.contexts, cells.each_perturbation, strict=True))
-        members: dict[tuple[str, Perturbation], list[int]] = {}
-        for i in np.flatnonzero(~out):
-            members.setdefault(keys[i], []).append(int(i))
-        self.members = {key: np.array(found) for key, found in members.items()}
-        # Whether what is held out has control cells of its own.
-        self.independent = bool((out & cells.is_control).any()) and holdout.kind != "cells"
-        self.inside = self._table(~out)
-        # A context of which only controls are known is trained on as it is: the decoder would else
-        # never have seen its cells.
-        perturbed = {c for c, _ in self.inside.rows}
-        lone = sorted(c for c, p in self.members if p.is_control and c not in perturbed)
-        self.rows = [*self.inside.rows, *((c, Perturbation()) for c in lone)] if perturbed else []
-        if holdout.kind == "cells":
-            self.outside = self._table(out)
-            if not self.outside.rows:
-                self.outside = self.inside
-        else:
-            held = {keys[i] for i in np.flatnonzero(out)}
-            measured = self._table(out) if self.independent else model.effects_
-            self.outside = measured.subset(np.array([r in held for r in measured.rows], bool))
-        # What the anchor would have said had the held-out rows never been measured.
-        features = model.new_anchor().features
-        self.anchor = EffectAnchor(features, "mean").fit(self.inside)
-        pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
-        self.predicted = {s: self.anchor.predict(*pairs, s) for s in SCALES}
-        # A perturbation that hits its target is no success of a prediction.
-        self.scored = ~self.outside.targeted(range(len(self.outside.rows)))
+        self.module, self.data, self.vocabulary = module, data, vocabulary
+        self.effects, inside, outside = data.effects()
+        self.inside = self.effects.subset(np.zeros(len(self.effects.rows), bool))
+        self.inside = self.inside if inside is None else inside
+        self.features = new_anchor().features
+        warn_of_coverage(self.features, self.effects)
+        # What is held out is judged where it has control cells of its own.
+        cells_only = data.holdout.kind == "cells"
+        self.independent = not cells_only and outside is not None and len(outside.rows) > 0
+        held = self.effects if outside is None or not (self.independent or cells_only) else outside
+        keep = [r in data.held_rows for r in held.rows]
+        self.outside = held.subset(np.array(keep, bool))
+        if cells_only and not self.outside.rows:
+            self.outside = self.inside
 
-    def _table(self, keep: np.ndarray) -> EffectTable:
-        cells = self.cells
-        control = pd.Series(cells.contexts)[keep & cells.is_control].value_counts()
-        enough = set(control.index[control > 1])
-        keep = keep & np.fromiter((c in enough for c in cells.contexts), bool, len(cells))
-        with warnings.catch_warnings():  # which batches have no controls is said of all cells
-            warnings.simplefilter("ignore", UserWarning)
-            return self.model._effects_of(cells, keep)
-
-    def plan(self, matching: str, plan_kwargs: dict, shown: bool) -> ActionPlan:
-        module = self.model.module
-        perturbations = [p for _, p in self.rows]
-        targets, doses = self.model._target_indices(perturbations)
-        trained = torch.zeros_like(module.perturbation_encoder.trained)
-        trained[targets[targets >= 0].unique()] = 1
-        module.perturbation_encoder.trained.copy_(trained)
-        bar = Stage(ANCHOR, len(SCALES) * self.anchor.n_folds, shown)
-        left_out = {s: self.anchor.out_of_fold(s, progress=bar.advance) for s in SCALES}
-        bar.close()
-        anchor = self._padded(left_out["mean_log1p"])
-        shift = anchor.to(module.anchor_map.device) @ module.anchor_map
-        missed = self._padded(self.inside.effect["log1p_mean"] - left_out["log1p_mean"])
-        return ActionPlan(
-            module, targets, doses, shift, missed, self.error, matching=matching, **plan_kwargs
+    def run(
+        self,
+        options: ActionOptions,
+        training: TrainingOptions,
+        callbacks: Sequence[pl.Callback] = (),
+        *,
+        skip: bool = False,
+    ) -> tuple[Response, History]:
+        """Train, and put together what was found; ``skip`` leaves the network untrained."""
+        state = States(self.module).encode(self.data.cells)
+        self._prepare_module(state)
+        reference, reason = self._reference(state), self.data.holdout.reason
+        response = Response(
+            self.effects,
+            reference,
+            self.data.library_shifts(),
+            self.inside.regimes,
+            {},
+            HeldOut(reason, None, {}),
         )
+        rows = self._rows()
+        if skip or not rows:
+            return response, {}
+        # What the anchor would have said had the held-out rows never been measured.
+        anchor = EffectAnchor(self.features, "mean").fit(self.inside)
+        watch = self.watch(anchor, reference)
+        plan = self._plan(rows, anchor, watch, options, training.shown)
+        batches = self._batches(rows, state, options.batch_size)
+        if options.patience is not None:
+            stop = EarlyStopping(
+                "holdout_error", patience=options.patience, check_on_train_epoch_end=False
+            )
+            callbacks = [*callbacks, stop]
+        epochs = 40 if options.max_epochs is None else options.max_epochs
+        training.run(STAGES_BC, plan, batches, epochs, callbacks)
+        if plan.judged:
+            response = self._judged(plan, response) if self.independent else response
+            plan.load_epoch(plan.best)
+        return response, plan.history
 
-    def _padded(self, effect: np.ndarray) -> torch.Tensor:
-        """Effects of the measured rows, and none of the others, shape (n_rows, n_genes)."""
-        padded = torch.zeros(len(self.rows), effect.shape[1])
-        padded[: len(effect)] = torch.from_numpy(effect)
-        return padded
+    def _judged(self, plan: ActionPlan, response: Response) -> Response:
+        """The response with gates, and with errors where what is held out has controls of its own."""
+        network = plan.cross_fitted("mean_log1p")
+        gate = plan.watch.gates(network)
+        gates = {regime: found.gate for regime, found in gate.items()}
+        errors = plan.watch.errors(network, gates, self.inside)
+        return replace(response, gate=gate, held_out=HeldOut(response.held_out.what, errors, gates))
 
-    def batches(self, batch_size: int) -> Batches:
-        controls = {c: self.members[c, Perturbation()] for c, _ in self.rows}
-        sampler = CoherentBatches(
-            [self.members[row] for row in self.rows],
-            [controls[c] for c, _ in self.rows],
+    def _rows(self) -> list[tuple[str, Perturbation]]:
+        """Rows that are trained on.
+
+        A context of which only controls are known is trained on as it is: the decoder would else
+        never have seen its cells.
+        """
+        perturbed = {c for c, _ in self.inside.rows}
+        lone = sorted({c for c, p in self.data.members() if p.is_control and c not in perturbed})
+        return [*self.inside.rows, *((c, Perturbation()) for c in lone)] if perturbed else []
+
+    def _prepare_module(self, state: np.ndarray) -> None:
+        """The latent image of the anchor, and features of targets: their loadings in cells."""
+        inside = self.data.inside
+        some = inside[_random.stream("map").permutation(len(inside))[:_N_MAP]]
+        values = self.data.cells.log1p_rates(some)
+        self.module.anchor_map.copy_(_ridge(values, state[some]))
+        encoder = self.module.perturbation_encoder
+        loadings = _gene_loadings(values, encoder.features.shape[1])
+        at = [self.vocabulary.index[str(gene)] for gene in self.data.genes]
+        encoder.features.zero_()
+        encoder.features[at] = loadings.to(encoder.features)
+        targets, _ = target_indices([p for _, p in self.inside.rows], self.vocabulary)
+        encoder.trained.zero_()
+        encoder.trained[targets[targets >= 0].unique()] = 1
+
+    def _reference(self, state: np.ndarray) -> dict[str, Reference]:
+        cells, inside = self.data.cells, self.data.inside
+        controls = inside[cells.is_control[inside]]
+        contexts = np.array(cells.contexts, dtype=object)[controls]
+        found = {}
+        for context in sorted(set(cells.contexts)):
+            mine = controls[contexts == context]
+            chosen, _ = _random.choose(cells.names[mine], min(_N_REFERENCE, len(mine)), 0)
+            mine = mine[chosen]
+            found[context] = Reference(state[mine], cells.library[mine], cells.batch[mine])
+        return found
+
+    def watch(self, anchor: EffectAnchor, reference: dict[str, Reference]) -> Watch:
+        """The held-out rows, as the network will be judged by them."""
+        shifts = self.data.library_shifts(~self.data.out)
+        network = Network(States(self.module), self.vocabulary, reference, shifts)
+        pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
+        return Watch(network, self.outside, {s: anchor.predict(*pairs, s) for s in SCALES})
+
+    def _plan(
+        self,
+        rows: list[tuple[str, Perturbation]],
+        anchor: EffectAnchor,
+        watch: Watch,
+        options: ActionOptions,
+        shown: bool,
+    ) -> ActionPlan:
+        targets, doses = target_indices([p for _, p in rows], self.vocabulary)
+        bar = Stage(ANCHOR, len(SCALES) * anchor.n_folds, shown)
+        left_out = {s: anchor.out_of_fold(s, progress=bar.advance) for s in SCALES}
+        bar.close()
+
+        def padded(effect: np.ndarray) -> torch.Tensor:
+            """Effects of the measured rows, and none of the others."""
+            every = torch.zeros(len(rows), effect.shape[1])
+            every[: len(effect)] = torch.from_numpy(effect)
+            return every
+
+        anchor_map = self.module.anchor_map
+        shift = padded(left_out["mean_log1p"]).to(anchor_map.device) @ anchor_map
+        missed = padded(self.inside.effect["log1p_mean"] - left_out["log1p_mean"])
+        return ActionPlan(
+            self.module, targets, doses, shift, missed, watch, matching=options.matching,
+            **options.plan,
+        )  # fmt: skip
+
+    def _batches(
+        self, rows: list[tuple[str, Perturbation]], state: np.ndarray, batch_size: int
+    ) -> Batches:
+        members = self.data.members()
+        sampler = RowBatches(
+            [members[row] for row in rows],
             max(1, batch_size // _CELLS_PER_ROW),
             _CELLS_PER_ROW,
             _BATCHES_PER_EPOCH,
+            [members[c, Perturbation()] for c, _ in rows],
         )
-        return Batches(self.cells, sampler, self.state)
+        watched = torch.arange(len(self.outside.rows)).split(_ROWS_WATCHED)
+        nobody = np.array([], int)
+        validation = [(nobody, part) for part in watched if len(part)]
+        return Batches(self.data.cells, sampler, torch.from_numpy(state), validation)
 
-    def networks(self, scale: Scale) -> np.ndarray:
-        """N of the held-out rows, shape (n_rows, n_genes)."""
-        rows = zip(self.outside.rows, self.predicted["mean_log1p"].mean, strict=True)
-        added = [self.model._network_effect(p, c, a, [scale])[scale] for (c, p), a in rows]
-        return self.predicted[scale].mean + np.stack(added)
 
-    def error(self) -> float:
-        """Squared error of the network on the held-out rows, over that of no change."""
-        measured = self.outside.effect["log1p_mean"]
-        wrong = ((self.networks("log1p_mean") - measured) ** 2)[self.scored].sum()
-        return float(wrong / max((measured**2)[self.scored].sum(), 1e-12))
-
-    def gates(self, network: np.ndarray) -> dict[str, dict[str, Any]]:
-        """Gate of each regime, on held-out perturbations."""
-        scale: Scale = "mean_log1p"
-        predicted = self.predicted[scale]
-        regimes = np.array(predicted.regime)
-        gates = {}
-        for regime in sorted(set(regimes)):
-            mine = np.flatnonzero(regimes == regime)
-            gate = fit_gate(network[mine], predicted.mean[mine], self.outside, mine, scale)
-            gates[str(regime)] = asdict(gate)
-        return gates
-
-    def errors(self, network: np.ndarray, gates: dict[str, float]) -> pd.DataFrame:
-        """Noise-corrected squared error of each method on the held-out rows, by regime."""
-        scale: Scale = "mean_log1p"
-        table, anchor = self.outside, self.predicted[scale].mean
-        regimes = self.predicted[scale].regime
-        gate = np.array([gates[r] for r in regimes])[:, None]
-        pairs = [p for _, p in table.rows], [c for c, _ in table.rows]
-        predicted = {
-            "GP-JEPA": anchor + gate * (network - anchor),
-            "anchor": anchor,
-            "network": network,
-            "additive": Additive().fit(self.inside).predict(*pairs),
-            "mean effect": MeanEffect().fit(self.inside).predict(*pairs),
-            "no change": np.zeros_like(anchor),
-        }
-        noise, measured = table.noise(scale), table.effect[scale]
-        found = {
-            name: noise_corrected_error(effect, measured, noise, self.scored)
-            for name, effect in predicted.items()
-        }
-        return pd.DataFrame(found, index=pd.Index(regimes, name="regime"))
+def warn_of_coverage(features: Sequence[Any], effects: EffectTable) -> None:
+    """Features can only be judged by perturbed targets that they cover."""
+    targets = {p.targets[0] for p in effects.perturbations if len(p.targets) == 1}
+    for kind in features:
+        covered = sum(kind.covers(t) for t in targets)
+        if covered < MIN_UNITS:
+            warnings.warn(
+                f"{kind.name}: covers {covered} of the {len(targets)} targets perturbed alone, of "
+                f"which {MIN_UNITS} are needed to judge it; it gets no weight. Are its names "
+                "written as the targets are?",
+                UserWarning,
+                stacklevel=5,
+            )
 
 
 def _ridge(values: np.ndarray, state: np.ndarray) -> torch.Tensor:

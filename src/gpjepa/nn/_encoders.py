@@ -64,7 +64,7 @@ class Encoder(nn.Module):
 def _root(values: torch.Tensor) -> torch.Tensor:
     """Square roots of counts per 10,000; values below 0 are noise that was added to them."""
     # Not of 0 itself, which takes some libraries fifty times as long.
-    return (values.exp() - 1).clamp_min(1e-12).sqrt()
+    return values.expm1().clamp_min(1e-12).sqrt()
 
 
 class MLPEncoder(Encoder):
@@ -92,7 +92,11 @@ class MLPEncoder(Encoder):
 
     def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Latent states, shape (n_cells, n_latent)."""
-        return self.net(self.standardise(values, visible))
+        return self.of_standard(self.standardise(values, visible))
+
+    def of_standard(self, standard: torch.Tensor) -> torch.Tensor:
+        """States of cells that were standardised already."""
+        return self.net(standard)
 
 
 class ComponentEncoder(Encoder):
@@ -180,4 +184,7 @@ class ResidualEncoder(ComponentEncoder):
 
     def forward(self, values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Latent states, shape (n_cells, n_latent)."""
-        return super().forward(values, visible) + self.residual(values, visible)
+        standard = self.standardise(values, visible)
+        if isinstance(self.residual, MLPEncoder):  # which would standardise alike
+            return standard @ self.axes + self.residual.of_standard(standard)
+        return standard @ self.axes + self.residual(values, visible)

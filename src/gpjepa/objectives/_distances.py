@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 
 
@@ -43,26 +40,34 @@ def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, n_slices: int = 64) -> 
     return ((x @ directions).sort(0)[0] - (y @ directions).sort(0)[0]).square().mean()
 
 
-def optimal_transport_pairs(x: torch.Tensor, y: torch.Tensor, epsilon: float = 0.05) -> np.ndarray:
+def optimal_transport_pairs(
+    x: torch.Tensor, y: torch.Tensor, epsilon: float = 0.05
+) -> torch.Tensor:
     """Which row of ``y`` belongs to each row of ``x``, by entropic optimal transport.
 
     The mean shift is removed first, so that cells are matched by where they stand in their own
-    set. Each row takes the column with most of its mass.
+    set. Each row draws a column by its mass there, so that all columns are drawn equally often on
+    average; the column with most of it would leave some out and take others several times.
 
     Parameters
     ----------
     x, y
-        Control and perturbed states.
+        Control and perturbed states, shapes (..., n, d) and (..., m, d).
     epsilon
         Entropic regularisation, as a share of the mean cost.
+
+    Returns
+    -------
+    torch.Tensor
+        Rows of ``y``, shape (..., n).
     """
     import ot
 
-    a, b = (x - x.mean(0)).detach().cpu().numpy(), (y - y.mean(0)).detach().cpu().numpy()
-    cost = ot.dist(a.astype(np.float64), b.astype(np.float64))
-    scale = float(cost.mean())
-    if not math.isfinite(scale) or scale == 0:
-        return np.arange(len(a)) % len(b)
-    plan = ot.sinkhorn([], [], cost / scale, reg=epsilon, method="sinkhorn_log", numItermax=200,
-                       warn=False)  # fmt: skip
-    return plan.argmax(1)
+    a, b = ((z - z.mean(-2, keepdim=True)).detach().float() for z in (x, y))
+    cost = torch.cdist(a, b).square()
+    cost = cost / cost.mean((-2, -1), keepdim=True).clamp_min(1e-12)
+    plan = ot.solve_batch(
+        cost.view(-1, *cost.shape[-2:]), reg=epsilon, max_iter=200, method="log_sinkhorn",
+        grad="detach",
+    ).plan  # fmt: skip
+    return torch.multinomial(plan.flatten(0, 1), 1).view(x.shape[:-1])

@@ -37,7 +37,7 @@ def gene_blocks(
     Returns
     -------
     torch.Tensor
-        Boolean, shape (n_blocks, n_genes).
+        Boolean, shape (n_blocks, n_genes), on the device of ``among``, ``groups`` or ``weights``.
 
     Raises
     ------
@@ -46,7 +46,8 @@ def gene_blocks(
         sense, such as an overlap of a single block.
     """
     _check(n_blocks, hidden, overlap, size_spread)
-    order = _order(n_genes, groups, weights)
+    on = next((x.device for x in (among, groups, weights) if x is not None), None)
+    order = _order(n_genes, groups, weights, on)
     if among is not None:
         order = order[among[order]]
     n_hidden = int(hidden * len(order))
@@ -60,7 +61,7 @@ def gene_blocks(
     cuts = (size.cumsum(0) / size.sum() * (n_hidden - n_blocks)).round().long()
     ends = [int(c) + k + 1 for k, c in enumerate(cuts)]
     slices = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    blocks = torch.zeros(n_blocks, n_genes, dtype=torch.bool)
+    blocks = torch.zeros(n_blocks, n_genes, dtype=torch.bool, device=on)
     for k, own in enumerate(slices):
         blocks[k, own] = True
         blocks[k, slices[(k + 1) % n_blocks][: int(overlap * len(own))]] = True
@@ -81,19 +82,25 @@ def _check(n_blocks: int, hidden: float, overlap: float, size_spread: float) -> 
         )
 
 
-def _order(n_genes: int, groups: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
+def _order(
+    n_genes: int,
+    groups: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    on: torch.device | None,
+) -> torch.Tensor:
     """Genes that may be hidden, in the order in which they are."""
     if groups is not None:
-        place = torch.randperm(len(groups))
+        place = torch.randperm(len(groups), device=on)
         # As a list of members: a table is slow to go through for every mini-batch.
         members = groups if groups.is_sparse else groups.to_sparse()
         group, gene = members.coalesce().indices()
-        first = torch.full((n_genes,), len(groups)).scatter_reduce_(0, gene, place[group], "amin")
-        order = (first + torch.rand(n_genes)).argsort()
+        first = torch.full((n_genes,), len(groups), device=on)
+        first = first.scatter_reduce_(0, gene, place[group], "amin")
+        order = (first + torch.rand(n_genes, device=on)).argsort()
         return order[: int((first < len(groups)).sum())]
     if weights is not None:
         # The largest of log-weights with Gumbel noise are a draw without replacement.
-        noise = -torch.log(-torch.log(torch.rand(n_genes)))
+        noise = -torch.log(-torch.log(torch.rand(n_genes, device=on)))
         order = (weights.clamp_min(1e-12).log() + noise).argsort(descending=True)
         return order[: int((weights > 0).sum())]
-    return torch.randperm(n_genes)
+    return torch.randperm(n_genes, device=on)

@@ -67,8 +67,13 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.1
 
 def effective_rank(z: torch.Tensor) -> torch.Tensor:
     """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
-    # No half precision, which there are no singular values in.
-    singular = torch.linalg.svdvals((z - z.mean(0)).float())
+    # Their squares are eigenvalues of the smaller Gram matrix, a fraction of the work; in double
+    # precision where there is one, or small ones would be lost.
+    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    z = z - z.mean(0)
+    # States that diverged have no rank; who asks for it says so.
+    gram = (z.T @ z if len(z) > z.shape[1] else z @ z.T).nan_to_num()
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().float()
     p = singular / singular.sum().clamp_min(1e-12)
     return torch.exp(-(p * p.clamp_min(1e-12).log()).sum())
 

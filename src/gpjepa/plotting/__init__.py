@@ -10,6 +10,7 @@ from ._effects import (
     top_genes,
     volcano,
 )
+from ._history import history
 
 __all__ = [
     "benchmark_overview",
@@ -19,6 +20,7 @@ __all__ = [
     "effect_scatter",
     "enrichment",
     "explanation",
+    "history",
     "method_errors",
     "scaling",
     "top_genes",

@@ -163,15 +163,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 def _check_train(options: Mapping[str, Any]) -> None:
     """Arguments of ``train`` and of Lightning's trainer, as ``train`` itself checks them."""
-    from gpjepa.model import GPJEPA, ActionPlan, PretrainPlan
+    from gpjepa.model import GPJEPA, Ablation, ActionPlan, PretrainPlan
     from gpjepa.model._arguments import check_plan, check_training
-    from gpjepa.model._pretrain import MASK_OPTIONS
 
     known = inspect.signature(GPJEPA.train).parameters
     try:
         check_training("train", {k: v for k, v in options.items() if k not in known}, known)
         check_plan(ActionPlan, options.get("plan_kwargs"))
-        check_plan(PretrainPlan, options.get("pretrain_kwargs"), *MASK_OPTIONS)
+        check_plan(PretrainPlan, options.get("pretrain_kwargs"))
+        Ablation.of((options.get("pretrain_kwargs") or {}).get("ablation"))
     except TypeError as error:
         raise ValueError(str(error)) from error
 

@@ -6,24 +6,26 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from scvi import REGISTRY_KEYS
 from torch import nn
 from torch.nn import functional as F
 
-from gpjepa.effects import PER
 from gpjepa.nn import ema_update, mlp
 from gpjepa.objectives import effective_rank, gene_blocks, info_nce, sigreg, vicreg
 from gpjepa.perturbations import read_gmt
 
 from . import _random
 from ._cells import Cells
-from ._module import GPJEPAModule
-from ._plans import Plan
+from ._fields import BATCH_KEY, LIBRARY_KEY
+from ._module import GPJEPAModule, log1p_rates
+from ._plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,6 @@ REGULARISERS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = 
     "sigreg": (sigreg, 5.0),
 }
 MASKS = ("random", "gene_sets", "regulons", "adversarial")
-MASK_OPTIONS = ("masks", "gene_sets", "regulons")
 GeneSets = str | Path | Sequence[str | Path] | Mapping[str, Iterable[str]]
 
 _MIN_RANK, _MIN_SPREAD, _MIN_RATIO = 2.0, 0.05, 0.02
@@ -116,6 +117,86 @@ class CollapseGuard:
             logger.warning("%s; the regulariser's weight is now %g.", seen, self.weight)
 
 
+@dataclass(frozen=True)
+class Ablation:
+    """What else stage A could be made of: for comparisons, as none of it was measured to help.
+
+    Attributes
+    ----------
+    objective
+        ``"jepa"``; or, with the same encoder, ``"reconstruction"`` of the expression of the hidden
+        genes, or ``"contrastive"``: InfoNCE between the visible and the hidden genes of a cell.
+    set_size
+        0 for cells on their own. For the condition-level JEPA, cells come in sets of this size that
+        share context and perturbation, and the mean state of one half predicts the other half's.
+    masks
+        Which genes are hidden together: ``"random"`` ones, ``"gene_sets"``, ``"regulons"``, or
+        ``"adversarial"`` ones: those that tell most of the perturbation, by a linear probe on the
+        training cells.
+    gene_sets
+        GMT files, or a dict of names to genes.
+    regulons
+        A table or CSV with columns ``source`` and ``target``.
+    overlap, size_spread
+        Of blocks: see :func:`gpjepa.objectives.gene_blocks`.
+    teacher
+        Whether an EMA copy of the encoder gives the (layer-normalised) targets, and is the encoder
+        in the end. Without it the encoder gives them itself, and the regulariser holds for them.
+    regulariser
+        ``"vicreg"``, or ``"sigreg"`` (LeJEPA; made for ``teacher=False``).
+    noise
+        Standard deviation of Gaussian noise on log1p counts per 10,000 of the context's expressed
+        genes, which falls to 0 over training (N-JEPA).
+    """
+
+    objective: Literal["jepa", "reconstruction", "contrastive"] = "jepa"
+    set_size: int = 0
+    masks: Literal["random", "gene_sets", "regulons", "adversarial"] = "random"
+    gene_sets: GeneSets | None = None
+    regulons: pd.DataFrame | str | Path | None = None
+    overlap: float = 0.0
+    size_spread: float = 0.0
+    teacher: bool = True
+    regulariser: Literal["vicreg", "sigreg"] = "vicreg"
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("objective", self.objective, OBJECTIVES),
+            ("regulariser", self.regulariser, tuple(REGULARISERS)),
+            ("masks", self.masks, MASKS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {known}.")
+        if self.set_size and self.objective != "jepa":
+            raise ValueError("Sets of cells are for objective='jepa'.")
+        if self.set_size and (self.set_size < 4 or self.set_size % 2):
+            raise ValueError(f"set_size={self.set_size}: expected an even number from 4.")
+        if self.noise < 0:
+            raise ValueError(f"noise={self.noise}: expected a number from 0.")
+        for name, given in (("gene_sets", self.gene_sets), ("regulons", self.regulons)):
+            if (given is not None) != (self.masks == name):
+                found = "given" if given is not None else None
+                raise ValueError(
+                    f"masks={self.masks!r} and {name}={found}: {name} are needed for "
+                    f"masks={name!r}, and for nothing else."
+                )
+
+    @classmethod
+    def of(cls, given: Ablation | Mapping[str, Any] | None) -> Ablation:
+        """An ablation as it is, or from a configuration."""
+        if isinstance(given, Ablation):
+            return given
+        options = dict(given or {})
+        known = [f.name for f in fields(cls)]
+        if wrong := [name for name in options if name not in known]:
+            raise TypeError(
+                f"ablation has no option {', '.join(map(repr, wrong))}; its options are "
+                f"{', '.join(known)}."
+            )
+        return cls(**options)
+
+
 class PretrainPlan(Plan):
     """Stage A: masked context to the teacher's embedding of hidden gene blocks.
 
@@ -123,96 +204,108 @@ class PretrainPlan(Plan):
     ----------
     module
         The module.
-    objective
-        ``"jepa"``; or, with the same encoder, ``"reconstruction"`` of the expression of the hidden
-        genes, or ``"contrastive"``: InfoNCE between the visible and the hidden genes of a cell.
-    set_size
-        0 for cells on their own. For the condition-level JEPA, cells come in sets of this size that
-        share context and perturbation, and the mean state of one half predicts the other half's.
-    n_blocks, hidden, overlap, size_spread, groups, weights
-        What is hidden: see :func:`gpjepa.objectives.gene_blocks`.
-    teacher
-        Whether an EMA copy of the encoder gives the (layer-normalised) targets, and is the encoder
-        in the end. Without it the encoder gives them itself, and the regulariser holds for them.
+    n_blocks, hidden
+        Blocks of genes that are hidden, and the share of the genes that they hide together.
     momentum
         EMA momentum of the teacher at the start, at most 1 - 10/steps: in a short run the teacher
         would else stay near its random start. It rises to 1 along a cosine.
-    regulariser
-        ``"vicreg"``, or ``"sigreg"`` (LeJEPA; made for ``teacher=False``).
     regulariser_weight
-        Its weight; 0 is off, the default but for the JEPA (0.01 for VICReg, 5 for SIGReg).
+        Weight of the regulariser; 0 is off, the default but for the JEPA (0.01 for VICReg).
     thinning
         Largest share of the counts that the context does not see, drawn for each cell (binomial
         thinning); targets see all. 0 is off.
-    noise
-        Standard deviation of Gaussian noise on log1p counts per 10,000 of the context's expressed
-        genes, which falls to 0 over training (N-JEPA).
     lr, weight_decay
         Of AdamW.
+    ablation
+        An :class:`Ablation`, or its options.
     """
 
     def __init__(
-        self, module: GPJEPAModule, *, objective: Literal["jepa", "reconstruction", "contrastive"] = "jepa",
-        set_size: int = 0, n_blocks: int = 1, hidden: float = 0.5, overlap: float = 0.0,
-        size_spread: float = 0.0, groups: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None, teacher: bool = True, momentum: float = 0.996,
-        regulariser: Literal["vicreg", "sigreg"] = "vicreg", regulariser_weight: float | None = None,
-        thinning: float = 0.9, noise: float = 0.0, lr: float = 3e-4, weight_decay: float = 1e-4,
+        self, module: GPJEPAModule, *, n_blocks: int = 1, hidden: float = 0.5,
+        momentum: float = 0.996, regulariser_weight: float | None = None, thinning: float = 0.9,
+        lr: float = 3e-4, weight_decay: float = 1e-4,
+        ablation: Ablation | Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective={objective!r} is not known; choose one of {OBJECTIVES}.")
-        if regulariser not in REGULARISERS:
-            raise ValueError(
-                f"regulariser={regulariser!r} is not known; choose one of {tuple(REGULARISERS)}."
-            )
-        if set_size and objective != "jepa":
-            raise ValueError("Sets of cells are for objective='jepa'.")
         if not 0 <= thinning < 1:
             raise ValueError(f"thinning={thinning}: expected a share from 0 to below 1.")
-        if noise < 0 or not 0 <= momentum < 1 or (regulariser_weight or 0) < 0:
+        if not 0 <= momentum < 1 or (regulariser_weight or 0) < 0:
             raise ValueError(
-                f"noise={noise}, momentum={momentum}, regulariser_weight={regulariser_weight}: "
-                "expected noise and a weight from 0, and a momentum from 0 to below 1."
+                f"momentum={momentum}, regulariser_weight={regulariser_weight}: expected a weight "
+                "from 0, and a momentum from 0 to below 1."
             )
+        self.ablation = made = Ablation.of(ablation)
         super().__init__(module, "pretrain", lr, weight_decay)
-        self.objective, self.set_size = objective, set_size
-        self.blocks: dict[str, Any] = {"n_blocks": n_blocks, "hidden": hidden, "overlap": overlap,
-                       "size_spread": size_spread, "groups": groups, "weights": weights}  # fmt: skip
-        self.teacher, self.momentum = teacher, momentum
-        self.regularise, weight = REGULARISERS[regulariser]
+        self.objective, self.set_size, self.teacher = made.objective, made.set_size, made.teacher
+        self.blocks: dict[str, Any] = {
+            "n_blocks": n_blocks, "hidden": hidden, "overlap": made.overlap,
+            "size_spread": made.size_spread,
+        }  # fmt: skip
+        self.momentum, self.thinning, self.noise = momentum, thinning, made.noise
+        self.regularise, weight = REGULARISERS[made.regulariser]
         if regulariser_weight is None:
-            regulariser_weight = weight if objective == "jepa" else 0.0
+            regulariser_weight = weight if self.objective == "jepa" else 0.0
         self.guard = CollapseGuard(regulariser_weight)
-        self.thinning, self.noise = thinning, noise
         n_latent, n_hidden = module.anchor_map.shape[1], 256
         self.most = 0  # the largest rank that the states of a mini-batch could have
-        n_out = module.n_genes if objective == "reconstruction" else n_latent
-        self.head = nn.Identity() if objective == "jepa" else mlp(n_latent, n_hidden, n_out)
-        self.parameters_ = [*self.parameters_, *self.head.parameters()]
+        n_out = module.n_genes if self.objective == "reconstruction" else n_latent
+        self.head = nn.Identity() if self.objective == "jepa" else mlp(n_latent, n_hidden, n_out)
+
+    def learn_masks(self, cells: Cells, genes: np.ndarray, where: np.ndarray) -> None:
+        """What is hidden together, from gene sets or from the cells of training.
+
+        Raises
+        ------
+        ValueError
+            If there is nothing to hide, such as gene sets that share no gene with the data.
+        """
+        self.blocks |= masks(self.ablation, cells, genes, where)
+        with torch.random.fork_rng(devices=[]):  # as they will be drawn
+            for measured, _ in cells.by_dataset(where):
+                gene_blocks(len(genes), among=torch.from_numpy(measured), **self.blocks)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The encoder's, the predictor's and those of a head that other objectives have."""
+        return [*super().trained(), *self.head.parameters()]
+
+    def on_fit_start(self) -> None:
+        for name in ("groups", "weights"):  # to where they are drawn from
+            if name in self.blocks:
+                self.blocks[name] = self.blocks[name].to(self.device)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of one mini-batch."""
-        there = batch.get("measured", torch.ones(self.module.n_genes, dtype=torch.bool))
-        blocks = gene_blocks(self.module.n_genes, among=there.cpu(), **self.blocks)
-        blocks = blocks.to(batch["values"].device)
-        visible, target = there.to(blocks.device) & ~blocks.any(0), batch["values"]
-        view = self._view(batch)
+        losses = self._losses(batch)
+        self.add(losses, "pretrain", len(batch[BATCH_KEY]))
+        return losses["loss"]
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """The same of cells that are not trained on."""
+        losses = {"loss": self._losses(batch)["loss"]}
+        self.add(losses, "pretrain_validation", len(batch[BATCH_KEY]))
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.means("pretrain_validation")
+
+    def _losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        counts, library = batch[REGISTRY_KEYS.X_KEY], batch[LIBRARY_KEY]
+        there = batch.get("measured")
+        if there is None:
+            there = torch.ones(self.module.n_genes, dtype=torch.bool, device=counts.device)
+        blocks = gene_blocks(self.module.n_genes, among=there, **self.blocks)
+        visible, target = there & ~blocks.any(0), log1p_rates(counts, library)
+        view = self._view(counts, library, target)
         if self.set_size:
             view, target = (x.unflatten(0, (-1, 2, self.set_size // 2))[:, i].flatten(0, 1)
                             for i, x in enumerate((view, target)))  # fmt: skip
         state = self.module.encoder(view, visible)
-        if not state.isfinite().all():
-            raise RuntimeError(
-                f"Stage A diverged: states are not finite at step {self.global_step}. Lower the "
-                "learning rate (lr in plan_kwargs, or in pretrain_kwargs of train)."
-            )
         self.most = max(self.most, min(len(state) - 1, state.shape[1]))
         predicted, wanted, predict = getattr(self, f"_{self.objective}")(state, target, blocks)
         regulariser = self.regularise(state) if self.guard.weight else predict.detach() * 0
         if self.guard.weight and not self.teacher and self.objective == "jepa":
             regulariser = regulariser + self.regularise(wanted.flatten(0, -2))
         spread, together = state.detach().std(0), blocks.sum(0)
-        losses = {
+        return {
             "loss": predict + self.guard.weight * regulariser,
             "predict": predict,
             "regulariser": regulariser,
@@ -226,18 +319,17 @@ class PretrainPlan(Plan):
             "block_size": blocks.sum(1).float().mean(),
             "block_size_std": blocks.sum(1).float().std(correction=0),
         }
-        return self._log(losses, "pretrain", len(view))
 
-    def _view(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _view(
+        self, counts: torch.Tensor, library: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         """What the context sees: log1p counts per 10,000, thinned and with noise."""
-        values = batch["values"]
         if self.thinning:
             # Apple's GPUs draw no binomial variables.
             where = "cpu" if values.device.type == "mps" else values.device
             keep = 1 - self.thinning * torch.rand(len(values), 1, device=where)
-            counts = torch.binomial(batch["counts"].to(where), keep.expand_as(values))
-            counts, keep = counts.to(values.device), keep.to(values.device)
-            values = torch.log1p(counts * (PER / (batch["library"].unsqueeze(1) * keep)))
+            thinned = torch.binomial(counts.to(where), keep.expand_as(counts))
+            values = log1p_rates(thinned.to(counts.device), library * keep[:, 0].to(library.device))
         if self.noise:
             left = 1 - self.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
             noise = torch.randn_like(values) * (values != 0)
@@ -283,14 +375,25 @@ class PretrainPlan(Plan):
         ema_update(self.module.target_encoder, self.module.encoder, 1 - (1 - start) * cosine)
 
     def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()
-        seen = self.trainer.callback_metrics
+        seen = self.means("pretrain")
+        if not math.isfinite(seen["pretrain_loss"]):
+            raise RuntimeError(
+                f"Stage A diverged: states are not finite in epoch {self.current_epoch}. Lower the "
+                "learning rate (lr in plan_kwargs, or in pretrain_kwargs of train)."
+            )
         rank, spread, ratio = (
-            float(seen[f"pretrain_{name}"])
-            for name in ("effective_rank", "latent_std", "spread_ratio")
+            seen[f"pretrain_{name}"] for name in ("effective_rank", "latent_std", "spread_ratio")
         )
         self.guard.look(rank, spread, ratio, self.most)
-        self.log("pretrain_regulariser_weight", self.guard.weight)
+        self.record("pretrain_regulariser_weight", self.guard.weight)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["guard"] = (self.guard.weight, self.guard.epochs, self.guard.told, self.most)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.guard.weight, self.guard.epochs, self.guard.told, self.most = checkpoint["guard"]
 
     def finish(self) -> None:
         """Make teacher and encoder one: the teacher is the smoother of the two."""
@@ -304,15 +407,15 @@ def _spread(x: torch.Tensor) -> torch.Tensor:
     return x.detach().std(-2).mean()
 
 
-def masked_genes(
-    options: dict[str, Any], cells: Cells, genes: np.ndarray, where: np.ndarray
-) -> dict[str, Any]:
-    """Options of :class:`PretrainPlan`, with ``masks`` turned into what they hide.
+def masks(
+    ablation: Ablation, cells: Cells, genes: np.ndarray, where: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """What :func:`gpjepa.objectives.gene_blocks` has to know of what is hidden together.
 
     Parameters
     ----------
-    options
-        ``masks``, with ``gene_sets`` or ``regulons`` where they need them; the rest is left.
+    ablation
+        Which masks.
     cells, where
         The cells of training; adversarial masks learn from them which genes tell perturbations.
     genes
@@ -321,32 +424,19 @@ def masked_genes(
     Raises
     ------
     ValueError
-        If masks are not known, or what they need is missing or shares no gene with the data.
+        If what masks need shares no gene with the data, or lacks a column.
     """
-    options = dict(options)
-    kind = options.pop("masks", "random")
-    sets, regulons = options.pop("gene_sets", None), options.pop("regulons", None)
-    if kind not in MASKS:
-        raise ValueError(f"masks={kind!r} is not known; choose one of {MASKS}.")
-    needs = {"gene_sets": sets, "regulons": regulons}
-    for name, given in needs.items():
-        if (given is not None) != (kind == name):
-            raise ValueError(
-                f"masks={kind!r} and {name}={'given' if given is not None else None}: {name} are "
-                f"needed for masks={name!r}, and for nothing else."
-            )
-    if kind == "gene_sets":
-        options["groups"] = _groups(_read_sets(sets), genes)
-    elif kind == "regulons":
-        edges = regulons if isinstance(regulons, pd.DataFrame) else pd.read_csv(regulons)
+    if ablation.gene_sets is not None:
+        return {"groups": _groups(_read_sets(ablation.gene_sets), genes)}
+    if ablation.regulons is not None:
+        table = ablation.regulons
+        edges = table if isinstance(table, pd.DataFrame) else pd.read_csv(table)
         absent = {"source", "target"} - set(edges)
         if absent:
             raise ValueError(f"regulons: columns {sorted(absent)} are missing: {list(edges)}.")
         found = {str(tf): {str(tf), *part["target"]} for tf, part in edges.groupby("source")}
-        options["groups"] = _groups(found, genes)
-    elif kind == "adversarial":
-        options["weights"] = _telling(cells, where)
-    return options
+        return {"groups": _groups(found, genes)}
+    return {"weights": _telling(cells, where)} if ablation.masks == "adversarial" else {}
 
 
 def _read_sets(sets: GeneSets) -> Mapping[str, Iterable[str]]:
@@ -385,7 +475,7 @@ def _telling(cells: Cells, where: np.ndarray) -> torch.Tensor:
         raise ValueError(
             f"masks='adversarial' needs cells of different perturbations; all are {labels[0]!r}."
         )
-    values = cells.tensors(some)["values"].numpy()
+    values = cells.log1p_rates(some)
     told = np.zeros_like(values)
     for measured, mine in cells.by_dataset(some):  # what was not measured tells nothing
         own = np.ix_(mine, measured)
