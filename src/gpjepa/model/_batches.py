@@ -7,14 +7,35 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from . import _random
 from ._cells import Cells
 
 Draw = tuple[np.ndarray, torch.Tensor]
 
 
-class RandomBatches:
+class EpochSampler(Sampler[Draw]):
+    """Draws the mini-batches of an epoch, which follow from the seed and the epoch alone."""
+
+    def __init__(self) -> None:
+        self.seed = self.epoch = 0
+
+    def __len__(self) -> int:
+        raise AssertionError("each sampler says how many mini-batches an epoch has")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch is next; Lightning calls it."""
+        self.epoch = epoch
+
+    @property
+    def rng(self) -> torch.Generator:
+        """A generator at its start."""
+        start = _random.key(self.seed, "batches", self.epoch) % 2**63
+        return torch.Generator().manual_seed(start)
+
+
+class RandomBatches(EpochSampler):
     """Mini-batches of cells in random order, without the last, smaller one.
 
     Parameters
@@ -26,22 +47,22 @@ class RandomBatches:
     """
 
     def __init__(self, groups: Sequence[np.ndarray], batch_size: int) -> None:
+        super().__init__()
         self.groups = [(cells, min(batch_size, len(cells))) for cells in groups]
 
     def __len__(self) -> int:
         return sum(len(cells) // size for cells, size in self.groups)
 
     def __iter__(self) -> Iterator[Draw]:
-        batches = []
+        batches, rng = [], self.rng
         for cells, size in self.groups:
-            order = cells[torch.randperm(len(cells)).numpy()]
+            order = cells[torch.randperm(len(cells), generator=rng).numpy()]
             batches += [order[i : i + size] for i in range(0, len(cells) - size + 1, size)]
-        turns = range(len(batches)) if len(self.groups) == 1 else torch.randperm(len(batches))
-        for i in turns:
+        for i in torch.randperm(len(batches), generator=rng):
             yield batches[i], torch.empty(0)
 
 
-class RowBatches:
+class RowBatches(EpochSampler):
     """Mini-batches of a few (context, perturbation) rows, with equally many cells of each.
 
     Parameters
@@ -64,6 +85,7 @@ class RowBatches:
         n_batches: int,
         controls: Sequence[np.ndarray] | None = None,
     ) -> None:
+        super().__init__()
         self.drawn = [rows] if controls is None else [rows, controls]
         self.n_rows, self.n_cells, self.n_batches = min(n_rows, len(rows)), n_cells, n_batches
 
@@ -71,17 +93,18 @@ class RowBatches:
         return self.n_batches
 
     def __iter__(self) -> Iterator[Draw]:
+        rng = self.rng
         for _ in range(self.n_batches):
-            chosen = torch.randperm(len(self.drawn[0]))[: self.n_rows]
-            cells = [_draw(groups[i], self.n_cells) for groups in self.drawn for i in chosen]
+            chosen = torch.randperm(len(self.drawn[0]), generator=rng)[: self.n_rows]
+            cells = [_draw(groups[i], self.n_cells, rng) for groups in self.drawn for i in chosen]
             yield np.concatenate(cells), chosen
 
 
-def _draw(cells: np.ndarray, n: int) -> np.ndarray:
+def _draw(cells: np.ndarray, n: int, rng: torch.Generator) -> np.ndarray:
     """Some of the cells, each once where there are enough."""
     if len(cells) >= n:
-        return cells[torch.randperm(len(cells))[:n].numpy()]
-    return cells[torch.randint(len(cells), (n,)).numpy()]
+        return cells[torch.randperm(len(cells), generator=rng)[:n].numpy()]
+    return cells[torch.randint(len(cells), (n,), generator=rng).numpy()]
 
 
 class _Rows(Dataset):
@@ -122,7 +145,7 @@ class Batches(LightningDataModule):
     def __init__(
         self,
         cells: Cells,
-        sampler: RandomBatches | RowBatches,
+        sampler: EpochSampler,
         latent: torch.Tensor | None = None,
         validation: Sequence[Draw] = (),
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -39,6 +40,8 @@ class Plan(pl.LightningModule):
         self.module = module
         self.stage, self.seed = stage, 0
         self.lr, self.weight_decay = lr, weight_decay
+        # Writes a checkpoint after every epoch. No callback, as those come before the plan itself.
+        self.keep: Callable[[pl.Trainer], None] | None = None
         self.records: dict[str, list[float]] = {}
         self._sums: dict[str, torch.Tensor | float] = {}
         self._n_cells: dict[str, int] = {}
@@ -68,8 +71,17 @@ class Plan(pl.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(_random.key(self.seed, self.stage, self.current_epoch) % 2**63)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # the mini-batches have a generator of their own
+            torch.manual_seed(_random.key(self.seed, self.stage, self.current_epoch) % 2**63)
+
+    def on_train_epoch_end(self) -> None:
+        self.end_epoch()
+        if self.keep is not None:
+            self.keep(self.trainer)
+
+    def end_epoch(self) -> None:
+        """What a stage does once it has seen all mini-batches of an epoch."""
 
     def add(self, losses: dict[str, torch.Tensor], kind: str, n_cells: int) -> None:
         """Add a mini-batch to the means of the epoch.

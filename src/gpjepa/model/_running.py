@@ -69,15 +69,13 @@ class TrainingOptions:
         callbacks
             More of them.
         """
-        plan.seed = self.seed
+        plan.seed = batches.sampler.seed = self.seed
         kept = None if self.checkpoints is None else self.checkpoints.of(plan)
-        if kept is not None and kept.restore():
-            return False
-        callbacks = [
-            *callbacks,
-            *([StageBar(name)] if self.shown else []),
-            *([kept] if kept else []),
-        ]
+        if kept is not None:
+            if kept.restore():
+                return False
+            plan.keep = kept.write
+        callbacks = [*callbacks, *([StageBar(name)] if self.shown else [])]
         accelerator, devices, device = parse_device_args(
             self.accelerator, self.devices, return_device="torch"
         )
@@ -85,7 +83,7 @@ class TrainingOptions:
         plan.module.train().requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        with quiet("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        with quiet("lightning.pytorch", "lightning.fabric"):
             trainer = Trainer(
                 max_epochs=max_epochs,
                 accelerator=accelerator,
@@ -160,7 +158,7 @@ class Checkpoints:
         return StageCheckpoint(plan, self.directory)
 
 
-class StageCheckpoint(pl.callbacks.Checkpoint):
+class StageCheckpoint:
     """Writes where a stage stands after every epoch: whole, or not at all."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
@@ -183,7 +181,8 @@ class StageCheckpoint(pl.callbacks.Checkpoint):
         self.plan.module.eval()
         return True
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def write(self, trainer: pl.Trainer) -> None:
+        """Keep where the stage stands."""
         with written_whole(self.path) as draft:
             trainer.save_checkpoint(draft)
 

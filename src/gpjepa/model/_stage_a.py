@@ -374,7 +374,7 @@ class PretrainPlan(Plan):
         cosine = 0.5 * (1 + np.cos(np.pi * min(self.global_step / total, 1.0)))
         ema_update(self.module.target_encoder, self.module.encoder, 1 - (1 - start) * cosine)
 
-    def on_train_epoch_end(self) -> None:
+    def end_epoch(self) -> None:
         seen = self.means("pretrain")
         if not math.isfinite(seen["pretrain_loss"]):
             raise RuntimeError(

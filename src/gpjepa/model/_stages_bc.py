@@ -184,7 +184,7 @@ class ActionPlan(Plan):
         momentum = min(_AVERAGE, 1 - 1 / (1 + self.global_step / 5))
         ema_update(self.averaged, self.module.parts("action"), momentum)
 
-    def on_train_epoch_end(self) -> None:
+    def end_epoch(self) -> None:
         self.means("train")
 
     def on_validation_start(self) -> None:

@@ -27,7 +27,7 @@ from gpjepa.perturbations import Perturbation, Vocabulary
 from gpjepa.splits import MIN_UNITS, Holdout, exclude, hold_out
 
 from . import _random
-from ._batches import Batches, RandomBatches, RowBatches
+from ._batches import Batches, EpochSampler, RandomBatches, RowBatches
 from ._cells import Cells
 from ._components import fit_components, worth_keeping
 from ._held_out import HeldOut
@@ -210,7 +210,7 @@ class Pretraining:
                 "A single cell, or the only one of its data set, cannot be compared with anything: "
                 "at least 2 are needed, better 50. Add cells or remove it."
             )
-        self.sampler: RandomBatches | RowBatches = RandomBatches(groups, batch_size)
+        self.sampler: EpochSampler = RandomBatches(groups, batch_size)
         if plan.set_size:
             self.sampler = self._sets(plan.set_size, batch_size)
 

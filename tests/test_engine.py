@@ -1,0 +1,415 @@
+"""How training runs and where results go: order, gates, checkpoints, files, devices."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import anndata as ad
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+import pytest
+import scvi
+import torch
+from helpers import train_quickly
+
+import gpjepa
+from gpjepa import GPJEPA
+from gpjepa.effects import CellSums, Gate, effect_table
+from gpjepa.model import ActionPlan
+from gpjepa.model._network import Network
+from gpjepa.model._states import States
+from gpjepa.model._training import TrainingCells
+
+QUIET = {"enable_progress_bar": False}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Three singles and their combinations in one context."""
+    return gpjepa.datasets.simulate(600, 40, n_targets=4, n_combinations=3, seed=2)
+
+
+def untrained(adata, seed=0, **setup):
+    scvi.settings.seed = seed
+    adata = adata.copy()
+    GPJEPA.setup_anndata(adata, **setup)
+    return GPJEPA(adata, n_latent=8, n_hidden=16)
+
+
+# The gate
+
+
+def test_a_context_with_few_controls_shuts_no_gate_elsewhere(simulated):
+    control = (simulated.obs["perturbation"] == "control").to_numpy()
+    there = (simulated.obs["context"] == "context1").to_numpy()
+    few = np.flatnonzero(control & there)[3:]
+    adata = simulated[np.setdiff1d(np.arange(simulated.n_obs), few)]
+    fitted = train_quickly(adata, context_key="context", train={"max_epochs": 1})
+    assert fitted.response_.gate
+    assert "not judged in 'context1': fewer than 4 control cells" in fitted.summary()
+    data = TrainingCells(fitted._training_cells(), fitted.genes)
+    judged = [c for c, _ in data.held_rows if c != "context1"]
+    assert len(fitted.response_.held_out.errors) == len(judged)
+
+
+def test_a_held_out_context_has_a_gate():
+    screen = gpjepa.datasets.simulate(
+        1_200, 40, n_targets=6, n_combinations=0, n_contexts=3, seed=1
+    )
+    fitted = train_quickly(screen, context_key="context", train={"max_epochs": 1})
+    data = TrainingCells(fitted._training_cells(), fitted.genes)
+    assert data.holdout.kind == "contexts"
+    (regime,) = fitted.response_.gate
+    assert regime == "new context"
+    assert fitted.response_.gate[regime].n_units == 6
+    assert (fitted.response_.held_out.errors.index == "new context").all()
+    # Perturbed cells of the context are out, and half of all controls.
+    out = data.out
+    assert out[np.array(data.cells.contexts) == data.holdout.units[0]].mean() > 0.5
+    assert out[data.cells.is_control].mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_gate_is_that_of_what_the_network_was_trained_on(model, monkeypatch):
+    """The anchor knows held-out targets; on these the network was never trained."""
+    effects = model._mean_effects()
+    known, trained = effects.anchor.effects_.regimes, effects.response.trained
+    hidden = sorted(known.alone - trained.alone)
+    other = sorted(trained.alone)[0]
+    asked = gpjepa.perturbations.Perturbation.of([hidden[0], other])
+    assert known.of(asked, "context0") == "seen2"
+    gates = {r: Gate(1.0, 9, 0.0, 0.0, 0.0) for r in ("seen2", "unseen", "seen0")}
+    gates["seen1"] = Gate(0.25, 9, 0.0, 0.0, 0.0)
+    monkeypatch.setitem(effects.response.__dict__, "gate", gates)
+    assert trained.of(asked, "context0") == "seen1"
+    assert effects.gate(asked, "context0") == 0.25
+    both = gpjepa.perturbations.Perturbation.of(sorted(trained.alone)[:2])
+    expected = 1.0 if known.of(both, "context0") == "seen2" else 0.0
+    assert effects.gate(both, "context0") == expected
+    assert effects.gate(asked, "context0", 1) == 1.0
+
+
+def test_the_epoch_behind_a_unit_is_the_best_of_the_others():
+    plan = ActionPlan.__new__(ActionPlan)
+    rng = np.random.default_rng(0)
+    judged = rng.gamma(1.0, size=(9, 5))
+    plan.judged = [torch.from_numpy(epoch) for epoch in judged]
+    assert plan.best == judged.sum(1).argmin()
+    for unit, chosen in enumerate(plan.chosen):
+        assert chosen == np.delete(judged, unit, 1).sum(1).argmin()
+    plan.judged[3][1] = torch.inf
+    assert plan.best != 3
+    assert 3 not in plan.chosen[:1] + plan.chosen[2:]
+
+
+def test_the_network_predicts_what_its_loss_is_of(model, simulated):
+    """Both decode mean states: no noise that the loss does not see."""
+    effects = model._mean_effects()
+    network, (context, reference) = effects.network, next(iter(model.response_.reference.items()))
+    asked = effects.anchor.effects_.perturbations[0]
+    anchor = effects.anchor.predict([asked], [context], "mean_log1p").mean[0]
+    module = model.module
+    with torch.no_grad():
+        base, batch = torch.from_numpy(reference.state), torch.from_numpy(reference.batch)
+        moved = base + torch.from_numpy(anchor) @ module.anchor_map
+        action = network.action([asked]).expand(len(base), -1)
+        residual, _ = module.transition(base, action, moved - base)
+        nothing = torch.zeros(1, len(model.genes))
+        loss = module._effect_loss(moved + residual, moved, batch, nothing)
+    found = network.effect(asked, context, anchor, ["log1p_mean"])["log1p_mean"]
+    assert float(loss) > 0
+    np.testing.assert_allclose((found.astype(float) ** 2).sum(), float(loss), rtol=1e-4)
+
+
+# Order and repetition
+
+
+def test_training_does_not_depend_on_the_order_of_cells(simulated, rng):
+    order = rng.permutation(simulated.n_obs)
+    one, other = (
+        train_quickly(cells, context_key="context", batch_key="batch")
+        for cells in (simulated, simulated[order])
+    )
+    for name in ("pretrain_loss", "train_loss", "holdout_error"):
+        np.testing.assert_allclose(one.history[name], other.history[name], rtol=1e-4)
+    label = one.anchor.effects_.perturbations[0]
+    a, b = (m.predict_effects(label, gate=1)["effect"] for m in (one, other))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+class _Stop(pl.Callback):
+    """Interrupts, or fails, after an epoch."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def on_train_epoch_end(self, trainer, plan):
+        if self.error is not None:
+            raise self.error
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_training_that_fails_leaves_the_model_as_it_was(small):
+    fitted = train_quickly(small)
+    label = fitted.anchor.effects_.perturbations[0]
+    before, gates = fitted.predict_effects(label, gate=1), fitted.response_
+    with pytest.raises(ZeroDivisionError):
+        fitted.train(5, 1, callbacks=[_Stop(ZeroDivisionError())], **QUIET)
+    assert fitted.response_ is gates
+    pd.testing.assert_frame_equal(fitted.predict_effects(label, gate=1), before)
+
+
+def test_a_second_training_that_is_interrupted_has_gates_of_its_own(simulated):
+    fitted = train_quickly(simulated)
+    first = fitted.response_
+    with pytest.warns(UserWarning, match="interrupted"):
+        fitted.train(50, callbacks=[_Stop()], **QUIET)
+    assert fitted.response_ is not first
+    assert set(fitted.response_.gate) == set(first.gate)
+    assert fitted.response_.gate != first.gate
+    assert len(fitted.history["train_loss"]) == 1
+
+
+def test_callbacks_are_those_of_stages_b_and_c(small):
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_train_start(self, trainer, plan):
+            seen.append(type(plan).__name__)
+
+    fitted = untrained(small)
+    fitted.train(1, 1, callbacks=[Spy()], **QUIET)
+    assert seen == ["ActionPlan"]
+    fitted.pretrain(1, callbacks=[Spy()], **QUIET)
+    assert seen == ["ActionPlan", "PretrainPlan"]
+
+
+def test_a_model_that_starts_from_another_is_not_trained(small, tmp_path, recwarn):
+    source = untrained(small)
+    source.pretrain(1, **QUIET)
+    source.save(tmp_path / "source")
+    adata = small.copy()
+    GPJEPA.setup_anndata(adata)
+    started = GPJEPA(adata, pretrained=tmp_path / "source")
+    assert started.is_pretrained_
+    assert not started.is_trained_
+    started.embed(adata)
+    assert not [w for w in recwarn if "untrained" in str(w.message)]
+
+
+def test_history_has_curves_of_what_is_not_trained_on(model, simulated):
+    curves = model.history
+    assert len(curves["pretrain_validation_loss"]) == len(curves["pretrain_loss"]) == 2
+    assert len(curves["holdout_error"]) == len(curves["train_loss"]) == 3
+    figure = model.plot_history()
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [
+        "Stage A: loss",
+        "Stage A: effective rank of states",
+        "Stages B and C: loss",
+        "Stages B and C: error ÷ no change",
+    ]
+    with pytest.raises(ValueError, match="no curve that is known"):
+        gpjepa.plotting.history({"magic": pd.DataFrame()})
+
+
+# Checkpoints
+
+_KILLED = """
+import os, signal, sys, warnings
+import lightning.pytorch as pl, scvi, gpjepa
+warnings.simplefilter("ignore")
+class Kill(pl.Callback):
+    def on_train_epoch_start(self, trainer, plan):
+        if type(plan).__name__ == sys.argv[2] and trainer.current_epoch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+adata = gpjepa.datasets.simulate(600, 40, n_targets=4, n_combinations=3, seed=2)
+scvi.settings.seed = 0
+gpjepa.GPJEPA.setup_anndata(adata)
+model = gpjepa.GPJEPA(adata, n_latent=8, n_hidden=16)
+if sys.argv[2] == "PretrainPlan":
+    model.pretrain(4, checkpoint_dir=sys.argv[1], enable_progress_bar=False, callbacks=[Kill()])
+model.train(6, 4, checkpoint_dir=sys.argv[1], enable_progress_bar=False, callbacks=[Kill()])
+"""
+
+
+@pytest.mark.parametrize("stage", ["PretrainPlan", "ActionPlan"])
+def test_training_goes_on_after_it_was_killed(small, tmp_path, stage):
+    kept = tmp_path / "kept"
+    run = subprocess.run([sys.executable, "-c", _KILLED, str(kept), stage], capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()[-2_000:]
+    assert not [f for f in kept.iterdir() if f.name.startswith(".")]
+    found = {}
+    for name, options in (
+        ("killed", {"checkpoint_dir": kept, "resume": True}),
+        ("whole", {"checkpoint_dir": tmp_path / "whole"}),
+        ("without", {}),
+    ):
+        fitted = untrained(small, seed=0 if name != "killed" else 7)
+        if stage == "PretrainPlan":
+            fitted.pretrain(4, **options, **QUIET)
+        else:
+            fitted.train(6, 4, **options, **QUIET)
+        found[name] = fitted
+    for name in ("killed", "without"):
+        for key, curve in found["whole"].history.items():
+            np.testing.assert_allclose(found[name].history[key], curve, rtol=1e-5, err_msg=key)
+    if stage == "ActionPlan":
+        assert len(found["killed"].history["train_loss"]) == 6
+        label = found["whole"].anchor.effects_.perturbations[0]
+        a, b = (found[n].predict_effects(label, gate=1)["effect"] for n in ("killed", "whole"))
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_checkpoints_of_another_training_are_refused(small, tmp_path):
+    fitted = untrained(small)
+    fitted.train(1, 1, checkpoint_dir=tmp_path, **QUIET)
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "start.pt",
+        "pretrain-finished.ckpt",
+        "action-finished.ckpt",
+    }
+    with pytest.raises(ValueError, match="resume=True needs checkpoint_dir"):
+        untrained(small).train(1, 1, resume=True, **QUIET)
+    with pytest.raises(ValueError, match="holds checkpoints of another training"):
+        untrained(small).train(1, 1, checkpoint_dir=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="of another training .*epochs of stage A: 1 there, 2"):
+        untrained(small).train(1, 2, checkpoint_dir=tmp_path, resume=True, **QUIET)
+    other = small[:-1]
+    with pytest.raises(ValueError, match="cells: 600 there, 599 here"):
+        untrained(other).train(1, 1, checkpoint_dir=tmp_path, resume=True, **QUIET)
+    again = untrained(small, seed=3)
+    again.train(1, 1, checkpoint_dir=tmp_path, resume=True, **QUIET)  # nothing is left to do
+    np.testing.assert_array_equal(again.history["train_loss"], fitted.history["train_loss"])
+
+
+# Cells on disk
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_cells_on_disk_are_those_in_memory(model, simulated, held_out, tmp_path, suffix):
+    asked = [held_out, "TF000"]
+    expected = model.predict_perturbation(simulated, asked)
+    path = tmp_path / f"cells{suffix}"
+    backed = model.predict_perturbation(simulated, asked, out=path, layers=["expected"])
+    assert [f.name for f in tmp_path.iterdir()] == [path.name]
+    assert list(backed.obs_names) == list(expected.obs_names)
+    backed.file.close()
+    found = ad.read_h5ad(path) if suffix == ".h5ad" else ad.read_zarr(path)
+    assert (found.X != expected.X).nnz == 0
+    np.testing.assert_array_equal(found.layers["expected"], expected.layers["expected"])
+    assert "expected_sd" not in found.layers
+    np.testing.assert_array_equal(found.obsm["X_gpjepa"], expected.obsm["X_gpjepa"])
+    pd.testing.assert_frame_equal(found.obs, expected.obs, check_categorical=False)
+    assert set(found.uns["rank_genes_groups"]) == set(expected.uns["rank_genes_groups"])
+    np.testing.assert_allclose(found.varm["expected"], expected.varm["expected"])
+    with pytest.raises(FileExistsError, match="already exists"):
+        model.predict_perturbation(simulated, asked, out=path)
+
+
+def test_expected_values_are_kept_per_perturbation(model, simulated, held_out, monkeypatch):
+    cells = model.predict_perturbation(simulated, [held_out, "TF000"])
+    assert list(cells.varm["expected"])[:2] == [f"{held_out}|context0", f"{held_out}|context1"]
+    for name in cells.varm["expected"]:
+        label, context = name.split("|")
+        mine = (cells.obs["perturbation"] == label) & (cells.obs["context"] == context)
+        mean = cells[mine.to_numpy()].layers["expected"].mean(0)
+        np.testing.assert_allclose(cells.varm["expected"][name], mean, rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr("gpjepa.model._gpjepa._MANY", 1)
+    with pytest.warns(UserWarning, match="varm has both per perturbation"):
+        few = model.predict_perturbation(simulated, held_out)
+    assert not few.layers
+    assert set(few.varm) == {"expected", "expected_sd"}
+    with pytest.raises(ValueError, match="expected a list of some of"):
+        model.predict_perturbation(simulated, held_out, layers=["counts"])
+    with pytest.raises(ValueError, match="must end in"):
+        model.predict_perturbation(simulated, held_out, out="cells.csv")
+
+
+@pytest.mark.parametrize("gate", [0, 1])
+def test_cells_made_in_parts_are_those_made_at_once(model, simulated, held_out, monkeypatch, gate):
+    expected = model.predict_perturbation(simulated, held_out, gate=gate)
+    monkeypatch.setattr("gpjepa.model._generation._AT_A_TIME", 10 * simulated.n_vars)
+    found = model.predict_perturbation(simulated, held_out, gate=gate)
+    assert (found.X != expected.X).nnz == 0
+    np.testing.assert_allclose(found.layers["expected"], expected.layers["expected"], rtol=1e-5)
+
+
+def test_a_file_that_fails_leaves_nothing(model, simulated, held_out, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("gpjepa.model._random.gamma_poisson", fails)
+    with pytest.raises(ZeroDivisionError):
+        model.predict_perturbation(simulated, held_out, out=tmp_path / "cells.h5ad")
+    assert not list(tmp_path.iterdir())
+
+
+def test_normalized_expression_is_decoded(model, simulated):
+    some = [5, 3, 8]
+    found = model.get_normalized_expression(simulated, some, library_size=1e4)
+    assert list(found.index) == list(simulated.obs_names[some])
+    assert list(found.columns) == list(model.genes)
+    np.testing.assert_allclose(found.sum(1), 1e4, rtol=1e-4)
+    genes = [model.genes[7], model.genes[2]]
+    own = model.get_normalized_expression(
+        simulated, some, gene_list=genes, library_size="latent", batch_size=1, return_numpy=True
+    )
+    library = np.asarray(simulated.layers["counts"][some].sum(1)).ravel()
+    np.testing.assert_allclose(own, found[genes] * library[:, None] / 1e4, rtol=1e-4)
+    with pytest.raises(ValueError, match="does not know"):
+        model.get_normalized_expression(simulated, gene_list=["MAGIC"])
+
+
+# Devices
+
+
+def test_several_devices_are_refused(small):
+    for devices in (2, -1, [0, 1]):
+        with pytest.raises(ValueError, match="one device"):
+            untrained(small).train(1, 1, devices=devices)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_gpu_gives_the_numbers_of_the_cpu(simulated):
+    """States, decoded effects and losses of the same weights; random numbers differ in training."""
+    fitted = train_quickly(simulated, train={"accelerator": "cpu"})
+    label = fitted.anchor.effects_.perturbations[0]
+    states, effects = fitted.get_latent_representation(), fitted.predict_effects(label, gate=1)
+    network = Network(States(fitted.module), fitted.vocabulary, fitted.response_.reference, {})
+    fitted.to_device("cuda:0")
+    np.testing.assert_allclose(fitted.get_latent_representation(), states, atol=1e-4)
+    found = fitted.predict_effects(label, gate=1)
+    np.testing.assert_allclose(found["effect"], effects["effect"], atol=1e-4)
+    assert network.action([label]).device.type == "cuda"
+    on_gpu = train_quickly(simulated, train={"accelerator": "gpu"})
+    assert on_gpu.module.anchor_map.device.type == "cuda"
+    for name in ("pretrain_loss", "train_loss"):
+        np.testing.assert_allclose(on_gpu.history[name], fitted.history[name], rtol=0.05)
+
+
+# Sums that add up
+
+
+def test_sums_of_two_sides_are_those_of_all_cells(cells, rng):
+    counts, library = cells.X, cells.obs["library_size"].to_numpy()
+    perturbations = [gpjepa.perturbations.Perturbation.parse(p) for p in cells.obs["perturbation"]]
+    contexts = list(cells.obs["context"].astype(str))
+    out = rng.random(cells.n_obs) < 0.4
+    sides = [
+        CellSums(cells.var_names).add(counts, library, perturbations, contexts, keep)
+        for keep in (out, ~out)
+    ]
+    found = sides[0].plus(sides[1]).table()
+    expected = effect_table(counts, library, perturbations, contexts, cells.var_names)
+    assert found.rows == expected.rows
+    for scale in expected.scales:
+        np.testing.assert_allclose(found.effect[scale], expected.effect[scale], atol=1e-6)
+        np.testing.assert_allclose(found.variance[scale], expected.variance[scale], rtol=1e-5)
+        for context, draws in expected.draws[scale].items():
+            np.testing.assert_allclose(found.draws[scale][context], draws, atol=1e-6)
+    assert sorted(found.cells) == sorted(expected.cells)
+    one = sides[0].table([contexts[0]])
+    assert one.contexts == [contexts[0]]
