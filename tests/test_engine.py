@@ -214,6 +214,36 @@ def test_history_has_curves_of_what_is_not_trained_on(model, simulated):
         gpjepa.plotting.history({"magic": pd.DataFrame()})
 
 
+def test_held_out_rows_may_be_judged_now_and_then(small):
+    fitted = untrained(small)
+    fitted.train(4, 1, check_val_every_n_epoch=2, **QUIET)
+    assert list(fitted.history["holdout_error"].index) == [1, 3]
+    assert list(fitted.history["train_loss"].index) == [0, 1, 2, 3]
+
+
+def test_train_takes_what_autotune_gives_it(small, tmp_path):
+    """As scvi.autotune calls it, and where it looks for the metric."""
+    found = []
+
+    class Report(pl.Callback):
+        def on_train_end(self, trainer, plan):
+            found.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+
+    fitted = untrained(small)
+    fitted.train(
+        accelerator="auto",
+        devices="auto",
+        check_val_every_n_epoch=1,
+        enable_progress_bar=False,
+        logger=pl.loggers.CSVLogger(tmp_path),
+        callbacks=[Report()],
+        max_epochs=2,
+        pretrain_epochs=1,
+    )
+    last = fitted.history["holdout_error"].iloc[-1].item()
+    assert found[0]["holdout_error"] == pytest.approx(last)
+
+
 # Checkpoints
 
 _KILLED = """

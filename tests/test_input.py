@@ -208,7 +208,7 @@ def test_batches_are_compared_by_value(screen):
         ({"datasplitter_kwargs": {}}, "has no argument 'datasplitter_kwargs'"),
         ({"use_gpu": True}, "'use_gpu': accelerator='gpu'"),
         ({"early_stopping_monitor": "elbo"}, "early_stopping_patience="),
-        ({"check_val_every_n_epoch": 1}, "error on held-out perturbations"),
+        ({"val_check_interval": 1}, "error on held-out perturbations"),
         ({"lr": 1e-3}, "plan_kwargs={'lr'"),
         ({"n_epochs": 3}, "max_epochs and pretrain_epochs"),
         ({"max_epoch": 3}, "did you mean max_epochs="),

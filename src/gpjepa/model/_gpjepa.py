@@ -411,7 +411,8 @@ class GPJEPA(BaseModelClass):
             Go on from the checkpoints in ``checkpoint_dir``, if there are any: after a crash, the
             same call gives the numbers of training that was never interrupted.
         **trainer_kwargs
-            Options of :class:`scvi.train.Trainer`; ``callbacks`` are those of stages B and C.
+            Options of :class:`scvi.train.Trainer`; ``callbacks`` are those of stages B and C, and
+            ``check_val_every_n_epoch`` says how often what is held out is judged.
         """
         check_plan(ActionPlan, plan_kwargs)
         check_plan(PretrainPlan, pretrain_kwargs)

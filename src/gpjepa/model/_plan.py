@@ -42,7 +42,7 @@ class Plan(pl.LightningModule):
         self.lr, self.weight_decay = lr, weight_decay
         # Writes a checkpoint after every epoch. No callback, as those come before the plan itself.
         self.keep: Callable[[pl.Trainer], None] | None = None
-        self.records: dict[str, list[float]] = {}
+        self.records: dict[str, dict[int, float]] = {}  # by epoch
         self._sums: dict[str, torch.Tensor | float] = {}
         self._n_cells: dict[str, int] = {}
 
@@ -104,14 +104,14 @@ class Plan(pl.LightningModule):
 
     def record(self, name: str, value: float) -> None:
         """One value of this epoch, for the history, the logger and callbacks."""
-        self.records.setdefault(name, []).append(value)
+        self.records.setdefault(name, {})[self.current_epoch] = value
         self.log(name, value, prog_bar=name.endswith(("_loss", "_error")), batch_size=1)
 
     @property
     def history(self) -> dict[str, pd.DataFrame]:
         """A frame per metric, by epoch."""
         return {
-            name: pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
+            name: pd.DataFrame({name: values.values()}, pd.Index(values, name="epoch"))
             for name, values in self.records.items()
         }
 

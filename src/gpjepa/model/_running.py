@@ -90,9 +90,8 @@ class TrainingOptions:
                 devices=devices,
                 callbacks=callbacks,
                 enable_progress_bar=False,
-                check_val_every_n_epoch=1,
                 limit_val_batches=1.0 if batches.validation else 0,
-                **{"log_every_n_steps": 1, **self.trainer},
+                **{"log_every_n_steps": 1, "check_val_every_n_epoch": 1, **self.trainer},
             )
             with finish_on_interrupt(trainer) as interrupted:
                 trainer.fit(plan, batches, ckpt_path=None if kept is None else kept.there)
