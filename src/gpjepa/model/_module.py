@@ -180,7 +180,7 @@ class GPJEPAModule(BaseModuleClass):
         share = self.decoder(torch.cat([z, base]), batch)
         nb = negative_binomial_nll(counts, share * library.unsqueeze(1), self.decoder.dispersion)
         nb = nb.mean() / self.n_genes
-        spread = vicreg(z, spread=float(target.std(0).mean())) if weights["vicreg"] else kl * 0
+        spread = vicreg(z, spread=target.std(0).mean()) if weights["vicreg"] else kl * 0
         effect = self._effect_loss(prior, base + shift, batch[n:], missed)
         loss = predict + sum(
             weights[name] * part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,12 +127,13 @@ class Network:
         if "mean_log1p" in scales:
             shift = library_shift(dict(self.library_shifts), perturbation)
             library = control.library * np.exp(shift)
-            effect["mean_log1p"] = np.subtract(
-                *(
-                    expected_log1p(x * library[:, None], self.states.dispersion, library).mean(0)
-                    for x in (after, before)
-                )
-            )
+
+            def expected(share: np.ndarray) -> np.ndarray:
+                mean = share * library[:, None]
+                return expected_log1p(mean, self.states.dispersion, library).mean(0)
+
+            with ThreadPoolExecutor(min(2, torch.get_num_threads())) as threads:
+                effect["mean_log1p"] = np.subtract(*threads.map(expected, (after, before)))
         return effect
 
 

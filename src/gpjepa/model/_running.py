@@ -83,7 +83,8 @@ class TrainingOptions:
         plan.module.train().requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        with quiet("lightning.pytorch", "lightning.fabric"):
+        # Epochs set the seed, which is nobody else's.
+        with quiet("lightning.pytorch", "lightning.fabric"), torch.random.fork_rng(devices=[]):
             trainer = Trainer(
                 max_epochs=max_epochs,
                 accelerator=accelerator,

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 
-def vicreg(z: torch.Tensor, spread: float = 1.0) -> torch.Tensor:
+def vicreg(z: torch.Tensor, spread: float | torch.Tensor = 1.0) -> torch.Tensor:
     """Variance and covariance terms of VICReg (Bardes, Ponce, LeCun 2022, eq. 1 and 4).
 
     Parameters
