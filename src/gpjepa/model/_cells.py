@@ -286,3 +286,25 @@ def align(
     if isinstance(adata.varm.get(MEASURED), pd.DataFrame):
         light.varm[MEASURED] = adata.varm[MEASURED].reindex(light.var_names, fill_value=False)
     return light, visible
+
+
+def as_trained(adata: AnnData, registry: dict) -> tuple[AnnData, np.ndarray | None]:
+    """The AnnData itself if its genes are the model's in their order, else an aligned copy.
+
+    With a mask of the model's genes that it has, None for all.
+    """
+    counts = registry["field_registries"][REGISTRY_KEYS.X_KEY]
+    genes = np.asarray(counts["state_registry"]["column_names"])
+    if np.array_equal(adata.var_names.to_numpy().astype(str), genes.astype(str)):
+        return adata, None
+    light, visible = align(adata, genes, counts["data_registry"]["attr_key"], list(adata.obs))
+    return light, None if visible.all() else visible
+
+
+def positions(n_cells: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    """Positions of the cells that positions or a mask choose."""
+    where = np.arange(n_cells) if indices is None else np.asarray(indices)
+    where = np.flatnonzero(where) if where.dtype == bool else where
+    if not len(where):
+        raise ValueError("No cells were selected.")
+    return where

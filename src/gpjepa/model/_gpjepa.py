@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 from sklearn.exceptions import NotFittedError
@@ -28,14 +27,14 @@ from gpjepa.perturbations import Perturbation, TargetFeatures, Vocabulary
 
 from . import _pretrained, _random
 from ._arguments import check_plan, check_training, refuse_unknown
-from ._cells import Cells, align
+from ._cells import Cells, as_trained, positions
 from ._data import Data
 from ._generation import ControlCells, Generation
 from ._module import MATCHINGS, GPJEPAModule
 from ._network import Network
 from ._progress import quiet
 from ._response import GateOption, MeanEffects, Response
-from ._results import LAYERS, PredictedCells, Results, Z, effect_frame
+from ._results import LAYERS, PredictedCells, Results, checked_file, effect_frame, interaction_frame
 from ._running import Checkpoints, TrainingOptions
 from ._setup import check_cells, check_groups, make_fields
 from ._stage_a import PretrainPlan
@@ -704,25 +703,7 @@ class GPJEPA(BaseModelClass):
             for c in chosen:
                 found = self.anchor.predict_interactions([p], [c], scale)
                 parts = effects.of_all([(part, label, c) for part in (p, *p.singles)], gate)
-                whole, *singles = (part.effect[scale] for part in parts)
-                additive = np.sum(singles, 0)
-                sd = np.sqrt(found.variance[0])
-                interaction = whole - additive
-                frames.append(
-                    pd.DataFrame(
-                        {
-                            "perturbation": label,
-                            "context": c,
-                            "gene": self.genes,
-                            "interaction": interaction,
-                            "sd": sd,
-                            "lower": interaction - Z * sd,
-                            "upper": interaction + Z * sd,
-                            "additive": additive,
-                            "regime": found.regime[0],
-                        }
-                    )
-                )
+                frames.append(interaction_frame(found, parts, self.genes, scale))
         return pd.concat(frames, ignore_index=True)
 
     def predict_enrichment(
@@ -825,7 +806,7 @@ class GPJEPA(BaseModelClass):
         if n_samples is not None and not (isinstance(n_samples, Integral) and n_samples > 0):
             raise ValueError(f"n_samples={n_samples}: expected a whole number from 1, or None.")
         _check_gate(gate)
-        path = None if out is None else _checked_file(out)
+        path = None if out is None else checked_file(out)
         if layers is not None and (isinstance(layers, str) or not {*layers} <= {*LAYERS}):
             raise ValueError(f"layers={layers!r}: expected a list of some of {list(LAYERS)}.")
         effects = self._mean_effects(States(self.module, batch_size).in_double())
@@ -914,7 +895,7 @@ class GPJEPA(BaseModelClass):
         """
         self._check_states()
         cells = self._query_cells(adata)
-        where = _positions(len(cells), indices)
+        where = positions(len(cells), indices)
         # Batches in the order of the names: the same cells give the same numbers to the last bit.
         order = np.argsort(cells.names[where], kind="stable")
         states = States(self.module, batch_size)
@@ -960,7 +941,7 @@ class GPJEPA(BaseModelClass):
         """
         self._check_states()
         cells = self._query_cells(adata, decodes=True)
-        where = _positions(len(cells), indices)
+        where = positions(len(cells), indices)
         names = self.genes if gene_list is None else np.asarray(gene_list, dtype=object)
         columns = pd.Index(self.genes).get_indexer(pd.Index(names))
         if (columns < 0).any():
@@ -1008,7 +989,7 @@ class GPJEPA(BaseModelClass):
 
         self._check_states()
         cells = self._query_cells(adata, decodes=True)
-        where = _positions(len(cells), indices)
+        where = positions(len(cells), indices)
         states = States(self.module, batch_size).in_double()
         draws = [states.sample(cells, where, k) for k in range(n_samples)]
         return draws[0] if n_samples == 1 else sparse.stack(draws, axis=2)
@@ -1121,7 +1102,7 @@ class GPJEPA(BaseModelClass):
             raise ValueError(f"{dir_path} holds a model of class {name}, not {cls.__name__}.")
         visible = None
         if isinstance(adata, AnnData):
-            adata, visible = _as_trained(adata, registry)
+            adata, visible = as_trained(adata, registry)
         with quiet("scvi.data._download"):
             model = super().load(str(dir_path), adata, prefix=prefix, **kwargs)
         if hasattr(model, "effects_"):
@@ -1143,38 +1124,6 @@ def _generated(
     """Cells of each perturbation in each context, as they come."""
     for effect in effects.of_all(pairs, gate):
         yield from generation.cells(effect, controls[effect.context])
-
-
-def _as_trained(adata: AnnData, registry: dict) -> tuple[AnnData, np.ndarray | None]:
-    """The AnnData itself if its genes are the model's in their order, else an aligned copy.
-
-    With a mask of the model's genes that it has, None for all.
-    """
-    counts = registry["field_registries"][REGISTRY_KEYS.X_KEY]
-    genes = np.asarray(counts["state_registry"]["column_names"])
-    if np.array_equal(adata.var_names.to_numpy().astype(str), genes.astype(str)):
-        return adata, None
-    light, visible = align(adata, genes, counts["data_registry"]["attr_key"], list(adata.obs))
-    return light, None if visible.all() else visible
-
-
-def _positions(n_cells: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
-    """Positions of the cells that positions or a mask choose."""
-    where = np.arange(n_cells) if indices is None else np.asarray(indices)
-    where = np.flatnonzero(where) if where.dtype == bool else where
-    if not len(where):
-        raise ValueError("No cells were selected.")
-    return where
-
-
-def _checked_file(out: str | Path) -> Path:
-    """Where cells are to be written."""
-    path = Path(out)
-    if path.suffix not in (".h5ad", ".zarr"):
-        raise ValueError(f"out={str(out)!r}: the name must end in .h5ad or .zarr.")
-    if path.exists():
-        raise FileExistsError(f"{out} already exists. Choose another name, or remove it.")
-    return path
 
 
 def _check_gate(gate: GateOption) -> None:

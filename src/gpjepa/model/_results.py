@@ -18,7 +18,7 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 from scipy.stats import false_discovery_control, norm
 
 from gpjepa._files import written_whole
-from gpjepa.effects import Scale
+from gpjepa.effects import AnchorPrediction, Scale
 from gpjepa.perturbations import Perturbation
 
 from ._held_out import REGIMES
@@ -100,6 +100,39 @@ def effect_frame(
             "upper": (effect + Z * sd).ravel(),
             "anchor": np.stack([e.anchor[scale] for e in effects]).ravel(),
             "regime": of_rows("regime"),
+        }
+    )
+
+
+def interaction_frame(
+    found: AnchorPrediction, parts: Sequence[PredictedEffect], genes: np.ndarray, scale: Scale
+) -> pd.DataFrame:
+    """One row per gene: a combination's effect less the sum of those of its singles.
+
+    Parameters
+    ----------
+    found
+        The anchor's interaction, of which the standard deviation is taken.
+    parts
+        Effects of the combination, then of its singles.
+    genes, scale
+        As in :func:`effect_frame`.
+    """
+    whole, *singles = (part.effect[scale] for part in parts)
+    additive = np.sum(singles, 0)
+    sd = np.sqrt(found.variance[0])
+    interaction = whole - additive
+    return pd.DataFrame(
+        {
+            "perturbation": parts[0].label,
+            "context": parts[0].context,
+            "gene": genes,
+            "interaction": interaction,
+            "sd": sd,
+            "lower": interaction - Z * sd,
+            "upper": interaction + Z * sd,
+            "additive": additive,
+            "regime": found.regime[0],
         }
     )
 
@@ -297,6 +330,16 @@ _LAYERS: dict[str, Callable[[PredictedCells], np.ndarray]] = {
     "expected_sd": _expected_sd,
 }
 LAYERS = tuple(_LAYERS)
+
+
+def checked_file(out: str | Path) -> Path:
+    """Where cells are to be written."""
+    path = Path(out)
+    if path.suffix not in (".h5ad", ".zarr"):
+        raise ValueError(f"out={str(out)!r}: the name must end in .h5ad or .zarr.")
+    if path.exists():
+        raise FileExistsError(f"{out} already exists. Choose another name, or remove it.")
+    return path
 
 
 def _opened(path: Path, mode: Literal["r", "w"]) -> Any:
