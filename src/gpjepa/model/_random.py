@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 
 import numpy as np
+import torch
+
+_THREADS = 4
 
 
 def key(*parts: object) -> int:
@@ -50,7 +54,12 @@ def gamma_poisson(
     """
     shape = np.broadcast_to(shape, scale.shape)
     result = np.empty(scale.shape, np.float32)
-    for i, (name, draw) in enumerate(zip(names, draws, strict=True)):
-        rng = stream("counts", *parts, name, draw)
+
+    def draw(i: int) -> None:
+        rng = stream("counts", *parts, names[i], draws[i])
         result[i] = rng.poisson(rng.standard_gamma(shape[i]) * scale[i])
+
+    # Every cell has a stream of its own, so that threads change no number.
+    with ThreadPoolExecutor(min(_THREADS, torch.get_num_threads())) as threads:
+        list(threads.map(draw, range(len(names))))
     return result
