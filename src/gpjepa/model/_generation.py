@@ -18,6 +18,7 @@ from ._results import PredictedCells, PredictedEffect
 from ._states import States
 
 _AT_A_TIME = 4_000_000  # cells times genes held dense
+_KEPT = 20_000_000  # the same, of all contexts together
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,27 @@ class ControlCells:
         Which draw each of them stands for.
     rate
         Mean rate per 10,000 of the control in training, shape (n_genes,).
+    n_contexts
+        Contexts that are predicted, each of which keeps its rates.
     """
 
-    def __init__(self, states: States, cells: Cells, draws: np.ndarray, rate: np.ndarray) -> None:
+    def __init__(
+        self, states: States, cells: Cells, draws: np.ndarray, rate: np.ndarray, n_contexts: int = 1
+    ) -> None:
         self.states, self.cells, self.draws = states, cells, draws
         self.state = states.encode(cells)
-        size = max(1, _AT_A_TIME // cells.counts.shape[1])
+        size = max(1, min(_AT_A_TIME, _KEPT // n_contexts) // cells.counts.shape[1])
         self.parts = [slice(i, min(i + size, len(cells))) for i in range(0, len(cells), size)]
         total = sum(self._share(part).sum(0) for part in self.parts)
         # The decoder's mean over the cells is put right before a cell's own counts are weighed in.
         self._correction = np.maximum(rate / PER, 1e-9) / (total / len(cells))
-        self.rates = lru_cache(maxsize=1)(self._rates)
+        self.rates = lru_cache(maxsize=1)(self._rates_of)
 
     def _share(self, part: slice) -> np.ndarray:
         share = self.states.decode(self.state[part], self.cells.batch[part]).astype(float)
         return np.maximum(share, 1e-12)
 
-    def _rates(self, start: int, stop: int) -> _Rates:
+    def _rates_of(self, start: int, stop: int) -> _Rates:
         part = slice(start, stop)
         share, library = self._share(part), self.cells.library[part, None]
         theta = self.states.dispersion

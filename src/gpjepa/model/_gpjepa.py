@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
@@ -320,7 +319,8 @@ class GPJEPA(BaseModelClass):
 
         Works on unlabelled cells (``perturbation_key=None``). Of labelled ones, those that
         :meth:`train` holds out are left out here too. :meth:`train` then starts from here. What was
-        learned before (``pretrained``) is gone on from; where genes are new and components fitted
+        learned before (``pretrained``) is gone on from; what :meth:`train` found is dropped. Of 2,000
+        unlabelled cells or more, every fiftieth is held out for the validation curve; where genes are new and components fitted
         to half of these cells say more of the other half than those brought along, the components
         are fitted again, and the network starts with adding nothing to them.
 
@@ -350,15 +350,19 @@ class GPJEPA(BaseModelClass):
         )
         data = TrainingCells(self._training_cells(), self.genes, self._data.batch_names)
         stage = self._stage_a(data, plan_kwargs, batch_size)
-        what = {"epochs of stage A": max_epochs, "stage A": plan_kwargs, "batch_size": batch_size}
-        callbacks = trainer_kwargs.pop("callbacks", [])
+        what = {
+            "method": "pretrain", "epochs of stage A": max_epochs, "stage A": plan_kwargs,
+            "batch_size": batch_size, "trainer": trainer_kwargs,
+        }  # fmt: skip
+        checkpoints = self._checkpoints(data, what, checkpoint_dir, resume)
+        options = TrainingOptions.of(checkpoints, accelerator, devices, trainer_kwargs)
         with self._restored_on_error():
-            options = self._options(
-                data, what, checkpoint_dir, resume, accelerator, devices, trainer_kwargs
-            )
+            options = options.begin(self.module, self.is_pretrained_)
             share = standardise(self.module, data.cells, data.inside)
-            history, _ = stage.run(max_epochs, options, callbacks)
-        self.gene_share_, self.history_ = share, {**(self.history_ or {}), **history}
+            history, _ = stage.run(max_epochs, options, options.callbacks)
+        # What was learned of perturbations was learned of other states.
+        self.response_ = self._anchor = None
+        self.gene_share_, self.history_ = share, history
         self.is_pretrained_ = self.is_trained_ = True
 
     def train(
@@ -398,8 +402,8 @@ class GPJEPA(BaseModelClass):
         batch_size
             Cells in a mini-batch of stage A, and perturbed cells in one of stages B and C.
         early_stopping, early_stopping_patience
-            Stop when the error on what is held out has not improved for so many epochs; the best
-            epoch is kept in any case.
+            Stop when the error on what is held out has not improved so many times that it was
+            judged, which is after every epoch by default; the best epoch is kept in any case.
         accelerator, devices
             As in scvi-tools.
         plan_kwargs, pretrain_kwargs
@@ -446,26 +450,30 @@ class GPJEPA(BaseModelClass):
         action_options = ActionOptions(
             max_epochs, batch_size, matching, patience, dict(plan_kwargs or {})
         )
-        pretrains = pretrain_epochs is not None or not self.is_pretrained_
-        stage_a = self._stage_a(data, pretrain_kwargs, batch_size) if pretrains else None
         what = {
-            "stages B and C": action_options,
-            "epochs of stage A": pretrain_epochs,
-            "stage A": pretrain_kwargs if pretrains else "as it was",
-        }
-        callbacks = trainer_kwargs.pop("callbacks", [])
+            "method": "train", "stages B and C": action_options,
+            "epochs of stage A": pretrain_epochs, "stage A": pretrain_kwargs,
+            "trainer": trainer_kwargs,
+        }  # fmt: skip
+        checkpoints = self._checkpoints(data, what, checkpoint_dir, resume)
+        options = TrainingOptions.of(checkpoints, accelerator, devices, trainer_kwargs)
+        pretrained = self.is_pretrained_
+        if checkpoints is not None and checkpoints.begun is not None:
+            pretrained = checkpoints.begun["pretrained"]
+        pretrains = pretrain_epochs is not None or not pretrained
+        stage_a = self._stage_a(data, pretrain_kwargs, batch_size) if pretrains else None
         share, history, interrupted = self.gene_share_, dict(self.history_ or {}), False
         with self._restored_on_error():
-            options = self._options(
-                data, what, checkpoint_dir, resume, accelerator, devices, trainer_kwargs
-            )
+            options = options.begin(self.module, pretrained)
             action = ActionTraining(self.module, data, self.new_anchor, self.vocabulary)
             if stage_a is not None or not history:  # the decoder is not standardised yet
                 share = standardise(self.module, cells, data.inside)
             if stage_a is not None:
-                found, interrupted = stage_a.run(pretrain_epochs, options)
-                history |= found
-            response, found = action.run(action_options, options, callbacks, skip=interrupted)
+                history, interrupted = stage_a.run(pretrain_epochs, options)
+            response, found = action.run(
+                action_options, options, options.callbacks, skip=interrupted
+            )
+        history = {k: v for k, v in history.items() if k.startswith("pretrain")}
         self.response_, self._anchor = response, None
         self.gene_share_, self.history_ = share, history | found
         self.is_pretrained_ = self.is_trained_ = True
@@ -477,30 +485,25 @@ class GPJEPA(BaseModelClass):
             self.module, data, PretrainPlan(self.module, **(plan_kwargs or {})), batch_size
         )
 
-    def _options(
+    def _checkpoints(
         self,
         data: TrainingCells,
         what: Mapping[str, Any],
-        checkpoint_dir: str | Path | None,
+        directory: str | Path | None,
         resume: bool,
-        accelerator: str,
-        devices: Any,
-        trainer: Mapping[str, Any],
-    ) -> TrainingOptions:
-        """How plans are run; with checkpoints, the module is put where it started."""
-        if resume and checkpoint_dir is None:
-            raise ValueError("resume=True needs checkpoint_dir, where the checkpoints are.")
-        seed, checkpoints = int(torch.randint(2**31 - 1, ())), None
-        if checkpoint_dir is not None:
-            checkpoints = Checkpoints(
-                checkpoint_dir,
-                resume,
-                {**data.fingerprint(), **{k: repr(v) for k, v in what.items()}},
-            )
-            seed = checkpoints.begin(self.module, seed)
-        trainer = dict(trainer)
-        shown = trainer.pop("enable_progress_bar", True)
-        return TrainingOptions(seed, checkpoints, accelerator, devices, shown, trainer)
+    ) -> Checkpoints | None:
+        """Where training stands, if it was asked for; refused where it stands elsewhere."""
+        if directory is None:
+            if resume:
+                raise ValueError("resume=True needs checkpoint_dir, where the checkpoints are.")
+            return None
+        features = [f.name for f in self.new_anchor().features]
+        asked = {"model": self._model_summary_string, "target_features": features, **what}
+        # Callbacks and loggers are other objects in another process.
+        plain = {k: v for k, v in what["trainer"].items() if isinstance(v, int | float | str)}
+        asked["trainer"] = {k: v for k, v in plain.items() if k != "enable_progress_bar"}
+        written = {name: repr(value) for name, value in asked.items()}
+        return Checkpoints(directory, resume, {**data.fingerprint(), **written})
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:
@@ -789,7 +792,8 @@ class GPJEPA(BaseModelClass):
         anndata.AnnData
             ``X`` sampled counts; ``layers["expected"]`` expected counts per 10,000 and
             ``layers["expected_sd"]`` their standard deviation from that of the mean effect;
-            ``varm`` the same of each perturbation's mean; ``obsm["X_gpjepa"]`` states; ``obs`` perturbation, context, control cell, library size;
+            ``varm`` the same of each perturbation's mean, in the order of
+            ``uns["gpjepa"]["effects"]``; ``obsm["X_gpjepa"]`` states; ``obs`` perturbation, context, control cell, library size;
             ``uns["rank_genes_groups"]`` the predicted differential expression in scanpy's format;
             ``uns["gpjepa"]`` units, regime, gate, shares of anchor and network, seed, versions.
 
@@ -866,7 +870,9 @@ class GPJEPA(BaseModelClass):
             mine = cells.take(np.array(at[c]))
             where, draws = _random.choose(mine.names, n_samples, seed)
             rate = np.expm1(self.anchor.effects_.control["log1p_mean"][c].astype(float))
-            found[c] = ControlCells(effects.network.states, mine.take(where), draws, rate)
+            found[c] = ControlCells(
+                effects.network.states, mine.take(where), draws, rate, len(chosen)
+            )
         return found
 
     # Measured cells
@@ -939,9 +945,13 @@ class GPJEPA(BaseModelClass):
         pandas.DataFrame or numpy.ndarray
             Shape (n_cells, n_genes).
         """
-        self._check_states()
+        self._check_states(decodes=True)
         cells = self._query_cells(adata, decodes=True)
         where = positions(len(cells), indices)
+        if isinstance(gene_list, str):
+            raise TypeError(f"gene_list={gene_list!r} is one name; give a list of names.")
+        if library_size != "latent" and not isinstance(library_size, Real):
+            raise ValueError(f"library_size={library_size!r}: expected a number, or 'latent'.")
         names = self.genes if gene_list is None else np.asarray(gene_list, dtype=object)
         columns = pd.Index(self.genes).get_indexer(pd.Index(names))
         if (columns < 0).any():
@@ -987,7 +997,7 @@ class GPJEPA(BaseModelClass):
         """
         import sparse
 
-        self._check_states()
+        self._check_states(decodes=True)
         cells = self._query_cells(adata, decodes=True)
         where = positions(len(cells), indices)
         states = States(self.module, batch_size).in_double()
@@ -1006,7 +1016,9 @@ class GPJEPA(BaseModelClass):
         embedding = self._mean_effects().network.action(perturbations).cpu().numpy()
         return pd.DataFrame(embedding, index=[self._data.label(p) for p in perturbations])
 
-    def _check_states(self) -> None:
+    def _check_states(self, *, decodes: bool = False) -> None:
+        if decodes and self.response_ is None:
+            raise NotFittedError("The decoder is not trained yet: call train() first.")
         if not self.is_pretrained_:
             self._check_if_trained(warn=True)
 

@@ -31,9 +31,10 @@ class Reference:
     library: np.ndarray
     batch: np.ndarray
 
-    def first(self, n: int) -> Reference:
-        """Some of the cells."""
-        return Reference(self.state[:n], self.library[:n], self.batch[:n])
+    def some(self, n: int) -> Reference:
+        """Some of the cells, at equal distances: names that are alike are of one batch."""
+        at = np.linspace(0, len(self.state) - 1, min(n, len(self.state))).astype(int)
+        return Reference(self.state[at], self.library[at], self.batch[at])
 
 
 class Network:
@@ -116,7 +117,7 @@ class Network:
             Reference cells that are decoded; all by default.
         """
         control = self.reference[context]
-        control = control if n_cells is None else control.first(n_cells)
+        control = control if n_cells is None else control.some(n_cells)
         after, before = (
             self.states.decode(self.moved(control.state, perturbation, anchor, gate), control.batch)
             for gate in (1.0, 0.0)

@@ -43,7 +43,7 @@ class Plan(pl.LightningModule):
         # Writes a checkpoint after every epoch. No callback, as those come before the plan itself.
         self.keep: Callable[[pl.Trainer], None] | None = None
         self.records: dict[str, dict[int, float]] = {}  # by epoch
-        self._sums: dict[str, torch.Tensor | float] = {}
+        self._sums: dict[str, dict[str, torch.Tensor | float]] = {}
         self._n_cells: dict[str, int] = {}
 
     def trained(self) -> list[torch.nn.Parameter]:
@@ -88,16 +88,15 @@ class Plan(pl.LightningModule):
 
         Lightning's own means over steps take as long as a third of a training step.
         """
+        sums = self._sums.setdefault(kind, {})
         self._n_cells[kind] = self._n_cells.get(kind, 0) + n_cells
         for name, value in losses.items():
-            key = f"{kind}_{name}"
-            self._sums[key] = self._sums.get(key, 0.0) + value.detach() * n_cells
+            sums[name] = sums.get(name, 0.0) + value.detach() * n_cells
 
-    def means(self, kind: str) -> dict[str, float]:
+    def means(self, kind: str, called: str | None = None) -> dict[str, float]:
         """Means over the cells of the epoch, which are kept in the history and logged."""
-        n = self._n_cells.pop(kind, 0)
-        keys = [key for key in self._sums if key.startswith(f"{kind}_")]
-        found = {key: float(self._sums.pop(key)) / n for key in keys}
+        n, sums = self._n_cells.pop(kind, 0), self._sums.pop(kind, {})
+        found = {f"{called or kind}_{name}": float(total) / n for name, total in sums.items()}
         for key, value in found.items():
             self.record(key, value)
         return found

@@ -253,14 +253,16 @@ class Results:
             "uns": self._uns(),
         }
 
-    def _profiles(self) -> dict[str, pd.DataFrame]:
-        """Expected counts per 10,000 of each perturbation, with their standard deviation."""
-        several = len({e.context for e in self._effects}) > 1
-        names = [f"{e.label}|{e.context}" if several else e.label for e in self._effects]
+    def _profiles(self) -> dict[str, np.ndarray]:
+        """Expected counts per 10,000 of each perturbation, with their standard deviation.
+
+        As arrays, in the order of ``uns["gpjepa"]["effects"]``: HDF5 holds no table of thousands of
+        columns.
+        """
         rates = [e.target_rate for e in self._effects]
         sds = [(1 + r) * e.sd for r, e in zip(rates, self._effects, strict=True)]
         return {
-            name: pd.DataFrame(np.stack(x, 1).astype(np.float32), self._var_names, names)
+            name: np.stack(x, 1).astype(np.float32)
             for name, x in (("expected", rates), ("expected_sd", sds))
         }
 
@@ -356,9 +358,14 @@ def _opened(path: Path, mode: Literal["r", "w"]) -> Any:
 def _append(store: Any, name: str, block: sp.csr_matrix | np.ndarray) -> None:
     """Add rows to a matrix on disk."""
     if name not in store:
-        options = {}
-        if isinstance(block, np.ndarray) and not hasattr(store, "store"):  # HDF5 has to be told
-            options = {"maxshape": (None, block.shape[1]), "chunks": (256, block.shape[1])}
+        # HDF5 has to be told what may grow, and compresses nothing by itself.
+        options: dict[str, Any] = {}
+        if not hasattr(store, "store"):
+            options = {"compression": "gzip", "compression_opts": 1}
+            if isinstance(block, np.ndarray):
+                options |= {"maxshape": (None, block.shape[1]), "chunks": (256, block.shape[1])}
+        if not isinstance(block, np.ndarray):
+            block.indptr = block.indptr.astype(np.int64)  # there may be more than 2**31 values
         write_elem(store, name, block, dataset_kwargs=options)
     elif isinstance(block, np.ndarray):
         array, n = store[name], store[name].shape[0]
@@ -374,7 +381,8 @@ def _backed(path: Path) -> AnnData:
         return read_h5ad(path, backed="r")
     store = _opened(path, "r")
     parts = {name: read_elem(store[name]) for name in ("obs", "var", "obsm", "varm", "uns")}
-    return AnnData(sparse_dataset(store["X"]), **parts)
+    layers = {name: store["layers"][name] for name in store["layers"]}
+    return AnnData(sparse_dataset(store["X"]), layers=layers, **parts)
 
 
 def _rank_genes(effects: list[PredictedEffect], genes: np.ndarray, reference: str) -> dict:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from ._module import GPJEPAModule
 from ._plan import Plan
 from ._progress import StageBar, quiet
 
+_LOUD = ("lightning.pytorch", "lightning.fabric")
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -31,24 +33,49 @@ class TrainingOptions:
 
     Attributes
     ----------
-    trainer
-        Arguments of :class:`scvi.train.Trainer`.
-    seed
-        From which every epoch's random numbers follow.
-    checkpoints
-        Where training stands, on disk; None for nowhere.
     accelerator, devices
         As in scvi-tools.
+    trainer
+        Arguments of :class:`scvi.train.Trainer`.
+    callbacks
+        Those of the last stage.
     shown
         Whether progress is shown.
+    checkpoints
+        Where training stands, on disk; None for nowhere.
+    seed
+        From which every epoch's random numbers follow.
     """
 
-    seed: int
-    checkpoints: Checkpoints | None = None
-    accelerator: str = "auto"
-    devices: Any = "auto"
-    shown: bool = True
-    trainer: Mapping[str, Any] = field(default_factory=dict)
+    accelerator: str
+    devices: Any
+    trainer: Mapping[str, Any]
+    callbacks: Sequence[pl.Callback]
+    shown: bool
+    checkpoints: Checkpoints | None
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        checkpoints: Checkpoints | None,
+        accelerator: str,
+        devices: Any,
+        trainer_kwargs: Mapping[str, Any],
+    ) -> TrainingOptions:
+        """From the arguments of training."""
+        trainer = dict(trainer_kwargs)
+        shown = trainer.pop("enable_progress_bar", True)
+        callbacks = trainer.pop("callbacks", None) or []
+        callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
+        return cls(accelerator, devices, trainer, callbacks, shown, checkpoints)
+
+    def begin(self, module: GPJEPAModule, pretrained: bool) -> TrainingOptions:
+        """The same with a seed; the module is put where training that is resumed began."""
+        seed = int(torch.randint(2**31 - 1, ()))
+        if self.checkpoints is not None:
+            seed = self.checkpoints.begin(module, seed, pretrained)
+        return replace(self, seed=seed)
 
     def run(
         self,
@@ -70,42 +97,50 @@ class TrainingOptions:
             More of them.
         """
         plan.seed = batches.sampler.seed = self.seed
-        kept = None if self.checkpoints is None else self.checkpoints.of(plan)
-        if kept is not None:
-            if kept.restore():
-                return False
-            plan.keep = kept.write
-        callbacks = [*callbacks, *([StageBar(name)] if self.shown else [])]
         accelerator, devices, device = parse_device_args(
             self.accelerator, self.devices, return_device="torch"
         )
-        trained = plan.trained()
-        plan.module.train().requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        kept = None if self.checkpoints is None else self.checkpoints.of(plan)
+        if kept is not None and kept.restore():
+            plan.module.to(device)
+            return False
+        every = range(torch.cuda.device_count())
         # Epochs set the seed, which is nobody else's.
-        with quiet("lightning.pytorch", "lightning.fabric"), torch.random.fork_rng(devices=[]):
+        with only_trainable(plan), torch.random.fork_rng(every), quiet(*_LOUD):
             trainer = Trainer(
                 max_epochs=max_epochs,
                 accelerator=accelerator,
                 devices=devices,
-                callbacks=callbacks,
+                callbacks=[*callbacks, *([StageBar(name)] if self.shown else [])],
                 enable_progress_bar=False,
                 limit_val_batches=1.0 if batches.validation else 0,
                 **{"log_every_n_steps": 1, "check_val_every_n_epoch": 1, **self.trainer},
             )
             with finish_on_interrupt(trainer) as interrupted:
+                if kept is not None:
+                    plan.keep = lambda trainer: None if interrupted else kept.write(trainer)
                 trainer.fit(plan, batches, ckpt_path=None if kept is None else kept.there)
-        plan.module.to(device).eval().requires_grad_(True)
+        plan.module.to(device).eval()
         if interrupted:
             warnings.warn(
                 "Training was interrupted; the model keeps what it has learned so far.",
                 UserWarning,
                 stacklevel=4,
             )
-        elif kept is not None:
-            kept.finish()
         return bool(interrupted)
+
+
+@contextmanager
+def only_trainable(plan: Plan) -> Iterator[None]:
+    """Let gradients reach what the plan trains, and nothing else."""
+    trained = plan.trained()
+    plan.module.train().requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        plan.module.eval().requires_grad_(True)
 
 
 class Checkpoints:
@@ -119,19 +154,32 @@ class Checkpoints:
         Whether to go on with what is there.
     what
         What is trained, in comparable values: going on with anything else is refused.
+
+    Attributes
+    ----------
+    begun
+        What was kept at the start of what is there: module, seed, and whether the encoder was
+        trained before; None for an empty directory.
     """
 
     def __init__(self, directory: str | Path, resume: bool, what: Mapping[str, Any]) -> None:
         self.directory, self.what = Path(directory), dict(what)
         self.start = self.directory / "start.pt"
-        if not self.start.exists():
+        self.begun: dict[str, Any] | None = None
+        there = [f for f in self.directory.glob("*") if f.suffix in (".pt", ".ckpt")]
+        if not there:
             return
         if not resume:
             raise ValueError(
                 f"{directory} holds checkpoints of another training. Go on with it by resume=True, or "
                 "choose another directory."
             )
-        found = torch.load(self.start, weights_only=True)["what"]
+        if self.start not in there:
+            raise ValueError(
+                f"{directory} has lost {self.start.name}: training cannot go on from it."
+            )
+        self.begun = torch.load(self.start, map_location="cpu", weights_only=True)
+        found = self.begun["what"]
         other = [
             f"{k}: {found.get(k)} there, {v} here"
             for k, v in self.what.items()
@@ -140,17 +188,17 @@ class Checkpoints:
         if other:
             raise ValueError(
                 f"The checkpoints in {directory} are of another training ({'; '.join(other)}). Call "
-                "train as it was called then, with the same data, or choose another directory."
+                "it as it was called then, with the same data, or choose another directory."
             )
 
-    def begin(self, module: GPJEPAModule, seed: int) -> int:
+    def begin(self, module: GPJEPAModule, seed: int, pretrained: bool) -> int:
         """Keep the module as it is and the seed, or take over those that were kept."""
-        if self.start.exists():
-            kept = torch.load(self.start, weights_only=True)
-            module.load_state_dict(kept["module"])
-            return int(kept["seed"])
+        if self.begun is not None:
+            module.load_state_dict(self.begun["module"])
+            return int(self.begun["seed"])
         with written_whole(self.start) as draft:
-            torch.save({"module": module.state_dict(), "seed": seed, "what": self.what}, draft)
+            kept = {"module": module.state_dict(), "seed": seed, "pretrained": pretrained}
+            torch.save({**kept, "what": self.what}, draft)
         return seed
 
     def of(self, plan: Plan) -> StageCheckpoint:
@@ -165,6 +213,8 @@ class StageCheckpoint:
         self.plan = plan
         self.path = directory / f"{plan.stage}.ckpt"
         self.finished = directory / f"{plan.stage}-finished.ckpt"
+        for left in directory.glob(f".{plan.stage}*"):  # of a process that was killed as it wrote
+            shutil.rmtree(left, ignore_errors=True)
 
     @property
     def there(self) -> str | None:
@@ -176,20 +226,18 @@ class StageCheckpoint:
         if not self.finished.exists():
             return False
         kept = torch.load(self.finished, map_location="cpu", weights_only=True)
-        self.plan.load_state_dict(kept["state_dict"])
+        self.plan.cpu().load_state_dict(kept["state_dict"])
         self.plan.on_load_checkpoint(kept)
         self.plan.module.eval()
         return True
 
     def write(self, trainer: pl.Trainer) -> None:
-        """Keep where the stage stands."""
-        with written_whole(self.path) as draft:
+        """Keep where the stage stands; after the last epoch, the name says that it has ended."""
+        last = trainer.should_stop or trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+        with written_whole(self.finished if last else self.path) as draft:
             trainer.save_checkpoint(draft)
-
-    def finish(self) -> None:
-        """Say that the stage has ended, by the name of the file."""
-        if self.path.exists():
-            os.replace(self.path, self.finished)
+        if last:
+            self.path.unlink(missing_ok=True)
 
 
 @contextmanager

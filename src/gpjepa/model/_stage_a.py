@@ -274,47 +274,65 @@ class PretrainPlan(Plan):
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of one mini-batch."""
-        losses = self._losses(batch)
+        losses, more = self._losses(batch)
         self.add(losses, "pretrain", len(batch[BATCH_KEY]))
+        if self.trainer.is_last_batch:
+            self.add(self._statistics(*more), "pretrain_last", 1)
         return losses["loss"]
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
         """The same of cells that are not trained on."""
-        losses = {"loss": self._losses(batch)["loss"]}
-        self.add(losses, "pretrain_validation", len(batch[BATCH_KEY]))
+        losses, _ = self._losses(batch)
+        self.add({"loss": losses["loss"]}, "pretrain_validation", len(batch[BATCH_KEY]))
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             self.means("pretrain_validation")
 
-    def _losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _losses(
+        self, batch: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
+        """Losses, and what statistics are made of: states, what is predicted and wanted, masks."""
         counts, library = batch[REGISTRY_KEYS.X_KEY], batch[LIBRARY_KEY]
         there = batch.get("measured")
-        if there is None:
-            there = torch.ones(self.module.n_genes, dtype=torch.bool, device=counts.device)
-        blocks = gene_blocks(self.module.n_genes, among=there, **self.blocks)
-        visible, target = there & ~blocks.any(0), log1p_rates(counts, library)
+        blocks = gene_blocks(self.module.n_genes, among=there, **self.blocks).to(counts.device)
+        visible = ~blocks.any(0) if there is None else there & ~blocks.any(0)
+        target = log1p_rates(counts, library)
         view = self._view(counts, library, target)
         if self.set_size:
             view, target = (x.unflatten(0, (-1, 2, self.set_size // 2))[:, i].flatten(0, 1)
                             for i, x in enumerate((view, target)))  # fmt: skip
         state = self.module.encoder(view, visible)
-        self.most = max(self.most, min(len(state) - 1, state.shape[1]))
         predicted, wanted, predict = getattr(self, f"_{self.objective}")(state, target, blocks)
         regulariser = self.regularise(state) if self.guard.weight else predict.detach() * 0
         if self.guard.weight and not self.teacher and self.objective == "jepa":
             regulariser = regulariser + self.regularise(wanted.flatten(0, -2))
-        spread, together = state.detach().std(0), blocks.sum(0)
-        return {
+        losses = {
             "loss": predict + self.guard.weight * regulariser,
             "predict": predict,
             "regulariser": regulariser,
+        }
+        return losses, (state.detach(), predicted, wanted, blocks, there)
+
+    def _statistics(
+        self,
+        state: torch.Tensor,
+        predicted: torch.Tensor,
+        wanted: torch.Tensor,
+        blocks: torch.Tensor,
+        there: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """How states and predictions vary, and what was hidden; once an epoch is enough."""
+        self.most = max(self.most, min(len(state) - 1, state.shape[1]))
+        spread, together = state.std(0), blocks.sum(0)
+        return {
             "latent_std": spread.mean(),
             "latent_std_min": spread.min(),
-            "effective_rank": effective_rank(state.detach()),
+            "effective_rank": effective_rank(state),
             "spread_ratio": _spread(predicted) / _spread(wanted).clamp_min(1e-12),
             "n_blocks": torch.tensor(float(len(blocks))),
-            "hidden_share": (together > 0).sum() / there.sum(),
+            "hidden_share": (together > 0).sum()
+            / (len(together) if there is None else there.sum()),
             "overlap": (together > 1).sum() / (together > 0).sum(),
             "block_size": blocks.sum(1).float().mean(),
             "block_size_std": blocks.sum(1).float().std(correction=0),
@@ -376,6 +394,9 @@ class PretrainPlan(Plan):
 
     def end_epoch(self) -> None:
         seen = self.means("pretrain")
+        seen |= self.means("pretrain_last", "pretrain")
+        if "pretrain_effective_rank" not in seen:  # interrupted before its last mini-batch
+            return
         if not math.isfinite(seen["pretrain_loss"]):
             raise RuntimeError(
                 f"Stage A diverged: states are not finite in epoch {self.current_epoch}. Lower the "

@@ -50,7 +50,8 @@ class Watch:
         # A perturbation that hits its target is no success of a prediction.
         self.scored = ~measured.targeted(range(len(measured.rows)))
         units = [p.targets for _, p in measured.rows]
-        self.units = torch.tensor([sorted(set(units)).index(u) for u in units], dtype=torch.long)
+        place = {unit: i for i, unit in enumerate(sorted(set(units)))}
+        self.units = torch.tensor([place[u] for u in units], dtype=torch.long)
 
     def effects(self, rows: Sequence[int], scale: Scale, n_cells: int | None = None) -> np.ndarray:
         """N of some of the rows, shape (n, n_genes)."""
@@ -221,6 +222,8 @@ class ActionPlan(Plan):
     def chosen(self) -> list[int]:
         """For each unit, the epoch with the smallest error on the others."""
         judged = torch.stack(self.judged)
+        if judged.shape[1] == 1:  # there are no others
+            return [self.best]
         others = judged.sum(1, keepdim=True) - judged
         return others.nan_to_num(nan=torch.inf).argmin(0).tolist()
 
@@ -228,12 +231,19 @@ class ActionPlan(Plan):
         """Give the module the averaged weights of an epoch that was kept."""
         self.module.parts("action").load_state_dict(self.kept[epoch])
 
+    def load_best(self) -> None:
+        """Those of the best epoch, or of the last where none was judged."""
+        if self.judged:
+            self.load_epoch(self.best)
+        else:
+            self.module.parts("action").load_state_dict(self.averaged.state_dict())
+
     def cross_fitted(self, scale: Scale) -> np.ndarray:
         """N of the held-out rows, each by the epoch that the others choose, (n_rows, n_genes)."""
         epochs = np.array(self.chosen)[self.watch.units.numpy()]
         found = np.empty_like(self.watch.predicted[scale].mean)
         for epoch in np.unique(epochs):
-            self.load_epoch(int(epoch))
+            self.load_epoch(int(epoch))  # the caller loads the one that is kept
             rows = np.flatnonzero(epochs == epoch)
             found[rows] = self.watch.effects(rows.tolist(), scale)
         return found

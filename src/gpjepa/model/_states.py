@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,11 @@ class States:
     """
 
     def __init__(self, module: GPJEPAModule, batch_size: int | None = None) -> None:
+        whole = isinstance(batch_size, Integral) and not isinstance(batch_size, bool)
+        if batch_size is not None and not (whole and batch_size > 0):
+            raise ValueError(f"batch_size={batch_size!r}: expected a whole number from 1, or None.")
         self.module = module
-        self.batch_size = batch_size or BATCH_SIZE
+        self.batch_size = BATCH_SIZE if batch_size is None else int(batch_size)
 
     def in_double(self) -> States:
         """The same in double precision.

@@ -53,6 +53,7 @@ _LEAST_WATCHED = 2_000  # unlabelled cells from which on some are held out
 _LEAST_CONTROLS = 4  # control cells of a context that can be dealt out to two sides
 
 History = dict[str, pd.DataFrame]
+Row = tuple[str, Perturbation]
 
 
 class TrainingCells:
@@ -77,13 +78,13 @@ class TrainingCells:
         self.cells, self.genes, self.batch_names = cells, genes, batch_names
         self.order = np.argsort(cells.names, kind="stable")
         if cells.perturbations is None:
+            self.rows: list[Row] = []
             self.holdout = Holdout("cells", (), "a fiftieth of the cells")
             out = self._ranks(cells.contexts) % 50 == 49
             self.out = out & (len(cells) >= _LEAST_WATCHED)
             return
         self.rows = list(zip(cells.contexts, cells.each_perturbation, strict=True))
-        rows = sorted(set(self.rows))
-        self.holdout = hold_out(rows)
+        self.holdout = hold_out(sorted(set(self.rows)))
         rank = self._ranks(self.rows)
         if self.holdout.kind == "cells":
             self.out = rank % 10 == 9
@@ -92,17 +93,14 @@ class TrainingCells:
         # Half of the controls, so that what is held out is measured against controls that the
         # network has not seen: noise that both shared would pass for skill.
         controls = pd.Series(cells.contexts)[cells.is_control].value_counts()
-        self.few = sorted(controls.index[controls < _LEAST_CONTROLS])
-        both = ~np.isin(np.array(cells.contexts, dtype=object), self.few)
-        self.out |= cells.is_control & both & (rank % 2 == 1)
-        judged = [c for c, _ in self.held_rows if c not in self.few]
-        if self.few and judged:
-            reason = f"{self.holdout.reason} (not judged in {', '.join(map(repr, self.few))}: "
+        judged = {c for c, _ in self.held_rows}
+        few = sorted(c for c in judged if controls[c] < _LEAST_CONTROLS)
+        spared = np.isin(np.array(cells.contexts, dtype=object), sorted(judged - set(few)))
+        self.out = self.out | (cells.is_control & spared & (rank % 2 == 1))
+        if few and len(few) < len(judged):
+            reason = f"{self.holdout.reason} (not judged in {', '.join(map(repr, few))}: "
             reason += f"fewer than {_LEAST_CONTROLS} control cells)"
             self.holdout = replace(self.holdout, reason=reason)
-
-    few: Sequence[str] = ()
-    """Contexts with too few control cells to hold out half of them."""
 
     def _ranks(self, groups: Sequence[Any]) -> np.ndarray:
         """Place of each cell among those of its group, by name."""
@@ -117,13 +115,18 @@ class TrainingCells:
         return self.order[~self.out[self.order]]
 
     @property
-    def held_rows(self) -> set[tuple[str, Perturbation]]:
+    def held(self) -> np.ndarray:
+        """Cells that are held out, in the order of their names."""
+        return self.order[self.out[self.order]]
+
+    @property
+    def held_rows(self) -> set[Row]:
         """Rows of which there are held-out cells, without controls."""
         return {self.rows[i] for i in np.flatnonzero(self.out) if not self.rows[i][1].is_control}
 
-    def members(self) -> dict[tuple[str, Perturbation], np.ndarray]:
+    def members(self) -> dict[Row, np.ndarray]:
         """Cells of each row that are trained on."""
-        found: dict[tuple[str, Perturbation], list[int]] = {}
+        found: dict[Row, list[int]] = {}
         for i in self.inside:
             found.setdefault(self.rows[i], []).append(int(i))
         return {key: np.array(mine) for key, mine in found.items()}
@@ -159,21 +162,23 @@ class TrainingCells:
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether other cells are these, in any order."""
         cells = self.cells
-        names, labels = ([str(x[i]) for i in self.order] for x in (cells.names, self.labels()))
+        nothing = [None] * len(cells)
+        each = zip(
+            cells.names,
+            cells.contexts,
+            cells.batch,
+            cells.library,
+            cells.perturbations or nothing,
+            nothing if cells.replicate is None else cells.replicate,
+            strict=True,
+        )
+        labels = [str(cell) for cell in each]
         return {
             "cells": len(cells),
             "genes": len(self.genes),
             "counts": float(cells.counts.sum()),
-            "names": f"{_random.key(*self.genes, *names):032x}",
-            "labels": f"{_random.key(*labels):032x}",
+            "names and labels": f"{_random.key(*self.genes, *sorted(labels)):032x}",
         }
-
-    def labels(self) -> list[str]:
-        """Context, batch and perturbation of each cell."""
-        cells = self.cells
-        perturbations = cells.perturbations or [None] * len(cells)
-        each = zip(cells.contexts, cells.batch, perturbations, strict=True)
-        return [f"{context}|{batch}|{perturbation}" for context, batch, perturbation in each]
 
     def library_shifts(self, keep: np.ndarray | None = None) -> dict[Perturbation, float]:
         """Of all cells, or of some."""
@@ -241,6 +246,8 @@ class Pretraining:
         epochs = max(2, round(1_000 / len(self.sampler))) if max_epochs is None else max_epochs
         closed_form = next(encoder.parameters(), None) is None
         learns = bool(epochs) or closed_form
+        if self.module.anchor_map.device.type == "mps":
+            self.module.cpu()  # which has no eigenvalues; training takes it back
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_random.key(options.seed, "components") % 2**63)
             self._fit_components(again=closed_form, learns=learns)
@@ -248,19 +255,12 @@ class Pretraining:
             self.module.known.fill_(True)
         if not epochs or closed_form:
             return {}, False
-        watched = [
-            where[:_N_WATCHED]
-            for where in (self._held_out[mine] for _, mine in cells.by_dataset(self._held_out))
-            if len(where) > 1 and not self.plan.set_size
-        ]
+        held = [self.data.held[mine] for _, mine in cells.by_dataset(self.data.held)]
+        watched = [spread_out(w, _N_WATCHED) for w in held if len(w) > 1 and not self.plan.set_size]
         batches = Batches(cells, self.sampler, validation=[(w, torch.empty(0)) for w in watched])
         interrupted = options.run(STAGE_A, self.plan, batches, epochs, callbacks)
         self.plan.finish()
         return self.plan.history, interrupted
-
-    @property
-    def _held_out(self) -> np.ndarray:
-        return self.data.order[self.data.out[self.data.order]]
 
     def _fit_components(self, *, again: bool, learns: bool) -> None:
         """For an encoder that has components; a network that learned to add to them keeps them.
@@ -337,6 +337,7 @@ class ActionTraining:
     ) -> None:
         self.module, self.data, self.vocabulary = module, data, vocabulary
         self.effects, inside, outside = data.effects()
+        held_rows = data.held_rows
         self.inside = self.effects.subset(np.zeros(len(self.effects.rows), bool))
         self.inside = self.inside if inside is None else inside
         self.features = new_anchor().features
@@ -344,11 +345,9 @@ class ActionTraining:
         # What is held out is judged where it has control cells of its own.
         cells_only = data.holdout.kind == "cells"
         self.independent = not cells_only and outside is not None and len(outside.rows) > 0
-        held = self.effects if outside is None or not (self.independent or cells_only) else outside
-        keep = [r in data.held_rows for r in held.rows]
-        self.outside = held.subset(np.array(keep, bool))
-        if cells_only and not self.outside.rows:
-            self.outside = self.inside
+        held = outside if self.independent or cells_only else self.effects
+        rows = [] if held is None else [i for i, row in enumerate(held.rows) if row in held_rows]
+        self.outside = self.inside if held is None or not rows else held.subset(np.array(rows))
 
     def run(
         self,
@@ -385,9 +384,9 @@ class ActionTraining:
             callbacks = [*callbacks, stop]
         epochs = 40 if options.max_epochs is None else options.max_epochs
         training.run(STAGES_BC, plan, batches, epochs, callbacks)
-        if plan.judged:
-            response = self._judged(plan, response) if self.independent else response
-            plan.load_epoch(plan.best)
+        if plan.judged and self.independent:
+            response = self._judged(plan, response)
+        plan.load_best()
         return response, plan.history
 
     def _judged(self, plan: ActionPlan, response: Response) -> Response:
@@ -484,6 +483,11 @@ class ActionTraining:
         nobody = np.array([], int)
         validation = [(nobody, part) for part in watched if len(part)]
         return Batches(self.data.cells, sampler, torch.from_numpy(state), validation)
+
+
+def spread_out(cells: np.ndarray, n: int) -> np.ndarray:
+    """Some of the cells at equal distances, as names that are alike are of one batch."""
+    return cells if len(cells) <= n else cells[np.linspace(0, len(cells) - 1, n).astype(int)]
 
 
 def warn_of_coverage(features: Sequence[Any], effects: EffectTable) -> None:

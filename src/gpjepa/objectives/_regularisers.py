@@ -68,8 +68,8 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.1
 def effective_rank(z: torch.Tensor) -> torch.Tensor:
     """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
     # Their squares are eigenvalues of the smaller Gram matrix, a fraction of the work; in double
-    # precision where there is one, or small ones would be lost.
-    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    # precision, or small ones would be lost. Apple's GPUs have neither.
+    z = (z.cpu() if z.device.type == "mps" else z).double()
     z = z - z.mean(0)
     # States that diverged have no rank; who asks for it says so.
     gram = (z.T @ z if len(z) > z.shape[1] else z @ z.T).nan_to_num()

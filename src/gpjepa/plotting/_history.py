@@ -49,10 +49,10 @@ def history(history: Mapping[str, pd.DataFrame]) -> Any:
         for color, (key, said) in zip(PALETTE, curves.items(), strict=False):
             values = history[key].iloc[:, 0].astype(float)
             axes.plot(values.index + 1, values, color=color, label=said, marker=".", markersize=4)
+            if key == "holdout_error":
+                best = int(values.idxmin()) + 1
+                axes.axvline(best, color="#999999", lw=0.8, ls=":")
+                axes.annotate("kept", (best, 1), xycoords=("data", "axes fraction"), fontsize=7)
         axes.set(title=title, xlabel="epoch")
         axes.legend(frameon=False, fontsize=8)
-        if key == "holdout_error":
-            best = int(values.argmin())
-            axes.axvline(best + 1, color="#999999", lw=0.8, ls=":")
-            axes.annotate("kept", (best + 1, 1), xycoords=("data", "axes fraction"), fontsize=7)
     return figure
