@@ -429,23 +429,9 @@ class GPJEPA(BaseModelClass):
             batch_size=batch_size,
             early_stopping_patience=early_stopping_patience,
         )
-        if not self._data.labelled:
-            raise ValueError(
-                "The cells have no perturbations (perturbation_key=None): call pretrain(), or set "
-                "the AnnData up with perturbation_key."
-            )
         if matching not in MATCHINGS:
             raise ValueError(f"matching={matching!r} is not known; choose one of {MATCHINGS}.")
-        cells = self._training_cells()
-        if cells.measured is not None:
-            raise ValueError(
-                "Cells of several data sets with genes of their own can be pretrained on, not "
-                "trained on. Save this model, and start from it with one data set: "
-                "GPJEPA(adata, pretrained=PATH)."
-            )
-        for perturbation in set(cells.each_perturbation):  # data that were loaded may hold new ones
-            self.vocabulary.check(perturbation)
-        data = TrainingCells(cells, self.genes, self._data.batch_names)
+        data = self._labelled_cells()
         patience = early_stopping_patience if early_stopping else None
         action_options = ActionOptions(
             max_epochs, batch_size, matching, patience, dict(plan_kwargs or {})
@@ -467,7 +453,7 @@ class GPJEPA(BaseModelClass):
             options = options.begin(self.module, pretrained)
             action = ActionTraining(self.module, data, self.new_anchor, self.vocabulary)
             if stage_a is not None or not history:  # the decoder is not standardised yet
-                share = standardise(self.module, cells, data.inside)
+                share = standardise(self.module, data.cells, data.inside)
             if stage_a is not None:
                 history, interrupted = stage_a.run(pretrain_epochs, options)
             response, found = action.run(
@@ -477,6 +463,24 @@ class GPJEPA(BaseModelClass):
         self.response_, self._anchor = response, None
         self.gene_share_, self.history_ = share, history | found
         self.is_pretrained_ = self.is_trained_ = True
+
+    def _labelled_cells(self) -> TrainingCells:
+        """Training cells with perturbations that can be trained on."""
+        if not self._data.labelled:
+            raise ValueError(
+                "The cells have no perturbations (perturbation_key=None): call pretrain(), or set "
+                "the AnnData up with perturbation_key."
+            )
+        cells = self._training_cells()
+        if cells.measured is not None:
+            raise ValueError(
+                "Cells of several data sets with genes of their own can be pretrained on, not "
+                "trained on. Save this model, and start from it with one data set: "
+                "GPJEPA(adata, pretrained=PATH)."
+            )
+        for perturbation in set(cells.each_perturbation):  # data that were loaded may hold new ones
+            self.vocabulary.check(perturbation)
+        return TrainingCells(cells, self.genes, self._data.batch_names)
 
     def _stage_a(
         self, data: TrainingCells, plan_kwargs: dict | None, batch_size: int
