@@ -83,6 +83,26 @@ def test_predict_writes_effects_and_takes_a_gate(cells, tmp_path):
     assert not list(tmp_path.glob("*.h5ad"))
 
 
+def test_train_goes_on_from_checkpoints_and_predicts_to_a_store(cells, tmp_path):
+    quick = ["--max-epochs", "1", "--pretrain-epochs", "1", "--quiet"]
+    kept = ["--checkpoint-dir", str(tmp_path / "kept")]
+    model, out = tmp_path / "model", tmp_path / "cells.zarr"
+    assert run(app, ["train", str(cells), "--out", str(model), *quick, *kept]).exit_code == 0
+    refused = run(app, ["train", str(cells), "--out", str(tmp_path / "n"), *quick, *kept])
+    assert refused.exit_code == 1
+    assert "holds checkpoints of another training" in refused.stderr
+    again = run(app, ["train", str(cells), "--out", str(tmp_path / "n"), *quick, *kept, "--resume"])
+    assert again.exit_code == 0, again.output
+    found = []
+    for n, more in (("20", []), ("5", ["--overwrite"])):
+        options = [label(cells), "--out", str(out), "--n-samples", n, *more]
+        result = run(app, ["predict", str(model), *options])
+        assert result.exit_code == 0, result.output
+        found.append(ad.read_zarr(out).n_obs)
+    assert found == [20, 5]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.zarr", "kept", "model", "n"]
+
+
 def test_train_says_what_was_held_out(cells, tmp_path):
     model = tmp_path / "model"
     quick = ["--max-epochs", "1", "--pretrain-epochs", "1"]
