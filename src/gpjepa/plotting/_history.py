@@ -52,7 +52,8 @@ def history(history: Mapping[str, pd.DataFrame]) -> Any:
             if key == "holdout_error":
                 best = int(values.idxmin()) + 1
                 axes.axvline(best, color="#999999", lw=0.8, ls=":")
-                axes.annotate("kept", (best, 1), xycoords=("data", "axes fraction"), fontsize=7)
+                where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+                axes.annotate("kept", (best, 0.6), (3, 0), fontsize=8, **where)
         axes.set(title=title, xlabel="epoch")
         axes.legend(frameon=False, fontsize=8)
     return figure
