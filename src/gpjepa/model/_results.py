@@ -216,9 +216,9 @@ class Results:
             store = _opened(draft, "w")
             write_elem(store, "/", AnnData(var=pd.DataFrame(index=self._var_names)))
             for part in parts:
-                layers = {f"layers/{name}": x for name, x in self._add(part).items()}
-                for name, block in {"X": part.counts, **layers}.items():
-                    _append(store, name, block)
+                _append(store, "X", part.counts)
+                for name, values in self._add(part).items():
+                    _append(store["layers"], name, values)
             for name, value in self._annotations().items():
                 write_elem(store, name, value)
             if path.suffix == ".h5ad":
@@ -355,24 +355,24 @@ def _opened(path: Path, mode: Literal["r", "w"]) -> Any:
     return zarr.open_group(str(path), mode=mode)
 
 
-def _append(store: Any, name: str, block: sp.csr_matrix | np.ndarray) -> None:
+def _append(group: Any, name: str, block: sp.csr_matrix | np.ndarray) -> None:
     """Add rows to a matrix on disk."""
-    if name not in store:
+    if name not in group:
         # HDF5 has to be told what may grow, and compresses nothing by itself.
         options: dict[str, Any] = {}
-        if not hasattr(store, "store"):
+        if not hasattr(group, "store"):
             options = {"compression": "gzip", "compression_opts": 1}
             if isinstance(block, np.ndarray):
                 options |= {"maxshape": (None, block.shape[1]), "chunks": (256, block.shape[1])}
         if not isinstance(block, np.ndarray):
             block.indptr = block.indptr.astype(np.int64)  # there may be more than 2**31 values
-        write_elem(store, name, block, dataset_kwargs=options)
+        write_elem(group, name, block, dataset_kwargs=options)
     elif isinstance(block, np.ndarray):
-        array, n = store[name], store[name].shape[0]
+        array, n = group[name], group[name].shape[0]
         array.resize((n + len(block), block.shape[1]))
         array[n:] = block
     else:
-        sparse_dataset(store[name]).append(block)
+        sparse_dataset(group[name]).append(block)
 
 
 def _backed(path: Path) -> AnnData:
