@@ -30,7 +30,8 @@ class PerceiverEncoder(Encoder):
     expressed genes cost (Jaegle et al. 2021 for the Perceiver).
 
     A difference loses digits where the expressed genes held most of the sum, or where values raise
-    logits by a lot; there, and where cells see different genes, all genes are summed one by one.
+    logits by a lot; there, where cells see different genes, and on a GPU, which would wait for the
+    lists, all genes are summed one by one.
     Gradients reach the parameters, not the values.
 
     Parameters
@@ -80,7 +81,8 @@ class PerceiverEncoder(Encoder):
 
         visible = None if visible is None else visible.bool()
         means = None
-        if visible is None or visible.dim() == 1:
+        # Loops over few genes pay where there are few processors.
+        if values.device.type == "cpu" and (visible is None or visible.dim() == 1):
             means = self._over_expressed(values, visible, by_gene, value, by_phi)
         if means is None:
             means = self._over_all(values, visible, by_gene, value, by_phi)
