@@ -2,6 +2,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import python
 from matplotlib.figure import Figure
 from scipy.stats import norm, ttest_ind
 
@@ -197,3 +198,20 @@ def test_an_overview_shows_the_focus_beside_the_best_other_method():
     assert [t.get_text() for t in axes.get_yticklabels()] == ["b\ndoubles", "a\ndoubles"]
     with pytest.raises(ValueError, match="no values of 'error' for 'theirs'"):
         plotting.benchmark_overview(pd.DataFrame(rows), "theirs", "error")
+
+
+def test_notebooks_draw_figures_before_pyplot_is_used():
+    pytest.importorskip("IPython", reason="IPython, which notebooks bring, is not installed")
+    said = python(
+        """
+import sys, types
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+sys.modules["ipykernel"] = types.ModuleType("ipykernel")
+import pandas as pd, gpjepa
+figure = gpjepa.plotting.history({"train_loss": pd.DataFrame({"train_loss": [2.0, 1.0]})})
+data, _ = shell.display_formatter.format(figure)
+print(sorted(data))
+"""
+    )
+    assert said.strip() == "['image/png', 'text/plain']"

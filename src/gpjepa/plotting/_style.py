@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,21 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if "ipykernel" in sys.modules:
+        _shown_by_notebooks(Figure)
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _shown_by_notebooks(kind: type) -> None:
+    """Let a notebook draw figures also where nothing has used pyplot yet, which would arrange it."""
+    from IPython.core.getipython import get_ipython
+    from IPython.core.pylabtools import select_figure_formats
+
+    shell: Any = get_ipython()
+    if shell is not None and kind not in shell.display_formatter.formatters["image/png"]:
+        select_figure_formats(shell, {"png"})
 
 
 def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
