@@ -215,3 +215,22 @@ print(sorted(data))
 """
     )
     assert said.strip() == "['image/png', 'text/plain']"
+
+
+def test_notebooks_keep_the_format_that_they_were_told():
+    pytest.importorskip("IPython", reason="IPython, which notebooks bring, is not installed")
+    said = python(
+        """
+import sys, types
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.pylabtools import select_figure_formats
+shell = InteractiveShell.instance()
+select_figure_formats(shell, {"svg"})
+sys.modules["ipykernel"] = types.ModuleType("ipykernel")
+import pandas as pd, gpjepa
+figure = gpjepa.plotting.history({"train_loss": pd.DataFrame({"train_loss": [2.0, 1.0]})})
+data, _ = shell.display_formatter.format(figure)
+print(sorted(data))
+"""
+    )
+    assert said.strip() == "['image/svg+xml', 'text/plain']"

@@ -319,8 +319,8 @@ class GPJEPA(BaseModelClass):
 
         Works on unlabelled cells (``perturbation_key=None``). Of labelled ones, those that
         :meth:`train` holds out are left out here too. :meth:`train` then starts from here. What was
-        learned before (``pretrained``) is gone on from; what :meth:`train` found is dropped. Of 2,000
-        unlabelled cells or more, every fiftieth is held out for the validation curve; where genes are new and components fitted
+        learned before (``pretrained``) is where it starts, and what :meth:`train` found is dropped. Of
+        2,000 unlabelled cells or more, a fiftieth is held out for the validation curve; where genes are new and components fitted
         to half of these cells say more of the other half than those brought along, the components
         are fitted again, and the network starts with adding nothing to them.
 
@@ -455,7 +455,8 @@ class GPJEPA(BaseModelClass):
             if stage_a is not None or not history:  # the decoder is not standardised yet
                 share = standardise(self.module, data.cells, data.inside)
             if stage_a is not None:
-                history, interrupted = stage_a.run(pretrain_epochs, options)
+                found, interrupted = stage_a.run(pretrain_epochs, options)
+                history = found or history
             response, found = action.run(
                 action_options, options, options.callbacks, skip=interrupted
             )
@@ -501,12 +502,15 @@ class GPJEPA(BaseModelClass):
             if resume:
                 raise ValueError("resume=True needs checkpoint_dir, where the checkpoints are.")
             return None
-        features = [f.name for f in self.new_anchor().features]
+        features = [
+            (f.name, f"{_random.key(*f.index, f.take(list(f.index)).sum()):032x}")
+            for f in self.new_anchor().features
+        ]
         asked = {"model": self._model_summary_string, "target_features": features, **what}
         # Callbacks and loggers are other objects in another process.
         plain = {k: v for k, v in what["trainer"].items() if isinstance(v, int | float | str)}
         asked["trainer"] = {k: v for k, v in plain.items() if k != "enable_progress_bar"}
-        written = {name: repr(value) for name, value in asked.items()}
+        written = {name: _written(value) for name, value in asked.items()}
         return Checkpoints(directory, resume, {**data.fingerprint(), **written})
 
     @contextmanager
@@ -1140,6 +1144,17 @@ def _generated(
     """Cells of each perturbation in each context, as they come."""
     for effect in effects.of_all(pairs, gate):
         yield from generation.cells(effect, controls[effect.context])
+
+
+def _written(value: Any) -> str:
+    """A value as text that is the same in every process, whatever the order of sets is."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_written(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, set | frozenset):
+        return _written(sorted(value, key=str))
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_written, value)) + "]"
+    return repr(value)
 
 
 def _check_gate(gate: GateOption) -> None:

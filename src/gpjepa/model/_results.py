@@ -206,7 +206,7 @@ class Results:
         )
 
     def on_disk(self, parts: Iterable[PredictedCells], path: Path) -> AnnData:
-        """Write the cells as they come, and give the file back as a backed AnnData.
+        """Write the cells as they come, and give them back with counts that stay on disk.
 
         The file has another name until it is whole.
         """
@@ -215,6 +215,8 @@ class Results:
             warnings.filterwarnings("ignore", "zarr v3 autosharding|.*Zarr V3 specification")
             store = _opened(draft, "w")
             write_elem(store, "/", AnnData(var=pd.DataFrame(index=self._var_names)))
+            if "raw" in store:  # empty, and yet it would pass for expression
+                del store["raw"]
             for part in parts:
                 _append(store, "X", part.counts)
                 for name, values in self._add(part).items():
@@ -381,8 +383,7 @@ def _backed(path: Path) -> AnnData:
         return read_h5ad(path, backed="r")
     store = _opened(path, "r")
     parts = {name: read_elem(store[name]) for name in ("obs", "var", "obsm", "varm", "uns")}
-    layers = {name: store["layers"][name] for name in store["layers"]}
-    return AnnData(sparse_dataset(store["X"]), layers=layers, **parts)
+    return AnnData(sparse_dataset(store["X"]), **parts)
 
 
 def _rank_genes(effects: list[PredictedEffect], genes: np.ndarray, reference: str) -> dict:

@@ -38,7 +38,7 @@ class TrainingOptions:
     trainer
         Arguments of :class:`scvi.train.Trainer`.
     callbacks
-        Those of the last stage.
+        Those of ``train`` in stages B and C, those of ``pretrain`` in stage A.
     shown
         Whether progress is shown.
     checkpoints
@@ -104,9 +104,9 @@ class TrainingOptions:
         if kept is not None and kept.restore():
             plan.module.to(device)
             return False
-        every = range(torch.cuda.device_count())
+        gpu = [device] if device.type == "cuda" else []
         # Epochs set the seed, which is nobody else's.
-        with only_trainable(plan), torch.random.fork_rng(every), quiet(*_LOUD):
+        with only_trainable(plan), torch.random.fork_rng(gpu), quiet(*_LOUD):
             trainer = Trainer(
                 max_epochs=max_epochs,
                 accelerator=accelerator,
@@ -118,7 +118,7 @@ class TrainingOptions:
             )
             with finish_on_interrupt(trainer) as interrupted:
                 if kept is not None:
-                    plan.keep = lambda trainer: None if interrupted else kept.write(trainer)
+                    plan.keep = lambda trainer: kept.write(trainer, interrupted)
                 trainer.fit(plan, batches, ckpt_path=None if kept is None else kept.there)
         plan.module.to(device).eval()
         if interrupted:
@@ -213,8 +213,10 @@ class StageCheckpoint:
         self.plan = plan
         self.path = directory / f"{plan.stage}.ckpt"
         self.finished = directory / f"{plan.stage}-finished.ckpt"
-        for left in directory.glob(f".{plan.stage}*"):  # of a process that was killed as it wrote
-            shutil.rmtree(left, ignore_errors=True)
+        for path in (self.path, self.finished):
+            # Of a process that was killed as it wrote.
+            for left in directory.glob(f".{path.name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     @property
     def there(self) -> str | None:
@@ -231,9 +233,16 @@ class StageCheckpoint:
         self.plan.module.eval()
         return True
 
-    def write(self, trainer: pl.Trainer) -> None:
-        """Keep where the stage stands; after the last epoch, the name says that it has ended."""
-        last = trainer.should_stop or trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    def write(self, trainer: pl.Trainer, interrupted: Sequence[int]) -> None:
+        """Keep where the stage stands; after the last epoch, the name says that it has ended.
+
+        An epoch that was interrupted is no whole one.
+        """
+        stops = trainer.should_stop  # before the question who stopped it
+        if interrupted:
+            return
+        ended = stops and trainer.current_epoch + 1 >= (trainer.min_epochs or 0)
+        last = ended or trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         with written_whole(self.finished if last else self.path) as draft:
             trainer.save_checkpoint(draft)
         if last:

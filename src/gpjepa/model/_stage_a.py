@@ -246,7 +246,7 @@ class PretrainPlan(Plan):
             regulariser_weight = weight if self.objective == "jepa" else 0.0
         self.guard = CollapseGuard(regulariser_weight)
         n_latent, n_hidden = module.anchor_map.shape[1], 256
-        self.most = 0  # the largest rank that the states of a mini-batch could have
+        self.most = 0  # the largest rank that the states of the mini-batch could have
         n_out = module.n_genes if self.objective == "reconstruction" else n_latent
         self.head = nn.Identity() if self.objective == "jepa" else mlp(n_latent, n_hidden, n_out)
 
@@ -323,7 +323,7 @@ class PretrainPlan(Plan):
         there: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """How states and predictions vary, and what was hidden; once an epoch is enough."""
-        self.most = max(self.most, min(len(state) - 1, state.shape[1]))
+        self.most = min(len(state) - 1, state.shape[1])
         spread, together = state.std(0), blocks.sum(0)
         return {
             "latent_std": spread.mean(),

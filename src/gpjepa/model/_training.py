@@ -97,7 +97,7 @@ class TrainingCells:
         few = sorted(c for c in judged if controls[c] < _LEAST_CONTROLS)
         spared = np.isin(np.array(cells.contexts, dtype=object), sorted(judged - set(few)))
         self.out = self.out | (cells.is_control & spared & (rank % 2 == 1))
-        if few and len(few) < len(judged):
+        if few:
             reason = f"{self.holdout.reason} (not judged in {', '.join(map(repr, few))}: "
             reason += f"fewer than {_LEAST_CONTROLS} control cells)"
             self.holdout = replace(self.holdout, reason=reason)
@@ -176,7 +176,7 @@ class TrainingCells:
         return {
             "cells": len(cells),
             "genes": len(self.genes),
-            "counts": float(cells.counts.sum()),
+            "counts": float(cells.counts.sum(dtype=float)),
             "names and labels": f"{_random.key(*self.genes, *sorted(labels)):032x}",
         }
 

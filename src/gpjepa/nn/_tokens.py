@@ -103,7 +103,7 @@ def expressed_alike(
     expressed = values != 0
     if visible is not None:
         expressed = expressed & visible
-    if values.device.type != "cpu":  # which would wait for the lengths
+    if values.device.type != "cpu":  # A GPU would wait once more to know how long the runs are.
         return [Expressed.of(values, expressed)], torch.arange(len(values), device=values.device)
     n_expressed, cells = expressed.sum(1).sort(descending=True, stable=True)
     runs = _runs(n_expressed.cpu().numpy(), most)

@@ -43,7 +43,9 @@ def _shown_by_notebooks(kind: type) -> None:
     from IPython.core.pylabtools import select_figure_formats
 
     shell: Any = get_ipython()
-    if shell is not None and kind not in shell.display_formatter.formatters["image/png"]:
+    if shell is None:
+        return
+    if not any(kind in known for known in shell.display_formatter.formatters.values()):
         select_figure_formats(shell, {"png"})
 
 
