@@ -41,10 +41,11 @@ def history(history: Mapping[str, pd.DataFrame]) -> Any:
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         raise ValueError(f"The history has no curve that is known: {sorted(history)}.")
-    figure = new_figure(3.4 * len(panels), 2.8)
-    for axes, (title, curves) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = new_figure(3.7 * columns, 2.6 * rows)
+    for place, (title, curves) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
         axes_of(axes, 0, 0)
         for color, (key, said) in zip(PALETTE, curves.items(), strict=False):
             values = history[key].iloc[:, 0].astype(float)
@@ -52,7 +53,10 @@ def history(history: Mapping[str, pd.DataFrame]) -> Any:
             if key == "holdout_error":
                 best = int(values.idxmin()) + 1
                 axes.axvline(best, color="#999999", lw=0.8, ls=":")
-                where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+                where: dict[str, Any] = {
+                    "xycoords": ("data", "axes fraction"),
+                    "textcoords": "offset points",
+                }
                 axes.annotate("kept", (best, 0.6), (3, 0), fontsize=8, **where)
         axes.set(title=title, xlabel="epoch")
         axes.legend(frameon=False, fontsize=8)
