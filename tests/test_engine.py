@@ -22,7 +22,8 @@ from gpjepa.effects import CellSums, EffectAnchor, Gate, effect_table
 from gpjepa.model import ActionPlan
 from gpjepa.model._network import Network
 from gpjepa.model._states import States
-from gpjepa.model._training import ActionTraining, TrainingCells
+from gpjepa.model._training import ActionTraining
+from gpjepa.model._training_cells import TrainingCells
 
 QUIET = {"enable_progress_bar": False}
 

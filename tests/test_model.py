@@ -19,7 +19,8 @@ from gpjepa import GPJEPA
 from gpjepa.effects import EffectAnchor, effect_table
 from gpjepa.model._plan import Plan
 from gpjepa.model._states import States
-from gpjepa.model._training import ActionTraining, TrainingCells
+from gpjepa.model._training import ActionTraining
+from gpjepa.model._training_cells import TrainingCells
 from gpjepa.perturbations import Perturbation, TargetFeatures, UnknownTargetError
 from gpjepa.splits import hold_out
 

@@ -14,9 +14,10 @@ from plain import assert_same_axes, half_of, plain_components
 import gpjepa
 from gpjepa import GPJEPA
 from gpjepa.model import Ablation, CollapseError
+from gpjepa.model._masks import masks
 from gpjepa.model._module import log1p_rates
-from gpjepa.model._stage_a import CollapseGuard, PretrainPlan, masks
-from gpjepa.model._training import TrainingCells
+from gpjepa.model._stage_a import CollapseGuard, PretrainPlan
+from gpjepa.model._training_cells import TrainingCells
 from gpjepa.nn import ENCODERS
 from gpjepa.objectives import gene_blocks
 

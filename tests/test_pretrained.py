@@ -17,8 +17,9 @@ from gpjepa import GPJEPA
 from gpjepa.datasets import join
 from gpjepa.model._batches import RandomBatches
 from gpjepa.model._components import _information
+from gpjepa.model._masks import masks
 from gpjepa.model._moments import moments
-from gpjepa.model._stage_a import Ablation, masks
+from gpjepa.model._stage_a import Ablation
 from gpjepa.nn import ENCODERS
 from gpjepa.objectives import gene_blocks
 

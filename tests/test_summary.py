@@ -7,7 +7,7 @@ from sklearn.exceptions import NotFittedError
 from gpjepa import GPJEPA
 from gpjepa.effects import effect_table, noise_corrected_error
 from gpjepa.model._held_out import HeldOut
-from gpjepa.model._training import TrainingCells
+from gpjepa.model._training_cells import TrainingCells
 
 
 def errors(**rows):

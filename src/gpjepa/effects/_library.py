@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def library_shifts(
     return result
 
 
-def library_shift(shifts: dict[Perturbation, float], perturbation: Perturbation) -> float:
+def library_shift(shifts: Mapping[Perturbation, float], perturbation: Perturbation) -> float:
     """Shift of one perturbation: its own, or the sum of its singles', 0 where nothing is known."""
     if perturbation in shifts:
         return shifts[perturbation]

@@ -153,7 +153,7 @@ class Generation:
     ) -> PredictedCells:
         cells, draws = control.cells, control.draws[part]
         names, perturbation = cells.names[part], effect.perturbation
-        shifts = dict(self.effects.network.library_shifts)
+        shifts = self.effects.network.library_shifts
         library = cells.library[part] * np.exp(library_shift(shifts, perturbation))
         counts = expected * (library / PER)[:, None]
         if not self.return_mean:

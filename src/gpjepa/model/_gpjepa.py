@@ -44,9 +44,9 @@ from ._training import (
     ActionTraining,
     History,
     Pretraining,
-    TrainingCells,
     standardise,
 )
+from ._training_cells import TrainingCells
 
 _MANY = 250_000_000  # numbers in the layers of predicted cells, above which they are left out
 

@@ -126,7 +126,7 @@ class Network:
         if "log1p_mean" in scales:
             effect["log1p_mean"] = np.log1p(PER * after.mean(0)) - np.log1p(PER * before.mean(0))
         if "mean_log1p" in scales:
-            shift = library_shift(dict(self.library_shifts), perturbation)
+            shift = library_shift(self.library_shifts, perturbation)
             library = control.library * np.exp(shift)
 
             def expected(share: np.ndarray) -> np.ndarray:
