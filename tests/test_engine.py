@@ -574,8 +574,12 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(simulated):
     found = {}
     for device in ("cpu", "cuda"):
         module = fitted.module.to(device)
-        given = ({k: v.to(device) for k, v in batch.items()}, network.action([label]),
-                 shift.to(device), missed.to(device))  # fmt: skip
+        given = (
+            {k: v.to(device) for k, v in batch.items()},
+            network.action([label]),
+            shift.to(device),
+            missed.to(device),
+        )
         weights = {"vicreg": 0.0, "nb": 0.0, "kl": 1.0, "effect": 1.0}
         losses = module.action_loss(*given, matching="prototype", weights=weights)
         found[device] = {k: float(losses[k]) for k in ("predict", "kl", "effect")}

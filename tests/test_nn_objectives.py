@@ -204,8 +204,9 @@ def test_the_order_of_the_genes_is_no_input(kind, components):
             elif name.endswith("net.0.weight"):
                 tensor.copy_(tensor[:, order].clone())
     visible = torch.rand(25) > 0.3
-    torch.testing.assert_close(other(values[:, order], visible[order]), encoder(values, visible),
-                               atol=1e-5, rtol=1e-5)  # fmt: skip
+    torch.testing.assert_close(
+        other(values[:, order], visible[order]), encoder(values, visible), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("components", [False, True])
@@ -223,8 +224,9 @@ def test_hidden_genes_have_no_influence(kind, components):
 
 def test_components_are_those_of_a_plain_generalised_eigenproblem():
     rng = np.random.default_rng(0)
-    counts = rng.poisson(rng.gamma(2, 2, 40) * np.exp(0.3 * rng.normal(size=(300, 5)) @ rng.normal(
-        size=(5, 40)))).astype(float)  # fmt: skip
+    counts = rng.poisson(
+        rng.gamma(2, 2, 40) * np.exp(0.3 * rng.normal(size=(300, 5)) @ rng.normal(size=(5, 40)))
+    ).astype(float)
     library, half = counts.sum(1), half_of(counts)
     encoder = make_encoder("components", 40, 5, 0)
 
@@ -232,8 +234,9 @@ def test_components_are_those_of_a_plain_generalised_eigenproblem():
         return torch.from_numpy(np.log1p(1e4 * k / size[:, None])).float()
 
     def halves(axes):
-        found = (encoder.standardise(values(k, library / 2), None) @ axes
-                 for k in (half, counts - half))  # fmt: skip
+        found = (
+            encoder.standardise(values(k, library / 2), None) @ axes for k in (half, counts - half)
+        )
         return tuple(x - x.mean(0) for x in found)
 
     whole = values(counts, library)
@@ -287,8 +290,9 @@ def test_action_embedding_is_a_set_function_with_doses():
     torch.testing.assert_close(a, encoder(torch.tensor([[0]]), doses[:, :1]))
     assert not torch.allclose(a, encoder(torch.tensor([[0, -1]]), 3 * doses))
     # Unperturbed targets 3 and 4 differ in their features alone.
-    assert not torch.allclose(encoder(torch.tensor([[3]]), doses[:, :1]),
-                              encoder(torch.tensor([[4]]), doses[:, :1]))  # fmt: skip
+    assert not torch.allclose(
+        encoder(torch.tensor([[3]]), doses[:, :1]), encoder(torch.tensor([[4]]), doses[:, :1])
+    )
 
 
 def test_untrained_head_predicts_no_residual():

@@ -69,10 +69,17 @@ def test_every_kind_of_pretraining_learns_and_is_logged(cells, arm):
     assert loss[-3:].mean() < loss[:2].mean()
     hidden = ARMS[arm].get("hidden", 0.5)
     assert history["pretrain_hidden_share"].to_numpy(float) == pytest.approx(hidden, abs=0.02)
-    assert {"pretrain_effective_rank", "pretrain_latent_std", "pretrain_spread_ratio",
-            "pretrain_latent_std_min", "pretrain_n_blocks", "pretrain_overlap",
-            "pretrain_block_size", "pretrain_block_size_std",
-            "pretrain_regulariser_weight"} <= set(history)  # fmt: skip
+    assert {
+        "pretrain_effective_rank",
+        "pretrain_latent_std",
+        "pretrain_spread_ratio",
+        "pretrain_latent_std_min",
+        "pretrain_n_blocks",
+        "pretrain_overlap",
+        "pretrain_block_size",
+        "pretrain_block_size_std",
+        "pretrain_regulariser_weight",
+    } <= set(history)
     at_most = history["pretrain_latent_std"].to_numpy(float)
     assert (history["pretrain_latent_std_min"].to_numpy(float) < at_most).all()
     blocks = ARMS[arm].get("n_blocks", 1)
@@ -82,8 +89,9 @@ def test_every_kind_of_pretraining_learns_and_is_logged(cells, arm):
     states = model.get_latent_representation()
     assert np.linalg.matrix_rank(states - states.mean(0)) > 4
     # Teacher and encoder are one in the end.
-    for a, b in zip(model.module.encoder.parameters(), model.module.target_encoder.parameters(),
-                    strict=True):  # fmt: skip
+    for a, b in zip(
+        model.module.encoder.parameters(), model.module.target_encoder.parameters(), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -100,10 +108,12 @@ def test_gene_sets_and_regulons_are_hidden_as_wholes(cells, tmp_path):
     found = [
         masks(Ablation(**{"masks": kind, kind: given}), read, genes, np.arange(len(read)))["groups"]
         for kind, given in (
-            ("gene_sets", sets(cells)), ("gene_sets", tmp_path / "sets.gmt"),
-            ("regulons", edges), ("regulons", tmp_path / "regulons.csv"),
+            ("gene_sets", sets(cells)),
+            ("gene_sets", tmp_path / "sets.gmt"),
+            ("regulons", edges),
+            ("regulons", tmp_path / "regulons.csv"),
         )
-    ]  # fmt: skip
+    ]
     for groups in found:
         members = [set(genes[g.numpy()]) for g in groups.to_dense()]
         assert sorted(map(sorted, members)) == sorted(map(sorted, sets(cells).values()))
@@ -336,10 +346,18 @@ def test_an_encoder_that_collapses_is_seen_and_held_up(cells, encoder, caplog):
         caplog.at_level(logging.WARNING, "gpjepa"),
         pytest.warns(UserWarning, match="has collapsed"),
     ):
-        model = pretrained(cells, 25, encoder, components=False, seed=1, teacher=False, regulariser_weight=0.0,
-                           n_blocks=4,
-                           lr=1e-2 if encoder == "mlp" else 3e-3,
-                           hidden=0.8)  # fmt: skip
+        model = pretrained(
+            cells,
+            25,
+            encoder,
+            components=False,
+            seed=1,
+            teacher=False,
+            regulariser_weight=0.0,
+            n_blocks=4,
+            lr=1e-2 if encoder == "mlp" else 3e-3,
+            hidden=0.8,
+        )
     assert "regulariser's weight is now" in caplog.text
     assert float(model.history["pretrain_regulariser_weight"].iloc[-1].item()) > 0
     spread = model.history["pretrain_latent_std"].to_numpy(float).ravel()

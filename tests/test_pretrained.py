@@ -160,8 +160,9 @@ def test_training_on_perturbations_starts_from_a_pretrained_encoder(
     model.train(1, **QUIET)
     assert "pretrain_loss" not in model.history
     assert not [w for w in recwarn if "in eval mode" in str(w.message)]
-    for (name, mine), theirs in zip(model.module.encoder.named_parameters(),
-                                    source.module.encoder.parameters(), strict=True):  # fmt: skip
+    for (name, mine), theirs in zip(
+        model.module.encoder.named_parameters(), source.module.encoder.parameters(), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, msg=name)
     name = next(p for p in labelled.obs["perturbation"].unique() if p != "control")
     assert model.predict_perturbation(None, str(name)).n_obs > 0

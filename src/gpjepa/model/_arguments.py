@@ -105,8 +105,11 @@ def check_training(
 
 def check_plan(plan: type, given: Mapping[str, Any] | None) -> None:
     """Refuse options that a stage does not have."""
-    own = [p.name for p in inspect.signature(plan).parameters.values()
-           if p.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
+    own = [
+        p.name
+        for p in inspect.signature(plan).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
     wrong = [option for option in given or () if option not in own]
     if wrong:
         raise TypeError(

@@ -137,9 +137,11 @@ class GPJEPA(BaseModelClass):
             target_features = tuple(target_features)
         self.new_anchor = partial(EffectAnchor, target_features, missing_features)
         sizes: dict[str, Any] = {
-            "n_latent": n_latent, "encoder": encoder, "components": components,
+            "n_latent": n_latent,
+            "encoder": encoder,
+            "components": components,
             "n_hidden": n_hidden,
-        }  # fmt: skip
+        }
         source = None
         if pretrained is not None:
             source = type(self).load(str(pretrained), adata=False)
@@ -351,9 +353,12 @@ class GPJEPA(BaseModelClass):
         data = TrainingCells(self._training_cells(), self.genes, self._data.batch_names)
         stage = self._stage_a(data, plan_kwargs, batch_size)
         what = {
-            "method": "pretrain", "epochs of stage A": max_epochs, "stage A": plan_kwargs,
-            "batch_size": batch_size, "trainer": trainer_kwargs,
-        }  # fmt: skip
+            "method": "pretrain",
+            "epochs of stage A": max_epochs,
+            "stage A": plan_kwargs,
+            "batch_size": batch_size,
+            "trainer": trainer_kwargs,
+        }
         checkpoints = self._checkpoints(data, what, checkpoint_dir, resume)
         options = TrainingOptions.of(checkpoints, accelerator, devices, trainer_kwargs)
         with self._restored_on_error():
@@ -437,10 +442,12 @@ class GPJEPA(BaseModelClass):
             max_epochs, batch_size, matching, patience, dict(plan_kwargs or {})
         )
         what = {
-            "method": "train", "stages B and C": action_options,
-            "epochs of stage A": pretrain_epochs, "stage A": pretrain_kwargs,
+            "method": "train",
+            "stages B and C": action_options,
+            "epochs of stage A": pretrain_epochs,
+            "stage A": pretrain_kwargs,
             "trainer": trainer_kwargs,
-        }  # fmt: skip
+        }
         checkpoints = self._checkpoints(data, what, checkpoint_dir, resume)
         options = TrainingOptions.of(checkpoints, accelerator, devices, trainer_kwargs)
         pretrained = self.is_pretrained_

@@ -60,10 +60,20 @@ class GPJEPAModule(BaseModuleClass):
     """
 
     def __init__(
-        self, n_genes: int, n_targets: int, n_known: int, n_batches: int, *, n_latent: int = 64,
-        n_hidden: int = 256, n_action: int = 32, n_features: int = 16, encoder: Any = "mlp",
-        components: bool = True, rest: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        n_genes: int,
+        n_targets: int,
+        n_known: int,
+        n_batches: int,
+        *,
+        n_latent: int = 64,
+        n_hidden: int = 256,
+        n_action: int = 32,
+        n_features: int = 16,
+        encoder: Any = "mlp",
+        components: bool = True,
+        rest: bool = False,
+    ) -> None:
         super().__init__()
         self.n_genes = n_genes
         self.encoder = make_encoder(encoder, n_genes, n_latent, n_hidden, components)
@@ -133,9 +143,15 @@ class GPJEPAModule(BaseModuleClass):
         return self.predictor(state, action, shift)
 
     def action_loss(
-        self, tensors: dict[str, torch.Tensor], action: torch.Tensor, shift: torch.Tensor,
-        missed: torch.Tensor, *, matching: str, weights: dict[str, float],
-    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        self,
+        tensors: dict[str, torch.Tensor],
+        action: torch.Tensor,
+        shift: torch.Tensor,
+        missed: torch.Tensor,
+        *,
+        matching: str,
+        weights: dict[str, float],
+    ) -> dict[str, torch.Tensor]:
         """Loss of one perturbation-coherent mini-batch.
 
         Parameters
@@ -206,17 +222,22 @@ class GPJEPAModule(BaseModuleClass):
 
     @staticmethod
     def _prior_loss(
-        prior: torch.Tensor, log_variance: torch.Tensor, target: torch.Tensor, per_row: int,
+        prior: torch.Tensor,
+        log_variance: torch.Tensor,
+        target: torch.Tensor,
+        per_row: int,
         matching: str,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         if matching == "ot":
             return F.smooth_l1_loss(prior, target)
         if matching == "prototype":
             means = [x.unflatten(0, (-1, per_row)).mean(1) for x in (prior, target)]
             return F.smooth_l1_loss(*means)
         distance: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-            "energy": energy_distance, "mmd": mmd, "sliced_wasserstein": sliced_wasserstein,
-        }  # fmt: skip
+            "energy": energy_distance,
+            "mmd": mmd,
+            "sliced_wasserstein": sliced_wasserstein,
+        }
         sample = prior + torch.randn_like(prior) * (0.5 * log_variance).exp()
         sets = [x.unflatten(0, (-1, per_row)) for x in (sample, target)]
         return torch.stack([distance[matching](x, y) for x, y in zip(*sets, strict=True)]).mean()

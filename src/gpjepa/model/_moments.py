@@ -38,17 +38,22 @@ class Moments:
 def moments(cells: Cells, where: np.ndarray) -> Moments:
     """Moments of some of the cells; a gene that none of them measured has mean 0 and spread 0."""
     n_genes = cells.counts.shape[1]
-    sums = {name: np.zeros(n_genes) for name in
-            ("n", "root", "share", "count", "excess", "crossed", "library", "libraries")}  # fmt: skip
+    sums = {
+        name: np.zeros(n_genes)
+        for name in ("n", "root", "share", "count", "excess", "crossed", "library", "libraries")
+    }
     for measured, mine in cells.by_dataset(where):
         for start in range(0, len(mine), CHUNK):
             part = where[mine[start : start + CHUNK]]
             counts, library = cells.counts[part], cells.library[part]
             k, of_cell = counts.data.astype(float), np.repeat(library, np.diff(counts.indptr))
             each = {
-                "root": np.sqrt(PER * k / of_cell), "share": k / of_cell, "count": k,
-                "excess": k**2 - k, "crossed": k * of_cell,
-            }  # fmt: skip
+                "root": np.sqrt(PER * k / of_cell),
+                "share": k / of_cell,
+                "count": k,
+                "excess": k**2 - k,
+                "crossed": k * of_cell,
+            }
             found = {name: np.bincount(counts.indices, x, n_genes) for name, x in each.items()}
             of_cells = {"n": len(part), "library": library.sum(), "libraries": (library**2).sum()}
             for name, x in (found | of_cells).items():

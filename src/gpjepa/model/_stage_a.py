@@ -89,8 +89,9 @@ class CollapseGuard:
                     f"The predictions hardly vary: their spread is {ratio:.2g} of the targets' (at "
                     f"least {_MIN_RATIO:g} is expected). The genes that are seen say little of "
                     "those that are hidden, or the predictor has not learned it yet.",
-                    UserWarning, stacklevel=2,
-                )  # fmt: skip
+                    UserWarning,
+                    stacklevel=2,
+                )
             return
         self.epochs += 1
         seen = (
@@ -99,8 +100,9 @@ class CollapseGuard:
             f"{ratio:.2g}"
         )
         if self.epochs == 1:
-            warnings.warn(f"{seen}. If it goes on, the regulariser is raised.", UserWarning,
-                          stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"{seen}. If it goes on, the regulariser is raised.", UserWarning, stacklevel=2
+            )
         elif self.epochs % _PATIENCE != 1:
             return
         elif self.weight >= self.bound:
@@ -217,11 +219,18 @@ class PretrainPlan(Plan):
     """
 
     def __init__(
-        self, module: GPJEPAModule, *, n_blocks: int = 1, hidden: float = 0.5,
-        momentum: float = 0.996, regulariser_weight: float | None = None, thinning: float = 0.9,
-        lr: float = 3e-4, weight_decay: float = 1e-4,
+        self,
+        module: GPJEPAModule,
+        *,
+        n_blocks: int = 1,
+        hidden: float = 0.5,
+        momentum: float = 0.996,
+        regulariser_weight: float | None = None,
+        thinning: float = 0.9,
+        lr: float = 3e-4,
+        weight_decay: float = 1e-4,
         ablation: Ablation | Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not 0 <= thinning < 1:
             raise ValueError(f"thinning={thinning}: expected a share from 0 to below 1.")
         if not 0 <= momentum < 1 or (regulariser_weight or 0) < 0:
@@ -233,9 +242,11 @@ class PretrainPlan(Plan):
         super().__init__(module, "pretrain", lr, weight_decay)
         self.objective, self.set_size, self.teacher = made.objective, made.set_size, made.teacher
         self.blocks: dict[str, Any] = {
-            "n_blocks": n_blocks, "hidden": hidden, "overlap": made.overlap,
+            "n_blocks": n_blocks,
+            "hidden": hidden,
+            "overlap": made.overlap,
             "size_spread": made.size_spread,
-        }  # fmt: skip
+        }
         self.momentum, self.thinning, self.noise = momentum, thinning, made.noise
         self.regularise, weight = REGULARISERS[made.regulariser]
         if regulariser_weight is None:
@@ -296,8 +307,10 @@ class PretrainPlan(Plan):
         target = log1p_rates(counts, library)
         view = self._view(counts, library, target)
         if self.set_size:
-            view, target = (x.unflatten(0, (-1, 2, self.set_size // 2))[:, i].flatten(0, 1)
-                            for i, x in enumerate((view, target)))  # fmt: skip
+            view, target = (
+                x.unflatten(0, (-1, 2, self.set_size // 2))[:, i].flatten(0, 1)
+                for i, x in enumerate((view, target))
+            )
         state = self.module.encoder(view, visible)
         predicted, wanted, predict = getattr(self, f"_{self.objective}")(state, target, blocks)
         regulariser = self.regularise(state) if self.guard.weight else predict.detach() * 0

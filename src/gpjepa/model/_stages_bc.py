@@ -140,22 +140,39 @@ class ActionPlan(Plan):
     """
 
     def __init__(
-        self, module: GPJEPAModule, targets: torch.Tensor, doses: torch.Tensor,
-        shift: torch.Tensor, missed: torch.Tensor, watch: Watch, *, matching: str = "prototype",
-        vicreg_weight: float = 0.05, nb_weight: float = 10.0, kl_weight: float = 0.1,
-        effect_weight: float = 1.0, lr: float = 2e-3, weight_decay: float = 1e-4,
-    ) -> None:  # fmt: skip
+        self,
+        module: GPJEPAModule,
+        targets: torch.Tensor,
+        doses: torch.Tensor,
+        shift: torch.Tensor,
+        missed: torch.Tensor,
+        watch: Watch,
+        *,
+        matching: str = "prototype",
+        vicreg_weight: float = 0.05,
+        nb_weight: float = 10.0,
+        kl_weight: float = 0.1,
+        effect_weight: float = 1.0,
+        lr: float = 2e-3,
+        weight_decay: float = 1e-4,
+    ) -> None:
         super().__init__(module, "action", lr, weight_decay)
         for name, of_rows in (
-            ("targets", targets), ("doses", doses), ("shift", shift), ("missed", missed)
-        ):  # fmt: skip
+            ("targets", targets),
+            ("doses", doses),
+            ("shift", shift),
+            ("missed", missed),
+        ):
             self.register_buffer(name, of_rows, persistent=False)
         self.watch, self.matching = watch, matching
         # In units of the mean squared length of what is to be learned.
         effect_weight = effect_weight / max(float(missed.square().sum(1).mean()), 1e-12)
         self.weights = {
-            "vicreg": vicreg_weight, "nb": nb_weight, "kl": kl_weight, "effect": effect_weight,
-        }  # fmt: skip
+            "vicreg": vicreg_weight,
+            "nb": nb_weight,
+            "kl": kl_weight,
+            "effect": effect_weight,
+        }
         self.averaged = ema_copy(module.parts("action"))
         self.judged: list[torch.Tensor] = []  # errors of the units, per epoch
         self.kept: dict[int, dict[str, torch.Tensor]] = {}  # averaged weights of some epochs

@@ -330,9 +330,15 @@ class ActionTraining:
         shift = padded(left_out["mean_log1p"]).to(anchor_map.device) @ anchor_map
         missed = padded(self.inside.effect["log1p_mean"] - left_out["log1p_mean"])
         return ActionPlan(
-            self.module, targets, doses, shift, missed, watch, matching=options.matching,
+            self.module,
+            targets,
+            doses,
+            shift,
+            missed,
+            watch,
+            matching=options.matching,
             **options.plan,
-        )  # fmt: skip
+        )
 
     def _batches(
         self, rows: list[tuple[str, Perturbation]], state: np.ndarray, batch_size: int

@@ -128,9 +128,10 @@ class ComponentEncoder(Encoder):
 
     @torch.no_grad()
     def fit(
-        self, x: torch.Tensor,
+        self,
+        x: torch.Tensor,
         halves: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Set the axes; states vary by 1 on average.
 
         Parameters

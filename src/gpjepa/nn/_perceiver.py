@@ -45,9 +45,14 @@ class PerceiverEncoder(Encoder):
     """
 
     def __init__(
-        self, n_genes: int, n_latent: int, n_queries: int = 16, n_heads: int = 4,
-        width: int = 128, n_fourier: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        n_genes: int,
+        n_latent: int,
+        n_queries: int = 16,
+        n_heads: int = 4,
+        width: int = 128,
+        n_fourier: int = 4,
+    ) -> None:
         super().__init__(n_genes)
         if width % n_heads:
             raise ValueError(f"width={width} is not a multiple of n_heads={n_heads}.")
@@ -112,9 +117,13 @@ class PerceiverEncoder(Encoder):
         return own, phi_zero + change
 
     def _over_all(
-        self, values: torch.Tensor, visible: torch.Tensor | None, by_gene: torch.Tensor,
-        value: torch.Tensor, by_phi: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self,
+        values: torch.Tensor,
+        visible: torch.Tensor | None,
+        by_gene: torch.Tensor,
+        value: torch.Tensor,
+        by_phi: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, gene by gene."""
         phi = self.tokens.fourier(values)  # (n, G, F)
         logits = (by_phi.flatten(0, 1) @ phi.transpose(1, 2)).unflatten(1, by_phi.shape[:2])
@@ -140,9 +149,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, by_gene: torch.Tensor, value: torch.Tensor, by_phi: torch.Tensor,
-        phi: list[torch.Tensor], lists: list[Expressed], visible: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:  # fmt: skip
+        ctx: Any,
+        by_gene: torch.Tensor,
+        value: torch.Tensor,
+        by_phi: torch.Tensor,
+        phi: list[torch.Tensor],
+        lists: list[Expressed],
+        visible: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Attention means.
 
         Parameters

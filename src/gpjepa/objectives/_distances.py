@@ -67,7 +67,10 @@ def optimal_transport_pairs(
     cost = torch.cdist(a, b).square()
     cost = cost / cost.mean((-2, -1), keepdim=True).clamp_min(1e-12)
     plan = ot.solve_batch(
-        cost.view(-1, *cost.shape[-2:]), reg=epsilon, max_iter=200, method="log_sinkhorn",
+        cost.view(-1, *cost.shape[-2:]),
+        reg=epsilon,
+        max_iter=200,
+        method="log_sinkhorn",
         grad="detach",
-    ).plan  # fmt: skip
+    ).plan
     return torch.multinomial(plan.flatten(0, 1), 1).view(x.shape[:-1])

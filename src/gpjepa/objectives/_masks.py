@@ -4,10 +4,16 @@ import torch
 
 
 def gene_blocks(
-    n_genes: int, n_blocks: int = 4, hidden: float = 0.5, *, overlap: float = 0.0,
-    size_spread: float = 0.0, groups: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None, among: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    n_genes: int,
+    n_blocks: int = 4,
+    hidden: float = 0.5,
+    *,
+    overlap: float = 0.0,
+    size_spread: float = 0.0,
+    groups: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    among: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Blocks of genes to hide from the context, drawn anew at every call.
 
     Genes are put into an order and cut into blocks: a random one, or group by group, or with the

@@ -79,9 +79,11 @@ def effective_rank(z: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_kl(
-    mean_q: torch.Tensor, log_variance_q: torch.Tensor,
-    mean_p: torch.Tensor, log_variance_p: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+    mean_q: torch.Tensor,
+    log_variance_q: torch.Tensor,
+    mean_p: torch.Tensor,
+    log_variance_p: torch.Tensor,
+) -> torch.Tensor:
     """KL(q‖p) of diagonal Gaussians, summed over dimensions, shape (n_cells,)."""
     ratio = (log_variance_q - log_variance_p).exp()
     distance = (mean_q - mean_p).square() * (-log_variance_p).exp()
