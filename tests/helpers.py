@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import warnings
@@ -32,8 +33,13 @@ def train_quickly(adata, *, train=None, model=None, **setup):
     return fitted
 
 
-def python(code: str) -> str:
+def python(code: str, **environment: str) -> str:
     """What a fresh interpreter prints when it runs `code`."""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
     assert run.returncode == 0, run.stderr[-3_000:]
     return run.stdout
