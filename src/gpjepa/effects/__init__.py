@@ -11,6 +11,7 @@ from ._baselines import (
     ShrunkenAdditive,
 )
 from ._cells import CellSums, effect_table
+from ._denoise import denoise
 from ._enrichment import enrichment, gene_set_scores
 from ._features import coexpression_features, effect_features, gene_loadings
 from ._gate import Gate, fit_gate
@@ -22,10 +23,11 @@ from ._interactions import (
 from ._library import library_shift, library_shifts
 from ._linear import LinearModel
 from ._regimes import Regimes
-from ._regression import KernelRidge, NearestPerturbation, ShrunkenMean, UnseenTargets
+from ._regression import KernelRidge, NearestPerturbation
 from ._scales import PER, SCALES, Scale, check_scale, expected_log1p, log1p_rates
 from ._table import EffectTable, noise_corrected_error
 from ._transfer import Transfer
+from ._unseen import ShrunkenMean, UnseenTargets
 
 __all__ = [
     "PER",
@@ -53,6 +55,7 @@ __all__ = [
     "UnseenTargets",
     "check_scale",
     "coexpression_features",
+    "denoise",
     "effect_features",
     "effect_table",
     "enrichment",

@@ -25,7 +25,7 @@ from ._scales import SCALES, Scale
 from ._table import EffectTable
 from ._weighted import Estimate
 
-MANY_UNITS = 500
+MANY_UNITS = 40
 """Targets from which on none of them moves the weights of experts."""
 
 
@@ -321,19 +321,19 @@ class EffectAnchor:
     ) -> np.ndarray:
         """Predict every training row without it, shape (n_rows, n_genes).
 
-        Singles are left out of all contexts at once and become unseen; combinations are left out
-        while their singles stay. With fewer than five perturbations the rows of one context are
-        left out instead. From 500 targets on the weights of the experts are those of all rows, and
+        Singles are left out of all contexts at once, with the combinations that they are part of,
+        and become unseen; combinations are left out while their singles stay. With fewer than five perturbations the rows of one context are
+        left out instead. From 40 targets on the weights of the experts are those of all rows, and
         each row is left out of what they say in closed form. ``progress`` is called after each
         step.
         """
         rows = self.effects_.rows
         result = np.zeros((len(rows), len(self.effects_.genes)), np.float32)
         every = np.ones(len(rows), bool)
-        for out in [every] if self._many else self._folds(n_folds):
+        for out, hidden in [(every, every)] if self._many else self._folds(n_folds):
             rest = self
             if not self._many:
-                rest = EffectAnchor(self.features, "mean").fit(self.effects_.subset(~out))
+                rest = EffectAnchor(self.features, "mean").fit(self.effects_.subset(~hidden))
             where = np.flatnonzero(out)
             fit = rest._fit_of(scale)
             said = fit.left_out if self._many else fit.estimates
@@ -344,17 +344,24 @@ class EffectAnchor:
             progress()
         return result
 
-    def _folds(self, n_folds: int) -> list[np.ndarray]:
+    def _folds(self, n_folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Masks of the rows that are predicted together, and of those that are hidden then."""
         rows, perturbations = self.effects_.rows, self.effects_.perturbations
         if len({p.targets for p in perturbations}) < MIN_UNITS:
             contexts = sorted({c for c, _ in rows})
-            return [np.array([c == out for c, _ in rows]) for out in contexts]
+            return [(out, out) for out in (np.array([c == o for c, _ in rows]) for o in contexts)]
         folds = []
-        for family in ("singles", "combinations"):
+        for singles in (True, False):
             # All doses of the same targets leave together.
-            members = [p for p in perturbations if (len(p.targets) == 1) == (family == "singles")]
+            members = [p for p in perturbations if (len(p.targets) == 1) == singles]
             units = sorted({p.targets for p in members})
             k = min(n_folds, len(units))
-            fold = {targets: i % k for i, targets in enumerate(units)}
-            folds += [np.array([fold.get(p.targets) == i for _, p in rows]) for i in range(k)]
+            for i in range(k):
+                chosen = set(units[i::k])
+                out = np.array([p.targets in chosen for _, p in rows])
+                # What is to be a target never perturbed is hidden in combinations, too.
+                hidden = np.array(
+                    [singles and any((t,) in chosen for t in p.targets) for _, p in rows]
+                )
+                folds.append((out, out | hidden))
         return folds

@@ -13,8 +13,20 @@ from gpjepa.splits import MIN_UNITS
 from ._measured import Measured
 from ._scales import SCALES
 from ._singles import SURPLUS, Single, Singles
-from ._stack import Experts, Stack, fit_stack, shrink
-from ._weighted import COMBINATIONS, NOTHING, Estimate, Share, Sums, Weights, added, once, total
+from ._stack import Experts, Stack, fit_stack
+from ._unseen import PROCESS
+from ._weighted import (
+    COMBINATIONS,
+    NOTHING,
+    SPREAD,
+    Estimate,
+    Share,
+    Sums,
+    Weights,
+    added,
+    once,
+    total,
+)
 
 _PRIOR_INTERACTION = 0.1
 """Squared interaction over squared effect where too few combinations were measured. On Norman's
@@ -24,9 +36,9 @@ taken off) it is 0.08."""
 _LEAST_INTERACTION = 0.01
 # Experts on combinations, by how many of their targets were measured alone.
 _OTHERS = "mean of the combinations"
-_BOTH = ("sum of the singles", "larger single", _OTHERS, "saturating sum")
-_PARTLY = ("measured targets", "targets never measured", _OTHERS)
-_NEITHER = ("sum of the targets", _OTHERS)
+_BOTH = ("sum of the singles", "larger single", _OTHERS, PROCESS, "saturating sum")
+_PARTLY = ("measured targets", "targets never measured", _OTHERS, PROCESS)
+_NEITHER = ("sum of the targets", _OTHERS, PROCESS)
 
 
 class Combinations:
@@ -46,16 +58,10 @@ class Combinations:
         self.measured, self.singles, self.effects = measured, singles, measured.effects
         # Of what is no expression, or of no known rate, nothing is multiplied.
         self._saturates = self.effects.has_controls and measured.scale in SCALES
-        self._whole = {c: Weights.equal(rows) for c, rows in measured.combined.items()}
-        self._with: dict[tuple[str, str], set[int]] = {}
-        for context, rows in measured.combined.items():
-            for i in rows:
-                for target in self.effects.rows[i][1].targets:
-                    self._with.setdefault((context, target), set()).add(i)
         both, partly, neither = self._examples()
-        self.both = self._fit(both, np.eye(3 + self._saturates)[0])
-        self.partly = self._fit(partly, np.array([1.0, 1.0, 0.0]))
-        self.neither = self._fit(neither, self._prior_of_neither())
+        self.both = self._fit(both, _BOTH[: 4 + self._saturates])
+        self.partly = self._fit(partly, _PARTLY)
+        self.neither = self._fit(neither, _NEITHER)
         self.residual = self._residual()
         self.misfit = self._misfit(both)
 
@@ -67,68 +73,49 @@ class Combinations:
         partly: list[tuple[int, Sums]] = []
         neither: list[tuple[int, Sums]] = []
         for context, rows in self.measured.combined.items():
-            pairs = [self.effects.rows[i][1] for i in rows]
-            alone = self.singles.estimates((s, context) for p in pairs for s in p.singles)
-            means = self._means(alone)
-            for i, perturbation in zip(rows, pairs, strict=True):
-                singles = perturbation.singles
-                known = [self.singles.known(s, context) for s in singles]
-                # Where nothing was perturbed alone, combinations predict each other: not themselves.
-                own = ["+".join(perturbation.targets)]
-                parts = [
-                    alone[s, context] if k else self.singles.left_out(s, context, own)
-                    for s, k in zip(singles, known, strict=True)
-                ]
-                others = self._mean_combination(context, without=i)
-                if not all(known):
-                    some = _some_known if any(known) else _none_known
-                    (partly if any(known) else neither).append((i, some(parts, known, others)))
+            for i in rows:
+                perturbation = self.effects.rows[i][1]
+                known = [self.singles.known(s, context) for s in perturbation.singles]
+                of_kind = both if all(known) else partly if any(known) else neither
+                of_kind.append((i, self._without(perturbation, context, known, [i])))
+                if not all((context, s) in self.measured.row for s in perturbation.singles):
                     continue
-                said = np.stack([means[s, context] for s in singles])
-                both.append((i, self._all_known(parts, others, said, context)))
-                if not all((context, s) in self.measured.row for s in singles):
-                    continue
-                # As if one, or all, of them had never been measured alone.
-                for j, single in enumerate(singles):
-                    out = self.singles.left_out(single, context, single.targets)
-                    rest = [*parts[:j], out, *parts[j + 1 :]]
-                    measured = [m != j for m in range(len(parts))]
-                    few = self._without(context, single.targets)
-                    partly.append((i, _some_known(rest, measured, few)))
-                out_of = perturbation.targets
-                none = [self.singles.left_out(s, context, out_of) for s in singles]
-                neither.append((i, _none_known(none, known, self._without(context, out_of))))
+                # As if one, or all, of them had never been measured.
+                for j, target in enumerate(perturbation.targets):
+                    rest = [m != j for m in range(len(known))]
+                    out = self.singles.unseen.rows_with(context, [target])
+                    partly.append((i, self._without(perturbation, context, rest, out)))
+                out = self.singles.unseen.rows_with(context, perturbation.targets)
+                none = [False] * len(known)
+                neither.append((i, self._without(perturbation, context, none, out)))
         return [both, partly, neither]
 
-    def _fit(self, examples: list[tuple[int, Sums]], prior: np.ndarray) -> Stack:
+    def _without(
+        self, perturbation: Perturbation, context: str, known: list[bool], out: list[int]
+    ) -> Sums:
+        """What experts say of a combination as if some rows, its own among them, were not there."""
+        alone = list(zip(perturbation.singles, known, strict=True))
+        estimates = self.singles.estimates([(s, context) for s, k in alone if k], without=out)
+        hidden = [s.targets[0] for s, k in alone if not k]
+        # Where nothing was perturbed alone, combinations predict each other: not themselves.
+        hidden = hidden if len(out) > 1 else ["+".join(perturbation.targets)]
+        parts = [
+            estimates[s, context] if k else self.singles.left_out(s, context, hidden)
+            for s, k in alone
+        ]
+        means = self._means(estimates)
+        said = np.array([means[s, context] for s, k in alone if k])
+        return self._experts(perturbation, context, parts, known, said, out)
+
+    def _fit(self, examples: list[tuple[int, Sums]], names: Sequence[str]) -> Stack:
+        """Weights of the experts; the process alone, until others show that they know more."""
         rows = [i for i, _ in examples]
         units = [self.effects.rows[i][1].targets for i in rows]
         experts = Experts(rows, units, lambda i: examples[i][1].terms())
-        return fit_stack(self.measured, experts, prior)
+        return fit_stack(self.measured, experts, np.array([float(n == PROCESS) for n in names]))
 
     def _several(self) -> list[list[int]]:
         return [rows for rows in self.measured.combined.values() if len(rows) > 1]
-
-    def _prior_of_neither(self) -> np.ndarray:
-        """The mean of the combinations, as far as it says something of another one.
-
-        The sum of the targets if fewer than two combinations of a context show it.
-        """
-        several = self._several()
-        if not several:
-            return np.array([1.0, 0.0])
-        square = left = 0.0
-        n_rows = len(self.measured.values)
-        for rows in several:
-            values = self.measured.values[rows]
-            mean = values.mean(0)
-            square += (mean**2).sum()
-            # How far combinations lie apart, and the noise of the controls that they share.
-            left += ((values - mean) ** 2).sum() / (len(rows) - 1) / len(rows)
-            sums = self.measured.assemble([[(1.0, Weights.equal(rows))]])
-            on_strata = self.measured.on_strata(sums)
-            left += (on_strata**2 @ self.measured.totals[n_rows:]).sum()
-        return np.array([0.0, max(1 - left / square, 0.0) if square > 0 else 0.0])
 
     def _residual(self) -> np.ndarray:
         """Of combinations around their mean without noise, and what is not taken of that mean."""
@@ -162,30 +149,43 @@ class Combinations:
 
     def estimates(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
         """One mean effect for each combination and context."""
-        found = []
-        for (perturbation, context), expected in zip(pairs, self.expected(pairs), strict=True):
-            measured = self.measured.row.get((context, perturbation))
+        rows = {(p, c): self.measured.row.get((c, p)) for p, c in pairs}
+        measured = [row for row in rows.values() if row is not None]
+        denoised = self.singles.denoiser.estimates(measured)
+        found: dict[Single, Estimate] = {}
+        rest = []
+        for (perturbation, context), row in rows.items():
+            if row is not None:
+                found[perturbation, context] = denoised[row]
+                continue
             carried = None
-            if measured is None and not self._all_here(perturbation, context):
+            if not self._all_here(perturbation, context):
                 sources = self.singles.as_measured(perturbation, context)
                 carried = self.singles.carried(perturbation, context, sources)
             if carried is not None:
-                found.append(carried)
-            elif measured is None:
-                found.append(replace(expected, interaction=self.misfit))
+                found[perturbation, context] = carried
             else:
-                found.append(self._towards(measured, expected))
-        return found
+                rest.append((perturbation, context))
+        for pair, expected in zip(rest, self.expected(rest), strict=True):
+            found[pair] = replace(expected, interaction=self.misfit)
+        return [found[pair] for pair in pairs]
 
     def expected(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
         """Combinations from their singles and from other combinations, not from themselves."""
-        alone = self.singles.estimates((s, c) for p, c in pairs for s in p.singles)
+        never = [(p, c) for p, c in pairs if (c, p) not in self.measured.row]
+        alone = self.singles.estimates([(s, c) for p, c in never for s in p.singles])
         means = self._means(alone)
         found = []
         for perturbation, context in pairs:
-            parts = [alone[s, context] for s in perturbation.singles]
-            said = np.stack([means[s, context] for s in perturbation.singles])
-            found.append(self._expected(perturbation, context, parts, said))
+            known = [self.singles.known(s, context) for s in perturbation.singles]
+            row = self.measured.row.get((context, perturbation))
+            if row is not None:
+                sums = self._without(perturbation, context, known, [row])
+            else:
+                parts = [alone[s, context] for s in perturbation.singles]
+                said = np.stack([means[s, context] for s in perturbation.singles])
+                sums = self._experts(perturbation, context, parts, known, said, [])
+            found.append(self._expected(sums, known))
         return found
 
     def interactions(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
@@ -221,57 +221,61 @@ class Combinations:
     def _all_here(self, perturbation: Perturbation, context: str) -> bool:
         return all((context, s) in self.measured.row for s in perturbation.singles)
 
-    def _expected(
-        self, perturbation: Perturbation, context: str, parts: list[Estimate], said: np.ndarray
-    ) -> Estimate:
+    def _expected(self, sums: Sums, known: list[bool]) -> Estimate:
         """A combination from its singles alone."""
-        known = [self.singles.known(s, context) for s in perturbation.singles]
-        own = self.measured.row.get((context, perturbation))
-        others = self._mean_combination(context, own)
-        if all(known):
-            stack, experts = self.both, self._all_known(parts, others, said, context)
-        elif any(known):
-            stack, experts = self.partly, _some_known(parts, known, others)
-        else:
-            stack, experts = self.neither, _none_known(parts, known, others)
-        expected = experts.weighted(stack.weights)
+        stack = self.both if all(known) else self.partly if any(known) else self.neither
+        expected = sums.weighted(stack.weights)
         if not any(known) and not stack.weights[0]:  # nothing of the targets, whose doubt it had
             expected = expected.less_sure(COMBINATIONS, 1.0)
-        taken = stack.weights @ experts.experts
-        return replace(expected, singles=tuple(map(float, taken[: len(parts)])))
-
-    def _towards(self, row: int, expected: Estimate) -> Estimate:
-        """A measured combination, shrunk towards what its singles say."""
-        n_rows = len(self.measured.values)
-        if any((of.columns >= n_rows).any() for _, of in expected.terms):
-            expected = Estimate()  # a sum that rests on controls elsewhere is no target
-        shrunken = shrink(self.measured, [row], [lambda j: expected.terms])
-        factor, name = float(shrunken.factor[0]), str(self.effects.rows[row][1])
-        rest = expected.times(1 - factor)
-        return Estimate(
-            (Share(name, "measured effect", factor, self.measured.one(row)), *rest.shares),
-            left=shrunken.left[0],
-            bias=shrunken.bias[0],
-            singles=rest.singles,
-        )
+        taken = stack.weights @ sums.experts
+        return replace(expected, singles=tuple(map(float, taken[: len(known)])))
 
     def _means(self, alone: dict[Single, Estimate]) -> dict[Single, np.ndarray]:
         """The effects that estimates stand for."""
         sums = self.measured.assemble([e.terms for e in alone.values()])
         return dict(zip(alone, self.measured.mean(sums), strict=True))
 
-    def _all_known(
-        self, parts: list[Estimate], others: Estimate, said: np.ndarray, context: str
+    def _experts(
+        self,
+        perturbation: Perturbation,
+        context: str,
+        parts: list[Estimate],
+        known: list[bool],
+        said: np.ndarray,
+        out: list[int],
     ) -> Sums:
-        """Experts where all targets were measured alone, with effects ``said``."""
-        n, last = len(parts), np.eye(len(parts) + 2)
-        whole = last[:n].sum(0)
-        experts = [whole, last[int(np.argmax((said**2).sum(1)))], last[n]]
-        parts = [*parts, others]
+        """What experts say of a combination, as sums of what is said of its targets and of others.
+
+        ``parts`` are the estimates of the targets, ``said`` the effects of those that are known.
+        """
+        n, mine = len(parts), np.array(known, float)
+        parts = [*parts, *self._of_others(perturbation, context, out)]
+        unit = np.eye(n + 3)
+        whole, last = unit[:n].sum(0), [unit[n], unit[n + 1]]
+        if not any(known):
+            return Sums(parts, np.stack([whole, *last])[:, :-1], _NEITHER)
+        if not all(known):
+            measured = mine @ unit[:n]
+            return Sums(parts, np.stack([measured, whole - measured, *last])[:, :-1], _PARTLY)
+        larger = unit[int(np.argmax((said**2).sum(1)))]
         if not self._saturates:
-            return Sums(parts, np.stack(experts)[:, :-1], _BOTH[:-1])
-        experts.append(whole + last[n + 1])
-        return Sums([*parts, self._saturation(said, context)], np.stack(experts), _BOTH)
+            return Sums(parts, np.stack([whole, larger, *last])[:, :-1], _BOTH[:-1])
+        parts.append(self._saturation(said, context))
+        return Sums(parts, np.stack([whole, larger, *last, whole + unit[n + 2]]), _BOTH)
+
+    def _of_others(
+        self, perturbation: Perturbation, context: str, out: list[int]
+    ) -> tuple[Estimate, Estimate]:
+        """The mean of the combinations without some rows, and the process over all perturbations."""
+        mean, process, left = self.singles.unseen.of_combination(perturbation, context, out)
+        if not self.measured.combined.get(context) and self.measured.combined:
+            groups = list(self.measured.combined.values())
+            mean = added(Weights.equal(rows, 1 / len(groups)) for rows in groups)
+        of_all = Estimate((Share("", PROCESS, 1.0, process),))
+        if left:
+            size = self.singles.spread @ self.singles.denoiser.of_genes(context)[0]
+            of_all = of_all.less_sure(SPREAD, left / max(size, 1e-300))
+        return Estimate((Share("", _OTHERS, 1.0, mean),)), of_all
 
     def _saturation(self, said: np.ndarray, context: str) -> Estimate:
         """A saturating sum of singles minus their plain sum.
@@ -287,42 +291,6 @@ class Combinations:
         saturating = np.log1p(before * kept + gained) - control
         nothing = replace(NOTHING, fixed=saturating - said.sum(0))
         return Estimate((Share("", "saturating sum - sum", 1.0, nothing),))
-
-    def _mean_combination(self, context: str, without: int | None = None) -> Estimate:
-        """Mean effect of the measured combinations, but for one row; else of other contexts."""
-        mine = self.measured.combined.get(context, [])
-        if without is not None or mine:
-            return self._mean_but(context, set() if without is None else {without} & set(mine))
-        groups = list(self.measured.combined.values())
-        weights = added(Weights.equal(rows, 1 / len(groups)) for rows in groups)
-        return Estimate((Share("", _OTHERS, 1.0, weights),))
-
-    def _without(self, context: str, targets: Sequence[str]) -> Estimate:
-        """Mean effect of the combinations that have none of the targets."""
-        return self._mean_but(context, set().union(*(self._with[context, t] for t in targets)))
-
-    def _mean_but(self, context: str, out: set[int]) -> Estimate:
-        """Mean effect of the combinations of a context but for some: of all, minus those few."""
-        whole = self._whole.get(context, NOTHING)
-        n = len(whole.columns)
-        left = n - len(out)
-        if not left:
-            return Estimate((Share("", _OTHERS, 1.0, NOTHING),))
-        shares = [Share("", _OTHERS, n / left, whole)]
-        if out:
-            shares.append(Share("", _OTHERS, -len(out) / left, Weights.equal(sorted(out))))
-        return Estimate(tuple(shares))
-
-
-def _some_known(parts: list[Estimate], known: list[bool], others: Estimate) -> Sums:
-    measured = np.array([*known, False], float)
-    last = np.eye(len(parts) + 1)[-1]
-    return Sums([*parts, others], np.vstack([measured, 1 - measured - last, last]), _PARTLY)
-
-
-def _none_known(parts: list[Estimate], known: list[bool], others: Estimate) -> Sums:
-    last = np.eye(len(parts) + 1)[-1]
-    return Sums([*parts, others], np.vstack([1 - last, last]), _NEITHER)
 
 
 def _not_below_0(weights: Weights) -> Weights:

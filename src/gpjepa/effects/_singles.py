@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -10,9 +10,9 @@ import numpy as np
 from gpjepa.perturbations import Perturbation, TargetFeatures
 
 from ._measured import Measured
-from ._regression import NeverPerturbed, UnseenTargets, single_units
-from ._stack import Shrunken, fit_stack, shrink, stack_residual
-from ._transfer import MIN_CONTEXTS, difference_of_states, transfer_experts
+from ._stack import fit_stack, stack_residual
+from ._transfer import FROM_ELSEWHERE, MIN_CONTEXTS, from_elsewhere, transfer_experts
+from ._unseen import NeverPerturbed, UnseenTargets
 from ._weighted import (
     SPREAD,
     TRANSFER,
@@ -20,13 +20,13 @@ from ._weighted import (
     WITHOUT_FEATURES,
     Estimate,
     Share,
-    Terms,
-    Weights,
     added,
     once,
     total,
 )
 
+_FROM_FEW = 0.25
+"""Share that is carried over of the effect in one or two other contexts."""
 SURPLUS = 0.1
 """Share of the spread of effects that a residual variance never falls below."""
 
@@ -42,14 +42,19 @@ class Singles:
         Noise-corrected mean square of the effects, shape (n_genes,).
     unseen
         Experts on targets never perturbed.
+    denoiser
+        Of the measured effects.
     """
 
     def __init__(self, measured: Measured, features: Sequence[TargetFeatures]) -> None:
         self.measured, self.effects = measured, measured.effects
         self.spread = _spread(measured)
         self.unseen = UnseenTargets(features, scale=measured.scale).fit_on(measured)
-        self._elsewhere = transfer_experts(measured)
-        self._transfer = fit_stack(measured, self._elsewhere, np.zeros(2), min_units=MIN_CONTEXTS)
+        self._elsewhere = transfer_experts(measured, self.unseen.denoiser)
+        prior = _FROM_FEW * np.eye(len(FROM_ELSEWHERE))[0]
+        self._transfer = fit_stack(
+            measured, self._elsewhere, prior, np.zeros(len(prior)), MIN_CONTEXTS
+        )
         self._perturbed = {c for c, _ in self.effects.rows}
         self._doses: dict[tuple[str, str], list[tuple[float, int]]] = {}
         for rows in measured.alone.values():
@@ -57,8 +62,7 @@ class Singles:
                 context, single = self.effects.rows[i]
                 of_target = self._doses.setdefault((context, single.targets[0]), [])
                 of_target.append((single.doses[0], i))
-        self._shrunken: dict[str, Shrunken] = {}
-        self._place = {i: j for rows in measured.alone.values() for j, i in enumerate(rows)}
+        self.denoiser = self.unseen.denoiser
 
     @cached_property
     def residuals(self) -> np.ndarray:
@@ -71,35 +75,26 @@ class Singles:
         left = [self.spread if r is None else r + SURPLUS * self.spread for r in of_experts]
         return np.stack([self.spread, *left])
 
-    def _shrink(self, context: str) -> Shrunken:
-        """Towards no change, the mean effect, or what is predicted of each without itself."""
-        rows = self.measured.alone[context]
-        units = single_units(self.measured, context)
-        mean: Terms = [(1.0, self.unseen.mean_of(context))]
-        targets: list[Callable[[int], Terms]] = [lambda j: [], lambda j: mean]
-        if self.unseen.features and len(units.targets) > 1:
-            targets.append(lambda j: [(1.0, self._without_itself(rows[j]))])
-        return shrink(self.measured, rows, targets)
-
-    def _without_itself(self, row: int) -> Weights:
-        context, single = self.effects.rows[row]
-        return self.unseen.without(single.targets[0], context, single.targets)
-
     def known(self, single: Perturbation, context: str) -> bool:
         """Whether its target was measured alone: here, at whatever dose, or in enough contexts."""
         here = (context, single.targets[0]) in self._doses
         return here or self.effects.regimes.can_be_carried(single, context)
 
-    def estimates(self, singles: Iterable[Single]) -> dict[Single, Estimate]:
-        """One mean effect for each target and context."""
-        found: dict[Single, Estimate] = {}
+    def estimates(
+        self, singles: Iterable[Single], without: Sequence[int] = ()
+    ) -> dict[Single, Estimate]:
+        """One mean effect for each target and context, as if some rows had not been measured."""
+        wanted = dict.fromkeys(singles)
+        rows = {(s, c): self.measured.row.get((c, s)) for s, c in wanted}
+        measured = {pair: row for pair, row in rows.items() if row is not None}
+        denoised = self.denoiser.estimates(list(measured.values()), without)
+        found = {pair: denoised[row] for pair, row in measured.items()}
         never: dict[str, list[Perturbation]] = {}
-        for single, context in dict.fromkeys(singles):
-            estimate = (
-                self._measured(single, context)
-                or self._other_dose(single, context)
-                or self._carried(single, context)
-            )
+        for single, context in wanted:
+            if (single, context) in found:
+                continue
+            estimate = self._other_dose(single, context, without)
+            estimate = estimate or self._carried(single, context)
             if estimate is not None:
                 found[single, context] = estimate
             elif context in self._perturbed:
@@ -115,7 +110,7 @@ class Singles:
 
     def left_out(self, single: Perturbation, context: str, without: Sequence[str]) -> Estimate:
         """What would be said of a target if some had never been measured, itself among them."""
-        said = self.unseen.without(single.targets[0], context, without)
+        said = self.unseen.without(single, context, without)
         return Estimate((Share(str(single), "prediction without it", 1.0, said),))
 
     def carried(
@@ -125,74 +120,55 @@ class Singles:
 
         None if no context is a source, or a single one is and this context has effects of its own.
         """
+        if not sources or (len(sources) < 2 and context in self._perturbed):
+            return None
+        weights = self._transfer.weights
         if len(sources) < 2:
-            if not sources or context in self._perturbed:
-                return None
-            return Estimate().less_sure(SPREAD, 1.0)
-        mean, state = (float(w) for w in self._transfer.weights)
-        share = 1 / len(sources)
-        elsewhere = total([e.times(share) for e in sources.values()])
+            weights = _FROM_FEW * np.eye(len(weights))[0]
+        said = from_elsewhere(
+            self.measured, [e.terms for e in sources.values()], list(sources), context
+        )
         name = str(perturbation)
-        together = once(added(of.times(weight) for weight, of in elsewhere.terms))
-        away = difference_of_states(self.measured, list(sources), context)
         shares = [
-            Share(name, "mean effect elsewhere", mean, together),
-            Share(name, "controls elsewhere - here", state, away),
+            Share(name, n, float(w), once(added(of.times(f) for f, of in terms)))
+            for n, w, terms in zip(FROM_ELSEWHERE, weights, said, strict=False)
+            if w
         ]
+        elsewhere = total([e.times(1 / len(sources)) for e in sources.values()])
         carried = Estimate(
-            tuple(s for s in shares if s.weight),
-            left=elsewhere.left.times(mean**2),
+            tuple(shares),
+            left=elsewhere.left.times(float(weights[0] + weights[2:].sum()) ** 2),
             # What was unknown of the sources does not average out: it is unknown of the target.
             residual=np.max([e.residual for e in sources.values()], axis=0),
         )
-        return carried.less_sure(TRANSFER, 1.0)
+        return carried.less_sure(TRANSFER if len(sources) > 1 else SPREAD, 1.0)
 
     def as_measured(self, perturbation: Perturbation, context: str) -> dict[str, Estimate]:
         """What was measured of a perturbation in the other contexts."""
-        name = str(perturbation)
-        return {
-            c: Estimate((Share(name, "measured effect", 1.0, self._one(c, perturbation)),))
-            for c in self.effects.measured_in.get(perturbation, ())
-            if c != context
-        }
+        others = [c for c in self.effects.measured_in.get(perturbation, ()) if c != context]
+        rows = [self.measured.row[c, perturbation] for c in others]
+        denoised = self.denoiser.estimates(rows)
+        return {c: denoised[row] for c, row in zip(others, rows, strict=True)}
 
-    def _one(self, context: str, perturbation: Perturbation) -> Weights:
-        return self.measured.one(self.measured.row[context, perturbation])
-
-    def _measured(self, single: Perturbation, context: str) -> Estimate | None:
-        row = self.measured.row.get((context, single))
-        return None if row is None else self._of_row(row)
-
-    def _of_row(self, row: int) -> Estimate:
-        context, single = self.effects.rows[row]
-        if context not in self._shrunken:
-            self._shrunken[context] = self._shrink(context)
-        shrunken, j, name = self._shrunken[context], self._place[row], str(single)
-        factor = float(shrunken.factor[j])
-        shares = [Share(name, "measured effect", factor, self.measured.one(row))]
-        if shrunken.target == 1:
-            mean = self.unseen.mean_of(context)
-            shares.append(Share(name, "mean effect of the context", 1 - factor, mean))
-        if shrunken.target == 2:
-            without = self._without_itself(row)
-            shares.append(Share(name, "prediction without it", 1 - factor, without))
-        return Estimate(tuple(shares), left=shrunken.left[j], bias=shrunken.bias[j])
-
-    def _other_dose(self, single: Perturbation, context: str) -> Estimate | None:
+    def _other_dose(
+        self, single: Perturbation, context: str, without: Sequence[int]
+    ) -> Estimate | None:
         """Between measured doses of the target: linear in log1p dose, from no effect at dose 0."""
         points = sorted(self._doses.get((context, single.targets[0]), []))
         if not points:
             return None
         dose = single.doses[0]
         above = next((i for i, (d, _) in enumerate(points) if d >= dose), None)
+        used = points[-1:] if above is None else points[max(above - 1, 0) : above + 1]
+        said = self.denoiser.estimates([i for _, i in used], without)
         if above is None:  # beyond the largest dose: as the largest, less sure
-            return self._of_row(points[-1][1]).less_sure(SPREAD, 0.5)
-        high, beyond = points[above][0], self._of_row(points[above][1])
-        low, below = points[above - 1] if above else (0.0, None)
+            return said[points[-1][1]].less_sure(SPREAD, 0.5)
+        high, beyond = points[above][0], said[points[above][1]]
+        low = points[above - 1][0] if above else 0.0
         share = float((np.log1p(dose) - np.log1p(low)) / (np.log1p(high) - np.log1p(low)))
         between = beyond.times(share)
-        if below is not None:
-            between = total([self._of_row(below).times(1 - share), between])
+        if above:
+            between = total([said[points[above - 1][1]].times(1 - share), between])
         return between.less_sure(SPREAD, SURPLUS)
 
     def _carried(self, single: Perturbation, context: str) -> Estimate | None:
@@ -200,7 +176,7 @@ class Singles:
 
     def _unseen(self, singles: list[Perturbation], context: str) -> list[Estimate]:
         """Targets never perturbed, from what was in their context."""
-        said = self.unseen.of_targets([s.targets[0] for s in singles], context)
+        said = self.unseen.of_targets(singles, context)
         return [self._of_experts(s, each) for s, each in zip(singles, said, strict=True)]
 
     def _of_experts(self, single: Perturbation, said: NeverPerturbed) -> Estimate:

@@ -6,25 +6,28 @@ for two effects of one context, that of the control profile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 
 from gpjepa.splits import MIN_UNITS
 
 from ._gain import SharedNoise, kept_share
 from ._measured import Measured, blocks
-from ._weighted import Terms, Weights, added
+from ._weighted import Terms
 
-_NOTHING = 1e-4  # a weight below this says nothing
-_STANDS_OUT = 2.0  # standard deviations
+_NOTHING = 0.01  # a weight below this says nothing
+_PSEUDO_UNITS = 3.0
+"""Units, of average size, that stand for the weights before fitting."""
+_MOST = 2.0
+"""Largest weight: of an expert that says next to nothing, any multiple might fit."""
 
 
 @dataclass(frozen=True)
 class Shrunken:
-    """Measured effects after shrinkage, one row per effect.
+    """Measured effects after shrinkage.
 
     Attributes
     ----------
@@ -32,17 +35,10 @@ class Shrunken:
         Share of the distance to the chosen target that is kept, shape (n,).
     target
         Index of the target chosen for all of them.
-    left
-        Weights on the profiles' variances of what the factor leaves unknown, of each.
-    bias
-        What the factor is seen to take off each effect, gene by gene, beyond what its noise
-        explains, squared.
     """
 
     factor: np.ndarray
     target: int
-    left: list[Weights]
-    bias: list[Weights]
 
 
 def shrink(
@@ -75,34 +71,17 @@ def shrink(
     -------
     Shrunken
     """
-    chosen = 0
-    if len(targets) > 1:
-        risks = [sum(s.risk for s in _steps(measured, rows, target)) for target in targets]
-        chosen = int(np.argmin(risks))
-    steps = list(_steps(measured, rows, targets[chosen], finish=True))
-    return Shrunken(
-        np.concatenate([s.factor for s in steps]) if steps else np.zeros(0),
-        chosen,
-        [w for s in steps for w in s.left],
-        [w for s in steps for w in s.bias],
-    )
+    found = [_factors(measured, rows, target) for target in targets]
+    chosen = int(np.argmin([risk for _, risk in found]))
+    return Shrunken(found[chosen][0], chosen)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A block of effects, shrunk towards one target; its last two parts only where asked for."""
-
-    factor: np.ndarray
-    risk: float
-    left: list[Weights]
-    bias: list[Weights]
-
-
-def _steps(
-    measured: Measured, rows: Sequence[int], target: Callable[[int], Terms], finish: bool = False
-) -> Iterator[_Step]:
-    n_rows = len(measured.values)
-    variance, totals = measured.variance, measured.totals
+def _factors(
+    measured: Measured, rows: Sequence[int], target: Callable[[int], Terms]
+) -> tuple[np.ndarray, float]:
+    """Factors towards one target, shape (n,), and the estimate of their risk."""
+    n_rows, totals = len(measured.values), measured.totals
+    factor, whole = np.zeros(len(rows)), 0.0
     for block in blocks(len(rows)):
         mine = np.asarray(rows)[block]
         apart = measured.assemble(
@@ -111,35 +90,16 @@ def _steps(
                 for j, a in zip(block, mine, strict=True)
             ]
         )
-        distance = measured.mean(apart)
         # Weights on the profiles that effect and distance have in common: its own, its controls'.
         of_control = -measured.of_rows(mine)
-        own = apart.weight_of(mine)
-        controls = of_control * measured.on_strata(apart)
-        shared = own * totals[mine] + controls @ totals[n_rows:]
+        shared = apart.weight_of(mine) * totals[mine]
+        shared += (of_control * measured.on_strata(apart)) @ totals[n_rows:]
         noise = totals[mine] + of_control**2 @ totals[n_rows:]
-        square = np.maximum((distance**2).sum(1), 1e-12)
-        factor = np.clip(1 - shared / square, 0, 1)
+        square = np.maximum((measured.mean(apart) ** 2).sum(1), 1e-12)
+        factor[block] = np.clip(1 - shared / square, 0, 1)
         risk = np.where(square > shared, noise - shared**2 / square, square - 2 * shared + noise)
-        if not finish:
-            yield _Step(factor, float(risk.sum()), [], [])
-            continue
-        own, controls = np.maximum(own, 0), np.maximum(controls, 0)
-        common = own[:, None] * variance[mine] + controls @ variance[n_rows:]
-        # A factor whose truth is 0 still comes out as large as its own sampling error.
-        least = np.sqrt(2 * (common**2).sum(1))
-        known = np.minimum(least / np.maximum(shared, 1e-12), 1)
-        open_ = np.maximum(factor, known) - factor**2
-        taken = (1 - factor[:, None]) ** 2
-        explained = taken * measured.noise(apart) + open_[:, None] * common
-        # Only what stands out: the positive part of noise would add up to a bias everywhere.
-        strong = taken * distance**2 > _STANDS_OUT**2 * explained
-        bias = np.where(strong, taken * distance**2 - explained, 0)
-        left = [
-            added([Weights(np.array([a]), np.array([o])), Weights.of(c, n_rows)]).times(float(u))
-            for a, o, c, u in zip(mine, own, controls, open_, strict=True)
-        ]
-        yield _Step(factor, float(risk.sum()), left, [Weights.of(b) for b in bias])
+        whole += float(risk.sum())
+    return factor, whole
 
 
 @dataclass(frozen=True)
@@ -187,13 +147,13 @@ def fit_stack(
     towards: np.ndarray | None = None,
     min_units: int = MIN_UNITS,
 ) -> Stack:
-    r"""Non-negative stacking, freed of shared noise, as far as it gains.
+    r"""Non-negative ridge stacking, freed of shared noise, as far as it gains.
 
     Wolpert's (1992) and Breiman's (1996) stacking minimises
     :math:`\sum_a \lVert d_a - \sum_k w_k e_k(a)\rVert^2` over :math:`w \ge 0`. Of
     :math:`\langle e_k, d_a\rangle` the expected sampling noise that both share is taken off; of
-    :math:`\langle e_k, e_l\rangle` nothing is: that noise is there at prediction too. The weights
-    go as far from ``towards`` as their gain justifies where each unit is judged by the weights of
+    :math:`\langle e_k, e_l\rangle` nothing is: that noise is there at prediction too. Three units
+    of average size stand for ``towards`` (ridge, Hoerl and Kennard 1970), and the weights go as far from ``towards`` as their gain justifies where each unit is judged by the weights of
     the others (:func:`gpjepa.effects._gain.kept_share`).
 
     Parameters
@@ -215,26 +175,39 @@ def fit_stack(
     n = len(index)
     if n < min_units or not n:
         return Stack(prior, n, 0.0)
-    square, along = _normal_equations(measured, experts, len(prior))
+    found = _normal_equations(measured, experts, len(prior))
     code = np.array([index[u] for u in experts.units])
-    square, along = _summed(square, code, n), _summed(along, code, n)
-    all_square, all_along = square.sum(0), along.sum(0)
-    weights = _solve(all_square, all_along)
-    change = np.array(
-        [
-            _solve(all_square - unit_square, all_along - unit_along) - towards
-            for unit_square, unit_along in zip(square, along, strict=True)
-        ]
-    )
-    gained = float((change * (along - square @ towards)).sum())
+    square, along, size = (_summed(each, code, n) for each in found)
+    missed = size.sum() + towards @ (square.sum(0) @ towards - 2 * along.sum(0))
+    weights, gained, changed = _ridge(square, along, towards, 0.0)
+    # Fewer where the experts explain nearly everything.
+    left = np.clip(1 - (2 * gained - changed) / max(missed, 1e-300), 0, 1)
+    pseudo = _PSEUDO_UNITS * min(4 * left, 1.0)
+    weights, gained, changed = _ridge(square, along, towards, pseudo)
     kept = 0.0
     if gained > 0:
-        changed = float(np.einsum("uk,ukl,ul->", change, square, change))
         shared = _shared_noise(measured, experts, weights - towards, towards)
         kept = kept_share(gained, changed, shared)
     weights = towards + kept * (weights - towards)
     weights = np.where(weights < _NOTHING, 0, weights)
     return Stack(weights, n, kept)
+
+
+def _ridge(
+    square: np.ndarray, along: np.ndarray, towards: np.ndarray, pseudo: float
+) -> tuple[np.ndarray, float, float]:
+    """Weights, and what each unit gains, and changes by, with those of the others; summed."""
+    n, all_square, all_along = len(square), square.sum(0), along.sum(0)
+    rest = zip(square, along, strict=True)
+    change = np.array(
+        [
+            _solve(all_square - s, all_along - a, pseudo / max(n - 1, 1), towards) - towards
+            for s, a in rest
+        ]
+    )
+    gained = float((change * (along - square @ towards)).sum())
+    changed = float(np.einsum("uk,ukl,ul->", change, square, change))
+    return _solve(all_square, all_along, pseudo / n, towards), gained, changed
 
 
 def _summed(values: np.ndarray, code: np.ndarray, n: int) -> np.ndarray:
@@ -244,19 +217,21 @@ def _summed(values: np.ndarray, code: np.ndarray, n: int) -> np.ndarray:
     return found
 
 
-def _solve(square: np.ndarray, along: np.ndarray) -> np.ndarray:
-    """Non-negative least squares from its normal equations."""
+def _solve(square: np.ndarray, along: np.ndarray, share: float, towards: np.ndarray) -> np.ndarray:
+    """Bounded least squares, with a share of the units added that the weights before are right for."""
+    square, along = (1 + share) * square, along + share * square @ towards
     ridge = 1e-9 * np.trace(square) / len(square) + 1e-15
     root = np.linalg.cholesky(square + ridge * np.eye(len(square)))
-    return nnls(root.T, np.linalg.solve(root, along))[0]
+    target = np.linalg.solve(root, along)
+    return np.clip(lsq_linear(root.T, target, (0, _MOST), method="bvls").x, 0, _MOST)
 
 
 def _normal_equations(
     measured: Measured, experts: Experts, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Per row ⟨e_k, e_l⟩, and ⟨e_k, d⟩ without shared noise."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per row ⟨e_k, e_l⟩, and ⟨e_k, d⟩ and ⟨d, d⟩ without noise."""
     n, n_rows = len(experts.rows), len(measured.values)
-    square, along = np.empty((n, k, k)), np.empty((n, k))
+    square, along, size = np.empty((n, k, k)), np.empty((n, k)), np.empty(n)
     for block in blocks(n):
         rows = np.asarray(experts.rows)[block]
         said = [experts.of(i) for i in block]
@@ -272,8 +247,10 @@ def _normal_equations(
             overlap = of_control * measured.on_strata(sums)
             along[block, j] = -(overlap * noise).sum(1) - sums.weight_of(rows) * own_noise
         square[block] = predicted @ predicted.transpose(0, 2, 1)
-        along[block] += (predicted @ measured.values[rows][:, :, None])[:, :, 0]
-    return square, along
+        effects = np.where(hidden, 0, measured.values[rows])
+        along[block] += (predicted @ effects[:, :, None])[:, :, 0]
+        size[block] = (effects**2).sum(1) - own_noise - (of_control**2 * noise).sum(1)
+    return square, along, size
 
 
 def _shared_noise(

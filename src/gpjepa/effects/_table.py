@@ -280,6 +280,30 @@ class EffectTable:
         draws = self.draws.get(scale, {}).get(context)
         return ((weighted if draws is None else weighted @ draws.T) ** 2).sum(1)
 
+    def effective_genes(self, scale: Scale, context: str, variances: np.ndarray) -> float:
+        r"""For how many independent genes the noise of all genes stands.
+
+        :math:`(\mathrm{tr}\,\Sigma)^2 / \mathrm{tr}\,\Sigma^2` of the covariance of their noise, as parts
+        of the control cells show it, without what few parts add; never more than for independent
+        genes.
+
+        Parameters
+        ----------
+        scale, context
+            Whose noise.
+        variances
+            Diagonal of the covariance, shape (n_genes,).
+        """
+        total, square = variances.sum(), (variances**2).sum()
+        draws = self.draws.get(scale, {}).get(context)
+        if draws is not None:
+            known = len(draws) - 1
+            each = draws * np.sqrt(variances)
+            total = (each**2).sum()
+            shown = ((each @ each.T) ** 2).sum() - total**2 / known
+            square = max(square, shown / (1 + 1 / known))
+        return max(float(total**2 / square), 1.0) if square > 0 else 1.0
+
     def control_profiles(self, scale: Scale) -> np.ndarray:
         """Profiles of the control cells of each context, shape (n_contexts, n_genes)."""
         return np.stack(list(self.control[scale].values())).astype(float)

@@ -10,15 +10,18 @@ import numpy as np
 from gpjepa.perturbations import Perturbation
 
 from ._baselines import Baseline
+from ._denoise import Denoiser
 from ._measured import Measured
 from ._scales import Scale
 from ._stack import Experts, fit_stack
 from ._weighted import Terms, Weights, once
 
 Form = Literal["mean", "similar", "log_rate", "state"]
-MIN_CONTEXTS = 3
+MIN_CONTEXTS = 2
 """Contexts that weights of transfer need. Two weights rest on all genes of all rows, so that fewer
 than for other weights are enough; with two, each is judged by the other alone."""
+
+FROM_ELSEWHERE = ("mean effect elsewhere", "controls elsewhere - here", "where controls are alike")
 
 _PSEUDO = 0.1  # counts per 10,000 added to rates before their ratio is taken
 
@@ -52,7 +55,7 @@ class Transfer(Baseline):
             )
         self.slope_ = 0.0
         if self.form == "state":
-            prior = np.array([1.0, 0.0])
+            prior = np.array([1.0, 0.0, 0.0])
             experts = transfer_experts(self.measured_)
             fitted = fit_stack(self.measured_, experts, prior, min_units=MIN_CONTEXTS)
             self.slope_ = float(fitted.weights[1])
@@ -102,8 +105,12 @@ class Transfer(Baseline):
         return np.log1p(moved) - control[context]
 
 
-def transfer_experts(measured: Measured) -> Experts:
-    """Mean of the other contexts, and difference of states, for every row measured elsewhere."""
+def transfer_experts(measured: Measured, denoiser: Denoiser | None = None) -> Experts:
+    """What other contexts say of every row measured elsewhere too.
+
+    Their mean, how their controls differ from these, and their mean weighted by how alike the
+    controls are; of denoised effects where there is a denoiser.
+    """
     effects = measured.effects
     # Rows of one perturbation after the other, as they rest on the same rows.
     several = [
@@ -117,10 +124,35 @@ def transfer_experts(measured: Measured) -> Experts:
         context, perturbation = effects.rows[several[i]]
         elsewhere = [c for c in effects.measured_in[perturbation] if c != context]
         rows = [measured.row[c, perturbation] for c in elsewhere]
-        away = difference_of_states(measured, elsewhere, context)
-        return [[(1.0, Weights.equal(rows))], [(1.0, away)]]
+        if denoiser is None:
+            sources: list[Terms] = [[(1.0, measured.one(i))] for i in rows]
+        else:
+            sources = [e.terms for e in denoiser.estimates(rows).values()]
+        return from_elsewhere(measured, sources, elsewhere, context)
 
     return Experts(several, [effects.rows[i][0] for i in several], of)
+
+
+def from_elsewhere(
+    measured: Measured, sources: Sequence[Terms], elsewhere: Sequence[str], context: str
+) -> list[Terms]:
+    """What each expert of transfer makes of what is known of a perturbation in other contexts."""
+
+    def mean(share: np.ndarray) -> Terms:
+        pairs = zip(share, sources, strict=True)
+        return [(float(w) * factor, of) for w, terms in pairs for factor, of in terms]
+
+    equal = np.full(len(sources), 1 / len(sources))
+    away = difference_of_states(measured, elsewhere, context)
+    return [mean(equal), [(1.0, away)], mean(alike(measured, elsewhere, context))]
+
+
+def alike(measured: Measured, elsewhere: Sequence[str], context: str) -> np.ndarray:
+    """Weights of other contexts by how alike their controls are, shape (n_elsewhere,)."""
+    control = measured.effects.control[measured.scale]
+    distance = np.array([((control[c] - control[context]) ** 2).sum() for c in elsewhere], float)
+    weights = np.exp(-distance / max(distance.min(), 1e-12))
+    return weights / weights.sum()
 
 
 def difference_of_states(measured: Measured, sources: Sequence[str], context: str) -> Weights:

@@ -36,10 +36,12 @@ class Weights:
         return cls(np.asarray(columns, int), np.full(len(columns), total / max(len(columns), 1)))
 
     @classmethod
-    def of(cls, values: np.ndarray, first: int = 0) -> Weights:
-        """What is not 0 of a vector whose first value has a given column."""
+    def of(
+        cls, values: np.ndarray, first: int = 0, rows: Sequence[int] | np.ndarray | None = None
+    ) -> Weights:
+        """What is not 0 of a vector whose first value has a given column, or of given columns."""
         where = np.flatnonzero(values)
-        return cls(first + where, values[where])
+        return cls(first + where if rows is None else np.asarray(rows)[where], values[where])
 
     def times(self, factor: float) -> Weights:
         """All weights times a factor."""

@@ -21,7 +21,7 @@ from sklearn.exceptions import NotFittedError
 from gpjepa import plotting
 from gpjepa._checks import check_anndata, check_columns, unchanged_on_error
 from gpjepa._files import written_whole
-from gpjepa.effects import EffectAnchor, Explanation, Scale, check_scale, enrichment
+from gpjepa.effects import EffectAnchor, Explanation, Scale, check_scale, denoise, enrichment
 from gpjepa.perturbations import Perturbation, TargetFeatures, Vocabulary
 
 from . import _pretrained, _random
@@ -681,6 +681,32 @@ class GPJEPA(BaseModelClass):
         said = {str(p): text for p, text in self._data.spellings.items()} | {str(wanted): label}
         sources = found.sources.replace({"perturbation": said})
         return replace(found, perturbation=label, sources=sources)
+
+    def measured_effects(
+        self, *, denoised: bool = False, scale: Scale = "mean_log1p", context: str | None = None
+    ) -> AnnData:
+        """The mean effects that training measured, for scanpy and pertpy.
+
+        Parameters
+        ----------
+        denoised
+            Free them of noise by what the effects of a context have in common
+            (:func:`gpjepa.effects.denoise`).
+        scale
+            Scale of the effects.
+        context
+            The context to take; all of them by default.
+
+        Returns
+        -------
+        anndata.AnnData
+            One row per perturbation, and one of zeros for the control of each context, as
+            :meth:`gpjepa.effects.EffectTable.to_anndata` gives; denoised, with the measured effects
+            and the variance of what remains unknown in ``layers``.
+        """
+        check_scale(scale)
+        effects = self.anchor.effects_
+        return denoise(effects, scale, context) if denoised else effects.to_anndata(scale, context)
 
     def predict_interactions(
         self,

@@ -1,0 +1,198 @@
+"""A Gaussian process over perturbations, with the noise of every measured effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.optimize import minimize
+
+from gpjepa.perturbations import Perturbation, TargetFeatures
+
+from ._denoise import Denoiser
+from ._regression import inverse_of
+
+_FIT_ROWS = 300
+"""Rows of a context on which variances are fitted."""
+_RANGE = (-12.0, 4.0)  # of the logarithm of variances, over the mean size of effects
+
+
+class Process:
+    r"""Effects as a Gaussian process over perturbations.
+
+    The effect of a perturbation is the sum of what its targets do, each with a part that all targets
+    share, a part of its own and a part that is alike for alike targets; combinations add what they
+    share, and what is special to one of them. With :math:`\Sigma` the sum of the covariances of
+    these parts, times their variances, and *C* the noise of the effects, that of the controls
+    included, a perturbation with covariances *k* to the measured ones is predicted by
+
+    .. math:: k^\top (\Sigma + C)^{-1} D
+
+    (Rasmussen and Williams 2006). Variances maximise the marginal likelihood over all contexts; genes
+    count as in :class:`gpjepa.effects._denoise.Denoiser`.
+
+    Parameters
+    ----------
+    denoiser
+        Of the measured effects.
+    features
+        Kinds of target features.
+    """
+
+    def __init__(self, denoiser: Denoiser, features: Sequence[TargetFeatures]) -> None:
+        self.denoiser, self.measured = denoiser, denoiser.measured
+        self.features = tuple(features)
+        self._perturbations = {
+            c: [self.measured.effects.rows[i][1] for i in rows] for c, rows in denoiser.rows.items()
+        }
+        self._place = {c: {p: i for i, p in enumerate(ps)} for c, ps in self._perturbations.items()}
+        self._special = {c: _special(p) for c, p in self._perturbations.items()}
+        # What no context has cannot be fitted.
+        several = any(len(p.targets) > 1 for ps in self._perturbations.values() for p in ps)
+        self._combinations = several
+        self.variances = self._fit()
+        self._inverses: dict[str, np.ndarray] = {}
+
+    def _shared(
+        self, left: Sequence[Perturbation], right: Sequence[Perturbation]
+    ) -> Iterator[np.ndarray]:
+        """Covariances of the parts that different perturbations share, shape (n_left, n_right)."""
+        one, targets = _incidence(left)
+        other, others = _incidence(right)
+        n_one, n_other = one.sum(1).A1, other.sum(1).A1
+        yield np.outer(n_one, n_other)
+        same = np.asarray(targets)[:, None] == np.asarray(others)
+        yield one @ (other @ same.T.astype(float)).T
+        for features in self.features:
+            yield one @ (other @ features.kernel(targets, others).T).T
+        if self._combinations:
+            yield np.outer(n_one > 1, n_other > 1).astype(float)
+
+    def _parts(self, context: str, rows: np.ndarray) -> list[np.ndarray]:
+        mine = [self._perturbations[context][i] for i in rows]
+        return [*self._shared(mine, mine), np.diag(self._special[context][rows])]
+
+    def _fit(self) -> np.ndarray:
+        """Variances of the parts."""
+        blocks = []
+        for context, rows in self.denoiser.rows.items():
+            few = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _FIT_ROWS)).astype(int))
+            h = self.denoiser.of_genes(context)[0]
+            effects = self.measured.values[np.array(rows)[few]]
+            noise = self.denoiser.noise(context, few)
+            blocks.append((self._parts(context, few), (effects * h) @ effects.T, noise))
+        if not blocks:
+            return np.zeros(0)
+        size = np.mean(
+            [max(np.trace(s - c) / len(s), 1e-3 * np.trace(c) / len(c)) for _, s, c in blocks]
+        )
+
+        def loss(log: np.ndarray) -> tuple[float, np.ndarray]:
+            variances = size * np.exp(log)
+            value, gradient = 0.0, np.zeros(len(log))
+            for parts, square, noise in blocks:
+                whole = noise + np.tensordot(variances, parts, 1)
+                inverse = inverse_of(whole)
+                value += np.linalg.slogdet(whole)[1] + (inverse * square).sum()
+                slope = inverse - inverse @ square @ inverse
+                gradient += variances * [(slope * part).sum() for part in parts]
+            return value, gradient
+
+        start = np.full(len(blocks[0][0]), -2.0)
+        bounds = [_RANGE] * len(start)
+        return size * np.exp(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x)
+
+    def near(self, perturbations: Sequence[Perturbation], context: str) -> np.ndarray:
+        """Covariance of perturbations that were not measured with those that were, (n, n_rows)."""
+        parts = self._shared(perturbations, self._perturbations[context])
+        return sum(v * part for v, part in zip(self.variances, parts, strict=False))
+
+    def left(
+        self, perturbations: Sequence[Perturbation], context: str, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Variance of effects before and after what is measured is known, summed over genes.
+
+        Parameters
+        ----------
+        perturbations
+            Not measured, or left out.
+        context
+            Whose measured effects.
+        weights
+            Theirs in the predictions, shape (n, n_rows).
+
+        Returns
+        -------
+        tuple of numpy.ndarray
+            Shape (n,) each, in the units of :meth:`gpjepa.effects._denoise.Denoiser.of_genes`.
+        """
+        whole = np.zeros(len(perturbations))
+        for i, p in enumerate(perturbations):
+            parts = self._shared([p], [p])
+            whole[i] = sum(v * part[0, 0] for v, part in zip(self.variances, parts, strict=False))
+        known = (weights * self.near(perturbations, context)).sum(1)
+        # Effects smaller than what the noise of a measured one may hide are not seen.
+        hidden = self.denoiser.hidden(context)
+        n_targets = np.array([len(p.targets) for p in perturbations])
+        return whole, np.maximum(whole - known, n_targets * hidden)
+
+    def inverse(self, context: str) -> np.ndarray:
+        """(Σ + C)⁻¹ of the measured effects of a context."""
+        if context not in self._inverses:
+            mine = self._perturbations[context]
+            whole = self.denoiser.noise(context, np.arange(len(mine)))
+            for variance, part in zip(self.variances, self._shared(mine, mine), strict=False):
+                whole += variance * part
+            whole[np.diag_indices_from(whole)] += self.variances[-1] * self._special[context]
+            self._inverses[context] = inverse_of(whole)
+        return self._inverses[context]
+
+    def weights(self, perturbations: Sequence[Perturbation], context: str) -> np.ndarray:
+        """Weights of the measured effects of a context in predictions, shape (n, n_rows)."""
+        return self.near(perturbations, context) @ self.inverse(context)
+
+    def without(self, perturbation: Perturbation, context: str, out: np.ndarray) -> np.ndarray:
+        """As :meth:`weights`, as if the rows at these places had not been measured, (n_rows,).
+
+        With G = (Σ + C)⁻¹, weights *w* of all rows are w - w_o G_oo⁻¹ G_o without the rows *o*.
+        """
+        inverse = self.inverse(context)
+        place = self._place[context].get(perturbation)
+        if place is None or place not in out:
+            near = self.near([perturbation], context)[0]
+            near[out] = 0
+            return _downdated(near @ inverse, inverse, out)
+        # What is said of an effect: -G_o / G_oo; what is said of its noise is no part of that.
+        own = np.linalg.solve(inverse[np.ix_(out, out)], inverse[out])
+        found = -own[list(out).index(place)]
+        found[out] = 0
+        of_controls, variance = self.denoiser.controls(context)
+        shared = of_controls[place] * variance
+        noise = shared @ (of_controls.T @ inverse - of_controls[out].T @ inverse[out])
+        return found - _downdated(noise, inverse, out)
+
+
+def _downdated(weights: np.ndarray, inverse: np.ndarray, out: np.ndarray) -> np.ndarray:
+    if len(out):
+        weights = weights - np.linalg.solve(inverse[np.ix_(out, out)], weights[out]) @ inverse[out]
+        weights[out] = 0
+    return weights
+
+
+def _incidence(perturbations: Sequence[Perturbation]) -> tuple[sp.csr_matrix, list[str]]:
+    """Which targets each perturbation has, shape (n, n_targets), and the targets."""
+    targets = sorted({t for p in perturbations for t in p.targets})
+    at = {t: i for i, t in enumerate(targets)}
+    pairs = [(i, at[t]) for i, p in enumerate(perturbations) for t in p.targets]
+    rows, columns = np.array(pairs, int).reshape(-1, 2).T
+    shape = (len(perturbations), len(targets))
+    return sp.csr_matrix((np.ones(len(pairs)), (rows, columns)), shape=shape), targets
+
+
+def _special(perturbations: Sequence[Perturbation]) -> np.ndarray:
+    """Whether a perturbation can differ from what its targets do: combinations, and doses."""
+    doses: dict[tuple[str, ...], int] = {}
+    for p in perturbations:
+        doses[p.targets] = doses.get(p.targets, 0) + 1
+    return np.array([float(len(p.targets) > 1 or doses[p.targets] > 1) for p in perturbations])
