@@ -59,9 +59,10 @@ class Combinations:
         # Of what is no expression, or of no known rate, nothing is multiplied.
         self._saturates = self.effects.has_controls and measured.scale in SCALES
         both, partly, neither = self._examples()
-        self.both = self._fit(both, _BOTH[: 4 + self._saturates])
-        self.partly = self._fit(partly, _PARTLY)
-        self.neither = self._fit(neither, _NEITHER)
+        mine = _BOTH[: 4 + self._saturates]
+        self.both = self._fit(both, dict.fromkeys(mine, 0.0) | {mine[0]: 0.5, PROCESS: 0.5})
+        self.partly = self._fit(partly, dict.fromkeys(_PARTLY, 0.0) | {PROCESS: 1.0})
+        self.neither = self._fit(neither, dict.fromkeys(_NEITHER, 0.0) | {PROCESS: 1.0})
         self.residual = self._residual()
         self.misfit = self._misfit(both)
 
@@ -107,12 +108,12 @@ class Combinations:
         said = np.array([means[s, context] for s, k in alone if k])
         return self._experts(perturbation, context, parts, known, said, out)
 
-    def _fit(self, examples: list[tuple[int, Sums]], names: Sequence[str]) -> Stack:
-        """Weights of the experts; the process alone, until others show that they know more."""
+    def _fit(self, examples: list[tuple[int, Sums]], prior: dict[str, float]) -> Stack:
+        """Weights of the experts; of too few examples, those of the prior."""
         rows = [i for i, _ in examples]
         units = [self.effects.rows[i][1].targets for i in rows]
         experts = Experts(rows, units, lambda i: examples[i][1].terms())
-        return fit_stack(self.measured, experts, np.array([float(n == PROCESS) for n in names]))
+        return fit_stack(self.measured, experts, np.array(list(prior.values())))
 
     def _several(self) -> list[list[int]]:
         return [rows for rows in self.measured.combined.values() if len(rows) > 1]
@@ -228,6 +229,10 @@ class Combinations:
         if not any(known) and not stack.weights[0]:  # nothing of the targets, whose doubt it had
             expected = expected.less_sure(COMBINATIONS, 1.0)
         taken = stack.weights @ sums.experts
+        # What is unknown of the singles, both the sum and the process miss.
+        n = len(known)
+        both = 2 * taken[n + 1] * taken[:n].mean() * sums.parts[n + 1].residual
+        expected = replace(expected, residual=expected.residual + both)
         return replace(expected, singles=tuple(map(float, taken[: len(known)])))
 
     def _means(self, alone: dict[Single, Estimate]) -> dict[Single, np.ndarray]:
