@@ -65,7 +65,8 @@ class UnseenTargets(WeightedBaseline):
     ) -> None:
         super().__init__(scale)
         self.features = tuple(features)
-        self.experts = [MEAN, PROCESS] if self.features else [MEAN]
+        names = ", ".join(f.name for f in self.features)
+        self.experts = [MEAN, f"{PROCESS} on {names}"] if self.features else [MEAN]
 
     def _fit(self) -> None:
         for features in self.features:
