@@ -187,3 +187,32 @@ def test_combinations_teach_targets_that_were_never_alone(rng):
     found = EffectAnchor().fit(table).predict([read("B+C")], ["c"], "mean_log1p").mean[0]
     wanted = truth["B"] + truth["C"]
     assert ((found - wanted) ** 2).sum() < 0.25 * (wanted**2).sum()
+
+
+def test_pertpy_adds_denoised_effects_up(rng):
+    import pertpy
+
+    adata = denoise(low_rank(rng)[0])
+    space = pertpy.tl.PseudobulkSpace()
+    summed = space.add(adata, perturbations=["T00", "T01"], ensure_consistency=False)
+    expected = adata["T00"].X + adata["T01"].X
+    np.testing.assert_allclose(summed["T00+T01"].X, expected, rtol=1e-5)
+    assert not adata["control"].X.any()
+
+
+def test_contexts_are_denoised_by_themselves(rng):
+    one, _ = low_rank(rng)
+    both = {
+        (c, str(p)): e
+        for c in "ab"
+        for (_, p), e in zip(one.rows, one.effect["mean_log1p"], strict=True)
+    }
+    table = table_of(both, noise=0.09, contexts=("a", "b"))
+    found = denoise(table)
+    np.testing.assert_array_equal(
+        found[found.obs["context"] == "b"].X, denoise(table, context="b").X
+    )
+    with pytest.raises(ValueError, match="Unknown context 'z'"):
+        denoise(table, context="z")
+    with pytest.raises(ValueError, match="scale='nothing' is not known"):
+        denoise(table, "nothing")

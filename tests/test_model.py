@@ -749,6 +749,17 @@ def test_predicted_cells_vary_as_cells_do(model, simulated):
     assert 0.67 < spread(same) / spread(control) < 1.5
 
 
+def test_measured_effects_are_those_of_the_training_cells(model):
+    measured = model.measured_effects()
+    denoised = model.measured_effects(denoised=True, scale="log1p_mean")
+    table, rows = model.response_.effects, (measured.obs["perturbation"] != "control").to_numpy()
+    np.testing.assert_array_equal(measured.X[rows], table.effect["mean_log1p"])
+    np.testing.assert_array_equal(denoised.layers["measured"][rows], table.effect["log1p_mean"])
+    context, perturbation = table.rows[0]
+    effects = model.predict_effects(str(perturbation), context, scale="log1p_mean", gate=0)
+    np.testing.assert_allclose(effects["effect"], denoised.X[rows][0], atol=1e-5)
+
+
 # Target features and interactions
 
 

@@ -59,21 +59,21 @@ class EffectAnchor:
 
     Every prediction is a weighted sum of measured effects, chosen by the regime of the pair:
 
-    * a *measured* single is shrunk as a whole vector (James and Stein 1961) towards no
-      change, the mean effect, or what is predicted of it without itself;
-    * a *combination* takes its shrunken singles, stacked as their sum, the larger one and a
-      saturating sum, and the mean of the other combinations; measured itself, it is shrunk towards
-      that;
-    * a target *never perturbed* takes the mean effect and kernel ridge over target features,
-      stacked (:class:`gpjepa.effects.UnseenTargets`);
-    * in a *new context*, the mean effect elsewhere and the difference of the control profiles,
-      stacked; from a single other context nothing is carried over: what this context's own
-      targets say, if it has any, or no change.
+    * a *measured* effect is denoised by what the effects of its context have in common
+      (:func:`gpjepa.effects.denoise`); all else is made of denoised effects;
+    * a *combination* is the sum of its singles, the larger of them, a saturating sum, the mean of the
+      other combinations, and what a Gaussian process over all perturbations predicts, stacked;
+    * a target *never perturbed* takes the mean effect and, with features, that process, stacked
+      (:class:`gpjepa.effects.UnseenTargets`);
+    * in a *new context*, the mean effect elsewhere, equally or by how alike the controls are, and
+      the difference of the control profiles, stacked; a quarter of the effect in a single other
+      context, unless this one has effects of its own: then these predict it.
 
     Stacking weights (Breiman 1996) are fitted out of fold, freed of the control noise that the
-    effects of a context share, and go as far as rows left out gain from it. With fewer than five
-    independent rows (three contexts) a prior stands in: shrunken additive for combinations, half of
-    the mean without its noise for targets never perturbed, no change across contexts.
+    effects of a context share, drawn towards a prior by three pseudo-units, and go as far as rows
+    left out gain from it. With fewer than five independent rows (two contexts) the prior stands
+    alone: half sum, half process for a combination of known targets, the process for other
+    combinations, half of the mean without its noise for targets never perturbed.
 
     Parameters
     ----------
