@@ -150,12 +150,12 @@ def denoise(
     found = effects.to_anndata(scale, context)
     rows = [i for i, (c, _) in enumerate(effects.rows) if context in (None, c)]
     measured = Measured(effects, scale)
-    estimates = list(Denoiser(measured).estimates(rows).values())
+    denoiser = Denoiser(measured)
     n_controls = found.n_obs - len(rows)
     mean, variance = np.zeros(found.shape, np.float32), found.layers.pop("noise")
     for block in blocks(len(rows)):
         at = slice(n_controls + block.start, n_controls + block.stop)
-        mine = estimates[block.start : block.stop]
+        mine = list(denoiser.estimates([rows[i] for i in block]).values())
         sums = measured.assemble([e.terms for e in mine])
         mean[at] = measured.mean(sums)
         left = measured.noise(sums, interval=True) + measured.of_profiles([e.left for e in mine])
