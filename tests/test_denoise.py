@@ -62,7 +62,7 @@ def test_noise_alone_has_no_direction(rng):
     for _ in range(40):
         table, _ = low_rank(rng, n=12, rank=0, noise=0.2, shared=0.3)
         denoiser = Denoiser(Measured(table, "mean_log1p"))
-        found.append(len(denoiser.of("c").kept))
+        found.append(len(denoiser.of("c").core))
         assert (denoise(table).X ** 2).sum() < 0.05 * (table.effect["mean_log1p"] ** 2).sum()
     assert sum(found) <= 2
 
@@ -81,8 +81,77 @@ def test_a_large_table_is_denoised_by_its_strongest_directions(rng, monkeypatch)
     table, _ = low_rank(rng, n=60)
     whole = denoise(table).X
     monkeypatch.setattr("gpjepa.effects._denoise._EXACT", 30)
-    monkeypatch.setattr("gpjepa.effects._denoise._DIRECTIONS", 10)
+    monkeypatch.setattr("gpjepa.effects._denoise._DIRECTIONS", 4)
     np.testing.assert_allclose(denoise(table).X, whole, atol=1e-4)
+
+
+def test_no_direction_of_a_large_table_is_lost(rng, monkeypatch):
+    """More of them stand out than are found first."""
+    table = table_of({("c", f"T{i:02d}"): rng.normal(size=200) for i in range(60)}, noise=1e-3)
+    monkeypatch.setattr("gpjepa.effects._denoise._EXACT", 30)
+    monkeypatch.setattr("gpjepa.effects._denoise._DIRECTIONS", 4)
+    found = Denoiser(Measured(table, "mean_log1p")).of("c")
+    assert len(found.core) == 60
+
+
+def test_leaving_out_of_a_large_table_is_like_finding_directions_anew(rng, monkeypatch):
+    """Pairs of alike targets, of which one leaves: the other still stands for their direction."""
+    pairs = rng.normal(size=(20, 150))
+    effects = np.repeat(pairs, 2, axis=0) + rng.normal(0, 0.5, (40, 150))
+    table = table_of({("c", f"T{i:02d}"): e for i, e in enumerate(effects)}, noise=0.25)
+    exact = Denoiser(Measured(table, "mean_log1p")).of("c", [3]).weights([2])[0]
+    monkeypatch.setattr("gpjepa.effects._denoise._EXACT_WITHOUT", 10)
+    found = Denoiser(Measured(table, "mean_log1p")).of("c", [3]).weights([2])[0]
+    said, wanted = found @ effects, exact @ np.delete(effects, 3, 0)
+    assert not found[3]
+    assert ((said - wanted) ** 2).sum() < 0.05 * (wanted**2).sum()
+
+
+def test_own_effects_and_common_ones_have_honest_intervals(rng):
+    inside = []
+    for _ in range(10):
+        table, truth = low_rank(rng, n=20, n_genes=300, rank=1, noise=0.0, shared=0.0)
+        truth = truth + rng.normal(0, 0.2, truth.shape)
+        for scale in SCALES:
+            table.effect[scale][:] = truth + rng.normal(0, 0.3, truth.shape)
+            table.variance[scale][:] = 0.3**2
+        found = denoise(table)
+        z = (found.X[1:] - truth) / np.sqrt(found.layers["variance"][1:])
+        inside.append(np.abs(z) < 1.96)
+    assert 0.9 < np.mean(inside) < 0.99
+
+
+def test_rows_keep_their_order_where_contexts_alternate(rng):
+    effects = {(c, f"T{i}"): rng.normal(size=30) for c in "ab" for i in range(3)}
+    table = table_of(effects, contexts=("a", "b")).subset(np.array([0, 3, 1, 4, 2, 5]))
+    found = denoise(table)
+    np.testing.assert_allclose(found.X[2:], table.effect["mean_log1p"], atol=1e-5)
+
+
+@pytest.mark.parametrize("label", ["A+B", "A+NEW"])
+def test_what_is_known_elsewhere_only_is_not_lost_in_a_combination(rng, label):
+    """In a context of controls alone, and in one with effects of other targets."""
+    truth = {t: rng.normal(size=80) for t in "ABCDEFGH"}
+    names = [*truth, *(f"{a}+{b}" for a, b in zip("ABCDEFG", "BCDEFGH", strict=True))]
+    effects = {(c, n): sum(truth[t] for t in n.split("+")) for c in "xy" for n in names}
+    effects |= {("own", f"Z{i}"): rng.normal(size=80) for i in range(6)}
+    noisy = {k: v + rng.normal(0, 0.2, 80) for k, v in effects.items() if k[1] != label}
+    anchor = EffectAnchor().fit(table_of(noisy, noise=0.04, contexts=("x", "y", "own", "new")))
+    wanted = sum(truth.get(t, 0) for t in label.split("+"))
+    for context in ("new", "own"):
+        found = anchor.predict([read(label)], [context], "mean_log1p")
+        assert found.mean[0] @ wanted > 0.6 * wanted @ wanted
+        assert found.variance.mean() > 0.04
+
+
+def test_a_target_of_combinations_is_known_alone(rng):
+    truth = {t: rng.normal(size=60) for t in "ABCDEF"}
+    labels = ["A", "C", "D", "E", "F", "A+B", "C+D", "E+F"]
+    effects = {("c", x): sum(truth[t] for t in x.split("+")) for x in labels}
+    table = table_of({k: v + rng.normal(0, 0.1, 60) for k, v in effects.items()}, noise=0.01)
+    found = EffectAnchor().fit(table).predict([read("B")], ["c"], "mean_log1p")
+    assert found.regime == ["in combinations"]
+    assert found.mean[0] @ truth["B"] > 0.5 * truth["B"] @ truth["B"]
 
 
 def test_genes_that_vary_together_count_for_less(rng):

@@ -354,6 +354,7 @@ def test_leaving_out_in_closed_form_is_refitting(rng, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("gpjepa.effects._anchor.MANY_UNITS", 500)
         refitted = anchor.out_of_fold("mean_log1p", n_folds=20)
+    monkeypatch.setattr("gpjepa.effects._anchor.MANY_UNITS", 20)
     closed = anchor.out_of_fold("mean_log1p")
     truth = table.effect["mean_log1p"]
     assert anchor.n_folds == 1

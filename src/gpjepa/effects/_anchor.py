@@ -26,7 +26,7 @@ from ._table import EffectTable
 from ._weighted import Estimate
 
 MANY_UNITS = 40
-"""Targets from which on none of them moves the weights of experts."""
+"""Targets, and combinations, from which on one of them hardly moves the weights of experts."""
 
 
 @dataclass(frozen=True)
@@ -313,8 +313,10 @@ class EffectAnchor:
 
     @property
     def _many(self) -> bool:
-        """Whether there are so many targets that a few move no weight of an expert."""
-        return len({p.targets for p in self._measured}) >= MANY_UNITS
+        """Whether one target, or combination, hardly moves the weights of experts."""
+        units = {p.targets for p in self._measured}
+        combined = sum(len(targets) > 1 for targets in units)
+        return min(n for n in (len(units) - combined, combined, MANY_UNITS + 1) if n) >= MANY_UNITS
 
     def out_of_fold(
         self, scale: Scale, n_folds: int = 10, *, progress: Callable[[], object] = lambda: None

@@ -12,13 +12,12 @@ from gpjepa.splits import MIN_UNITS
 
 from ._measured import Measured
 from ._scales import SCALES
-from ._singles import SURPLUS, Single, Singles
+from ._singles import COMBINED, SURPLUS, Single, Singles
 from ._stack import Experts, Stack, fit_stack
 from ._unseen import PROCESS
 from ._weighted import (
     COMBINATIONS,
     NOTHING,
-    SPREAD,
     Estimate,
     Share,
     Sums,
@@ -35,10 +34,9 @@ taken off) it is 0.08."""
 
 _LEAST_INTERACTION = 0.01
 # Experts on combinations, by how many of their targets were measured alone.
-_OTHERS = "mean of the combinations"
-_BOTH = ("sum of the singles", "larger single", _OTHERS, PROCESS, "saturating sum")
-_PARTLY = ("measured targets", "targets never measured", _OTHERS, PROCESS)
-_NEITHER = ("sum of the targets", _OTHERS, PROCESS)
+_BOTH = ("sum of the singles", "larger single", COMBINED, PROCESS, "saturating sum")
+_PARTLY = ("measured targets", "targets never measured", COMBINED, PROCESS)
+_NEITHER = ("sum of the targets", COMBINED, PROCESS)
 
 
 class Combinations:
@@ -96,7 +94,7 @@ class Combinations:
     ) -> Sums:
         """What experts say of a combination as if some rows, its own among them, were not there."""
         alone = list(zip(perturbation.singles, known, strict=True))
-        estimates = self.singles.estimates([(s, context) for s, k in alone if k], without=out)
+        estimates = self.singles.estimates([(s, context) for s, k in alone if k], out, bias=False)
         hidden = [s.targets[0] for s, k in alone if not k]
         # Where nothing was perturbed alone, combinations predict each other: not themselves.
         hidden = hidden if len(out) > 1 else ["+".join(perturbation.targets)]
@@ -135,14 +133,17 @@ class Combinations:
         """Squared interaction over squared predicted effect, freed of sampling noise."""
         if self.both.n_units < MIN_UNITS:
             return _PRIOR_INTERACTION
+        residuals = np.vstack([self.singles.residuals, self.residual])
         apart = size = 0.0
         for i, sums in both:
-            estimate = sums.weighted(self.both.weights)
+            n = len(self.effects.rows[i][1].targets)
+            estimate = self._expected(sums, [True] * n)
             terms = [(-weight, of) for weight, of in estimate.terms]
             distance = self.measured.assemble([[(1.0, self.measured.one(i)), *terms]])
             off = self.measured.mean(distance)[0]
             apart += (off**2).sum() - self.measured.noise(distance).sum()
             apart -= (estimate.left.values * self.measured.totals[estimate.left.columns]).sum()
+            apart -= (estimate.residual @ residuals).sum()
             size += ((self.measured.values[i] - off) ** 2).sum()
         return max(apart / size, _LEAST_INTERACTION) if size > 0 else _PRIOR_INTERACTION
 
@@ -186,7 +187,7 @@ class Combinations:
                 parts = [alone[s, context] for s in perturbation.singles]
                 said = np.stack([means[s, context] for s in perturbation.singles])
                 sums = self._experts(perturbation, context, parts, known, said, [])
-            found.append(self._expected(sums, known))
+            found.append(self._expected(sums, known, self._process_knows(perturbation, context)))
         return found
 
     def interactions(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
@@ -199,10 +200,8 @@ class Combinations:
         for (perturbation, context), whole in zip(pairs, self.estimates(pairs), strict=True):
             parts = [alone[s, context] for s in perturbation.singles]
             summed = total([whole, *(part.times(-1) for part in parts)])
-            # A measured combination's own doubt is that of its distance from what was expected.
-            measured = (context, perturbation) in self.measured.row
-            taken = whole.singles or (0.0,) * len(parts)
-            factors = [(t - 1) ** 2 - (0 if measured else t**2) for t in taken]
+            # Of a predicted combination, what it takes of them; of a measured one, nothing.
+            factors = [1 - 2 * t for t in whole.singles or (0.0,) * len(parts)]
             left, bias, residual = [whole.left], [whole.bias], whole.residual.copy()
             for part, factor in zip(parts, factors, strict=True):
                 left.append(part.left.times(factor))
@@ -222,18 +221,29 @@ class Combinations:
     def _all_here(self, perturbation: Perturbation, context: str) -> bool:
         return all((context, s) in self.measured.row for s in perturbation.singles)
 
-    def _expected(self, sums: Sums, known: list[bool]) -> Estimate:
-        """A combination from its singles alone."""
+    def _process_knows(self, perturbation: Perturbation, context: str) -> bool:
+        """Whether the process of a context has seen what is known of a combination's targets."""
+        known = [s for s in perturbation.singles if self.singles.known(s, context)]
+        here = all(self.singles.here(s, context) for s in known)
+        return here and context in self.singles.perturbed
+
+    def _expected(self, sums: Sums, known: list[bool], process_knows: bool = True) -> Estimate:
+        """A combination from its singles, and from other combinations."""
         stack = self.both if all(known) else self.partly if any(known) else self.neither
-        expected = sums.weighted(stack.weights)
-        if not any(known) and not stack.weights[0]:  # nothing of the targets, whose doubt it had
+        weights = stack.weights.copy()
+        if not process_knows:  # what is carried over from other contexts says it in its place
+            at = sums.names.index(PROCESS)
+            weights[: 2 if stack is self.partly else 1] += weights[at]
+            weights[at] = 0
+        expected = sums.weighted(weights)
+        if not any(known) and not weights[0]:  # nothing of the targets, whose doubt it had
             expected = expected.less_sure(COMBINATIONS, 1.0)
-        taken = stack.weights @ sums.experts
+        taken, n = weights @ sums.experts, len(known)
         # What is unknown of the singles, both the sum and the process miss.
-        n = len(known)
         both = 2 * taken[n + 1] * taken[:n].mean() * sums.parts[n + 1].residual
-        expected = replace(expected, residual=expected.residual + both)
-        return replace(expected, singles=tuple(map(float, taken[: len(known)])))
+        return replace(
+            expected, residual=expected.residual + both, singles=tuple(map(float, taken[:n]))
+        )
 
     def _means(self, alone: dict[Single, Estimate]) -> dict[Single, np.ndarray]:
         """The effects that estimates stand for."""
@@ -272,15 +282,12 @@ class Combinations:
         self, perturbation: Perturbation, context: str, out: list[int]
     ) -> tuple[Estimate, Estimate]:
         """The mean of the combinations without some rows, and the process over all perturbations."""
-        mean, process, left = self.singles.unseen.of_combination(perturbation, context, out)
+        mean, process = self.singles.of_process(perturbation, context, out)
         if not self.measured.combined.get(context) and self.measured.combined:
-            groups = list(self.measured.combined.values())
-            mean = added(Weights.equal(rows, 1 / len(groups)) for rows in groups)
-        of_all = Estimate((Share("", PROCESS, 1.0, process),))
-        if left:
-            size = self.singles.spread @ self.singles.denoiser.of_genes(context)[0]
-            of_all = of_all.less_sure(SPREAD, left / max(size, 1e-300))
-        return Estimate((Share("", _OTHERS, 1.0, mean),)), of_all
+            groups = list(self.measured.combined)
+            means = [self.singles.of_process(perturbation, c, [])[0] for c in groups]
+            mean = total([m.times(1 / len(groups)) for m in means])
+        return mean, process
 
     def _saturation(self, said: np.ndarray, context: str) -> Estimate:
         """A saturating sum of singles minus their plain sum.

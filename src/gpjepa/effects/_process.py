@@ -29,7 +29,7 @@ class Process:
 
     .. math:: k^\top (\Sigma + C)^{-1} D
 
-    (Rasmussen and Williams 2006). Variances maximise the marginal likelihood over all contexts; genes
+    (Rasmussen and Williams 2006); callers put denoised effects in the place of *D*. Variances maximise the marginal likelihood over all contexts; genes
     count as in :class:`gpjepa.effects._denoise.Denoiser`.
 
     Parameters
@@ -53,6 +53,7 @@ class Process:
         self._combinations = several
         self.variances = self._fit()
         self._inverses: dict[str, np.ndarray] = {}
+        self._on_controls: dict[str, np.ndarray] = {}
 
     def _shared(
         self, left: Sequence[Perturbation], right: Sequence[Perturbation]
@@ -62,8 +63,12 @@ class Process:
         other, others = _incidence(right)
         n_one, n_other = one.sum(1).A1, other.sum(1).A1
         yield np.outer(n_one, n_other)
-        same = np.asarray(targets)[:, None] == np.asarray(others)
-        yield one @ (other @ same.T.astype(float)).T
+        at = {t: i for i, t in enumerate(others)}
+        both = [(i, at[t]) for i, t in enumerate(targets) if t in at]
+        rows, columns = np.array(both, int).reshape(-1, 2).T
+        shape = (len(targets), len(others))
+        same = sp.csr_matrix((np.ones(len(both)), (rows, columns)), shape=shape)
+        yield (one @ same @ other.T).toarray()
         for features in self.features:
             yield one @ (other @ features.kernel(targets, others).T).T
         if self._combinations:
@@ -77,11 +82,10 @@ class Process:
         """Variances of the parts."""
         blocks = []
         for context, rows in self.denoiser.rows.items():
-            few = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _FIT_ROWS)).astype(int))
-            h = self.denoiser.of_genes(context)[0]
+            few = _some(self._perturbations[context])
             effects = self.measured.values[np.array(rows)[few]]
-            noise = self.denoiser.noise(context, few)
-            blocks.append((self._parts(context, few), (effects * h) @ effects.T, noise))
+            square = (effects * self.denoiser.of_genes(context)[0]) @ effects.T
+            blocks.append((self._parts(context, few), square, self.denoiser.noise(context, few)))
         if not blocks:
             return np.zeros(0)
         size = np.mean(
@@ -133,9 +137,9 @@ class Process:
             whole[i] = sum(v * part[0, 0] for v, part in zip(self.variances, parts, strict=False))
         known = (weights * self.near(perturbations, context)).sum(1)
         # Effects smaller than what the noise of a measured one may hide are not seen.
-        hidden = self.denoiser.hidden(context)
+        least = self.denoiser.undetectable(context)
         n_targets = np.array([len(p.targets) for p in perturbations])
-        return whole, np.maximum(whole - known, n_targets * hidden)
+        return whole, np.maximum(whole - known, n_targets * least)
 
     def inverse(self, context: str) -> np.ndarray:
         """(Σ + C)⁻¹ of the measured effects of a context."""
@@ -168,8 +172,10 @@ class Process:
         found = -own[list(out).index(place)]
         found[out] = 0
         of_controls, variance = self.denoiser.controls(context)
+        if context not in self._on_controls:
+            self._on_controls[context] = of_controls.T @ inverse
         shared = of_controls[place] * variance
-        noise = shared @ (of_controls.T @ inverse - of_controls[out].T @ inverse[out])
+        noise = shared @ (self._on_controls[context] - of_controls[out].T @ inverse[out])
         return found - _downdated(noise, inverse, out)
 
 
@@ -196,3 +202,20 @@ def _special(perturbations: Sequence[Perturbation]) -> np.ndarray:
     for p in perturbations:
         doses[p.targets] = doses.get(p.targets, 0) + 1
     return np.array([float(len(p.targets) > 1 or doses[p.targets] > 1) for p in perturbations])
+
+
+def _some(perturbations: Sequence[Perturbation]) -> np.ndarray:
+    """Places of enough perturbations to fit on: combinations, with their singles, and others."""
+    n = len(perturbations)
+    if n <= _FIT_ROWS:
+        return np.arange(n)
+
+    def spread(places: list[int], k: int) -> list[int]:
+        return [places[i] for i in np.linspace(0, len(places) - 1, min(k, len(places))).astype(int)]
+
+    place = {p: i for i, p in enumerate(perturbations)}
+    combined = [i for i, p in enumerate(perturbations) if len(p.targets) > 1]
+    chosen = set(spread(combined, _FIT_ROWS // 3))
+    chosen |= {place[s] for i in list(chosen) for s in perturbations[i].singles if s in place}
+    rest = [i for i in range(n) if i not in chosen]
+    return np.array(sorted(chosen | set(spread(rest, max(_FIT_ROWS - len(chosen), 0)))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -12,7 +13,7 @@ from gpjepa.perturbations import Perturbation, TargetFeatures
 from ._measured import Measured
 from ._stack import fit_stack, stack_residual
 from ._transfer import FROM_ELSEWHERE, MIN_CONTEXTS, from_elsewhere, transfer_experts
-from ._unseen import NeverPerturbed, UnseenTargets
+from ._unseen import PROCESS, NeverPerturbed, UnseenTargets
 from ._weighted import (
     SPREAD,
     TRANSFER,
@@ -26,10 +27,11 @@ from ._weighted import (
 )
 
 _FROM_FEW = 0.25
-"""Share that is carried over of the effect in one or two other contexts."""
+"""Share that is carried over of the effect in a single other context."""
 SURPLUS = 0.1
 """Share of the spread of effects that a residual variance never falls below."""
 
+COMBINED = "mean of the combinations"
 Single = tuple[Perturbation, str]
 
 
@@ -44,6 +46,8 @@ class Singles:
         Experts on targets never perturbed.
     denoiser
         Of the measured effects.
+    perturbed
+        Contexts where something was measured.
     """
 
     def __init__(self, measured: Measured, features: Sequence[TargetFeatures]) -> None:
@@ -55,7 +59,7 @@ class Singles:
         self._transfer = fit_stack(
             measured, self._elsewhere, prior, np.zeros(len(prior)), MIN_CONTEXTS
         )
-        self._perturbed = {c for c, _ in self.effects.rows}
+        self.perturbed = {c for c, _ in self.effects.rows}
         self._doses: dict[tuple[str, str], list[tuple[float, int]]] = {}
         for rows in measured.alone.values():
             for i in rows:
@@ -75,19 +79,22 @@ class Singles:
         left = [self.spread if r is None else r + SURPLUS * self.spread for r in of_experts]
         return np.stack([self.spread, *left])
 
+    def here(self, single: Perturbation, context: str) -> bool:
+        """Whether its target was measured alone in the context, at whatever dose."""
+        return (context, single.targets[0]) in self._doses
+
     def known(self, single: Perturbation, context: str) -> bool:
         """Whether its target was measured alone: here, at whatever dose, or in enough contexts."""
-        here = (context, single.targets[0]) in self._doses
-        return here or self.effects.regimes.can_be_carried(single, context)
+        return self.here(single, context) or self.effects.regimes.can_be_carried(single, context)
 
     def estimates(
-        self, singles: Iterable[Single], without: Sequence[int] = ()
+        self, singles: Iterable[Single], without: Sequence[int] = (), bias: bool = True
     ) -> dict[Single, Estimate]:
         """One mean effect for each target and context, as if some rows had not been measured."""
         wanted = dict.fromkeys(singles)
         rows = {(s, c): self.measured.row.get((c, s)) for s, c in wanted}
         measured = {pair: row for pair, row in rows.items() if row is not None}
-        denoised = self.denoiser.estimates(list(measured.values()), without)
+        denoised = self.denoiser.estimates(list(measured.values()), without, bias)
         found = {pair: denoised[row] for pair, row in measured.items()}
         never: dict[str, list[Perturbation]] = {}
         for single, context in wanted:
@@ -97,7 +104,9 @@ class Singles:
             estimate = estimate or self._carried(single, context)
             if estimate is not None:
                 found[single, context] = estimate
-            elif context in self._perturbed:
+            elif self.unseen.rows_with(context, single.targets):
+                found[single, context] = self._of_combinations(single, context, without)
+            elif context in self.perturbed:
                 never.setdefault(context, []).append(single)
             else:
                 found[single, context] = self._from_everywhere(single, context)
@@ -120,7 +129,7 @@ class Singles:
 
         None if no context is a source, or a single one is and this context has effects of its own.
         """
-        if not sources or (len(sources) < 2 and context in self._perturbed):
+        if not sources or (len(sources) < 2 and context in self.perturbed):
             return None
         weights = self._transfer.weights
         if len(sources) < 2:
@@ -171,6 +180,25 @@ class Singles:
             between = total([said[points[above - 1][1]].times(1 - share), between])
         return between.less_sure(SPREAD, SURPLUS)
 
+    def of_process(
+        self, perturbation: Perturbation, context: str, without: Sequence[int]
+    ) -> tuple[Estimate, Estimate]:
+        """The mean of the combinations of a context, and what the process predicts in it."""
+        mean, process, left = self.unseen.of_combination(perturbation, context, without)
+        said = Estimate((Share("", PROCESS, 1.0, process),))
+        if left:
+            size = self.spread @ self.denoiser.of_genes(context)[0]
+            said = said.less_sure(SPREAD, left / max(size, 1e-300))
+        return Estimate((Share("", COMBINED, 1.0, mean),)), said
+
+    def _of_combinations(
+        self, single: Perturbation, context: str, without: Sequence[int]
+    ) -> Estimate:
+        """A target that was measured in combinations only."""
+        said = self.of_process(single, context, without)[1]
+        [share] = said.shares
+        return replace(said, shares=(replace(share, part=str(single)),))
+
     def _carried(self, single: Perturbation, context: str) -> Estimate | None:
         return self.carried(single, context, self.as_measured(single, context))
 
@@ -186,7 +214,7 @@ class Singles:
 
     def _from_everywhere(self, single: Perturbation, context: str) -> Estimate:
         """A target never perturbed, in a context where nothing was."""
-        others = [c for c in self.effects.contexts if c in self._perturbed]
+        others = [c for c in self.effects.contexts if c in self.perturbed]
         sources = {c: self._unseen([single], c)[0] for c in others}
         carried = self.carried(single, context, sources)
         return carried or Estimate().less_sure(SPREAD, 1.0)

@@ -147,7 +147,7 @@ def fit_stack(
     towards: np.ndarray | None = None,
     min_units: int = MIN_UNITS,
 ) -> Stack:
-    r"""Non-negative ridge stacking, freed of shared noise, as far as it gains.
+    r"""Ridge stacking with weights from 0 to 2, freed of shared noise, as far as it gains.
 
     Wolpert's (1992) and Breiman's (1996) stacking minimises
     :math:`\sum_a \lVert d_a - \sum_k w_k e_k(a)\rVert^2` over :math:`w \ge 0`. Of
@@ -218,11 +218,11 @@ def _summed(values: np.ndarray, code: np.ndarray, n: int) -> np.ndarray:
 
 
 def _solve(square: np.ndarray, along: np.ndarray, share: float, towards: np.ndarray) -> np.ndarray:
-    """Bounded least squares, with a share of the units added that the weights before are right for."""
+    """Bounded least squares, with pseudo-units for which ``towards`` is exact."""
     square, along = (1 + share) * square, along + share * square @ towards
     ridge = 1e-9 * np.trace(square) / len(square) + 1e-15
     root = np.linalg.cholesky(square + ridge * np.eye(len(square)))
-    target = np.linalg.solve(root, along)
+    target = np.linalg.solve(root, along + ridge * towards)
     return np.clip(lsq_linear(root.T, target, (0, _MOST), method="bvls").x, 0, _MOST)
 
 

@@ -127,7 +127,7 @@ def transfer_experts(measured: Measured, denoiser: Denoiser | None = None) -> Ex
         if denoiser is None:
             sources: list[Terms] = [[(1.0, measured.one(i))] for i in rows]
         else:
-            sources = [e.terms for e in denoiser.estimates(rows).values()]
+            sources = [denoiser.terms(i) for i in rows]
         return from_elsewhere(measured, sources, elsewhere, context)
 
     return Experts(several, [effects.rows[i][0] for i in several], of)

@@ -50,7 +50,8 @@ class UnseenTargets(WeightedBaseline):
     """Targets never perturbed: what those perturbed have in common, and what features say.
 
     The experts are the mean effect of the context's targets and, with features, a Gaussian process
-    over all perturbations, weighed on targets left out. Both read denoised effects.
+    over all perturbations, weighted by how well they predict targets left out. Both read denoised
+    effects.
 
     Parameters
     ----------
@@ -72,7 +73,6 @@ class UnseenTargets(WeightedBaseline):
         for features in self.features:
             check_no_leak(features.name, features.source, self.effects_)
         self.denoiser = Denoiser(self.measured_)
-        self.process = Process(self.denoiser, self.features)
         self._units = {c: single_units(self.measured_, c) for c in self._in_context}
         prior = np.zeros(len(self.experts))
         prior[0] = self._prior()
@@ -82,6 +82,11 @@ class UnseenTargets(WeightedBaseline):
         mean_alone = np.append(self.mean_stack_.weights, np.zeros(len(self.experts) - 1))
         self._of_all = self._left_out(len(prior), self.covers)
         self.stack_ = fit_stack(self.measured_, self._of_all, mean_alone, mean_alone)
+
+    @cached_property
+    def process(self) -> Process:
+        """Over all perturbations; fitted when it is first needed."""
+        return Process(self.denoiser, self.features)
 
     @cached_property
     def residual_(self) -> np.ndarray | None:
@@ -148,7 +153,7 @@ class UnseenTargets(WeightedBaseline):
     ) -> tuple[Weights, Weights, float]:
         """Mean of the combinations, and the process, as if some rows had not been measured.
 
-        And the variance that the process leaves, over the genes' weights.
+        And the variance that the process leaves, summed with the gene weights.
         """
         if context not in self._units:
             return NOTHING, NOTHING, 0.0
@@ -158,9 +163,11 @@ class UnseenTargets(WeightedBaseline):
         mean[places] = 0
         mean /= max(mean.sum(), 1)
         process = self.process.without(perturbation, context, places)
-        one, other = self._denoised(context, np.stack([mean, process]), out)
+        [one] = self._denoised(context, mean[None], out)
+        # What is special to its targets is part of what a combination does.
+        other = self.denoiser.through(context, process, out, special=True)
         _, left = self.process.left([perturbation], context, process[None])
-        return one, other, float(left[0])
+        return one, Weights.of(other, rows=self.denoiser.rows[context]), float(left[0])
 
     def rows_with(self, context: str, targets: Sequence[str]) -> list[int]:
         """Rows of a context with one of some targets, or that are a unit of such a name."""
@@ -261,7 +268,7 @@ class UnseenTargets(WeightedBaseline):
 
 
 class ShrunkenMean(UnseenTargets):
-    """The mean effect of the targets of a context times a slope, that of each on the others' mean.
+    """The mean denoised effect of a context times a slope, that of each target on the others' mean.
 
     Without the noise of the controls, which all effects of a context share; or the slope would be
     near 1 where nothing but that noise is common to them.
