@@ -61,8 +61,8 @@ class EffectAnchor:
 
     * a *measured* effect is denoised by what the effects of its context have in common
       (:func:`gpjepa.effects.denoise`); all else is made of denoised effects;
-    * a *combination* is the sum of its singles, the larger of them, a saturating sum, the mean of the
-      other combinations, and what a Gaussian process over all perturbations predicts, stacked;
+    * a *combination* is the sum of its singles, the larger of them, a saturating sum, the mean of
+      the other combinations, and what a Gaussian process over all perturbations predicts, stacked;
     * a target *never perturbed* takes the mean effect and, with features, that process, stacked
       (:class:`gpjepa.effects.UnseenTargets`);
     * in a *new context*, the mean effect elsewhere, equally or by how alike the controls are, and
@@ -324,10 +324,10 @@ class EffectAnchor:
         """Predict every training row without it, shape (n_rows, n_genes).
 
         Singles are left out of all contexts at once, with the combinations that they are part of,
-        and become unseen; combinations are left out while their singles stay. With fewer than five perturbations the rows of one context are
-        left out instead. From 40 targets on the weights of the experts are those of all rows, and
-        each row is left out of what they say in closed form. ``progress`` is called after each
-        step.
+        and become unseen; combinations are left out while their singles stay. With fewer than five
+        perturbations the rows of one context are left out instead. From 40 targets, and as many
+        combinations if there are any, the weights of the experts are those of all rows, and each
+        row is left out of what they say in closed form. ``progress`` is called after each step.
         """
         rows = self.effects_.rows
         result = np.zeros((len(rows), len(self.effects_.genes)), np.float32)

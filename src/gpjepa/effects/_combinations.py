@@ -281,7 +281,7 @@ class Combinations:
     def _of_others(
         self, perturbation: Perturbation, context: str, out: list[int]
     ) -> tuple[Estimate, Estimate]:
-        """The mean of the combinations without some rows, and the process over all perturbations."""
+        """The mean of the combinations, and the process, without some rows."""
         mean, process = self.singles.of_process(perturbation, context, out)
         if not self.measured.combined.get(context) and self.measured.combined:
             groups = list(self.measured.combined)

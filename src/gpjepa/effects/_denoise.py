@@ -199,8 +199,8 @@ def denoise(
 class Denoiser:
     r"""Shrinks the effects of a context together, along their common directions.
 
-    With effects *D* (rows × genes), gene weights *H* = diag(*h*), *h* the mean sampling variance to the
-    power of -1/4, and *C* the noise of :math:`D H D^\top` (that of the controls is in all rows),
+    With effects *D* (rows × genes), gene weights *H* = diag(*h*), *h* the mean sampling variance
+    to the power of -1/4, and *C* the noise of :math:`D H D^\top` (that of the controls is in all rows),
     the eigenvectors of :math:`D H D^\top U = C U \Lambda`, :math:`U^\top C U = I`, give
 
     .. math:: \hat D = W D, \qquad W = C U \varphi(\Lambda)\, U^\top, \qquad
@@ -209,8 +209,8 @@ class Denoiser:
     with γ the number of rows over the effective number of genes: matrix James–Stein (Efron and
     Morris 1972) with the shrinkage of Gavish and Donoho (2017). Only directions are kept whose
     eigenvalue is above what the largest one of noise alone reaches in 99% of cases (Johnstone
-    2001). What is outside of them is shrunk as a whole vector, effect by effect (James and Stein 1961).
-    Genes whose noise goes together count for less, as parts of the control cells show.
+    2001). What is outside of them is shrunk as a whole vector, effect by effect (James and Stein
+    1961). Genes whose noise goes together count for less, as parts of the control cells show.
 
     Parameters
     ----------
@@ -399,7 +399,7 @@ class Denoiser:
 
 
 def _best_share(values: np.ndarray, gamma: float) -> np.ndarray:
-    """The best share of directions with some eigenvalues (Gavish and Donoho 2017, Frobenius loss)."""
+    """The best share of directions by their eigenvalues (Gavish and Donoho 2017, squared error)."""
     above = np.maximum((values - gamma - 1) ** 2 - 4 * gamma, 0)
     return np.sqrt(above) / np.maximum(values, 1e-300)
 

@@ -284,8 +284,8 @@ class EffectTable:
         r"""For how many independent genes the noise of all genes stands.
 
         :math:`(\mathrm{tr}\,\Sigma)^2 / \mathrm{tr}\,\Sigma^2` of the covariance of their noise, as parts
-        of the control cells show it, without what few parts add; never more than for independent
-        genes.
+        of the control cells show it, corrected for their small number; never more than for
+        independent genes.
 
         Parameters
         ----------
