@@ -12,7 +12,7 @@ from gpjepa.perturbations import Perturbation, TargetFeatures
 
 from ._measured import Measured
 from ._stack import fit_stack, stack_residual
-from ._transfer import FROM_ELSEWHERE, MIN_CONTEXTS, from_elsewhere, transfer_experts
+from ._transfer import FEW_CONTEXTS, FROM_ELSEWHERE, MIN_CONTEXTS, from_elsewhere, transfer_experts
 from ._unseen import PROCESS, NeverPerturbed, UnseenTargets
 from ._weighted import (
     SPREAD,
@@ -156,6 +156,11 @@ class Singles:
         """What was measured of a perturbation in the other contexts."""
         others = [c for c in self.effects.measured_in.get(perturbation, ()) if c != context]
         rows = [self.measured.row[c, perturbation] for c in others]
+        if len(rows) > FEW_CONTEXTS:
+            said = [
+                Share(str(perturbation), "measured effect", 1.0, self.measured.one(i)) for i in rows
+            ]
+            return {c: Estimate((share,)) for c, share in zip(others, said, strict=True)}
         denoised = self.denoiser.estimates(rows)
         return {c: denoised[row] for c, row in zip(others, rows, strict=True)}
 

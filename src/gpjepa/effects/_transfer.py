@@ -21,6 +21,9 @@ MIN_CONTEXTS = 2
 """Contexts that weights of transfer need. Two weights rest on all genes of all rows, so that fewer
 than for other weights are enough; with two, each is judged by the other alone."""
 
+FEW_CONTEXTS = 10
+"""Contexts of which effects are denoised before they are carried over; the mean of more has little
+noise."""
 FROM_ELSEWHERE = ("mean effect elsewhere", "controls elsewhere - here", "where controls are alike")
 
 _PSEUDO = 0.1  # counts per 10,000 added to rates before their ratio is taken
@@ -124,7 +127,7 @@ def transfer_experts(measured: Measured, denoiser: Denoiser | None = None) -> Ex
         context, perturbation = effects.rows[several[i]]
         elsewhere = [c for c in effects.measured_in[perturbation] if c != context]
         rows = [measured.row[c, perturbation] for c in elsewhere]
-        if denoiser is None:
+        if denoiser is None or len(rows) > FEW_CONTEXTS:
             sources: list[Terms] = [[(1.0, measured.one(i))] for i in rows]
         else:
             sources = [denoiser.terms(i) for i in rows]
