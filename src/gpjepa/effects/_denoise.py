@@ -22,7 +22,7 @@ _EXACT = 1_000
 _DIRECTIONS = 200
 """Directions found first; twice as many for as long as the last one stands out."""
 _EXACT_WITHOUT = 300
-"""Rows of a context up to which directions are found anew where some of them are left out."""
+"""Rows of a table up to which directions are found anew where some of them are left out."""
 _CACHED = 1_000
 """Contexts without some rows that are kept at a time."""
 _TRACY_WIDOM = 2.0234
@@ -187,10 +187,7 @@ def denoise(
         mine = [said[rows[i]] for i in block]
         sums = measured.assemble([e.terms for e in mine])
         mean[at] = measured.mean(sums)
-        left = measured.noise(sums, interval=True) + measured.of_profiles([e.left for e in mine])
-        for own, estimate in zip(left, mine, strict=True):
-            np.add.at(own, estimate.bias.columns, estimate.bias.values)
-        variance[at] = left
+        variance[at] = measured.noise(sums, interval=True) + measured.left(mine)
     found.layers["measured"], found.layers["variance"] = found.X, variance
     found.X = mean
     return found
@@ -200,7 +197,8 @@ class Denoiser:
     r"""Shrinks the effects of a context together, along their common directions.
 
     With effects *D* (rows × genes), gene weights *H* = diag(*h*), *h* the mean sampling variance
-    to the power of -1/4, and *C* the noise of :math:`D H D^\top` (that of the controls is in all rows),
+    to the power of -1/4, and *C* the noise of :math:`D H D^\top` (that of the controls is in all
+    rows),
     the eigenvectors of :math:`D H D^\top U = C U \Lambda`, :math:`U^\top C U = I`, give
 
     .. math:: \hat D = W D, \qquad W = C U \varphi(\Lambda)\, U^\top, \qquad
@@ -239,7 +237,7 @@ class Denoiser:
         if key not in self._without:
             if len(self._without) >= _CACHED:
                 self._without.clear()
-            if len(rows) <= _EXACT_WITHOUT:
+            if len(self.measured.values) <= _EXACT_WITHOUT:
                 found, _ = self._denoised(context, np.flatnonzero(~out))
             else:
                 found = self._less(context, np.flatnonzero(out))

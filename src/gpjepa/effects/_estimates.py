@@ -67,10 +67,8 @@ class ScaleFit:
         """
         sums = self.measured.assemble([e.terms for e in estimates])
         noise = self.measured.noise(sums, interval=True)
-        left = self.measured.of_profiles([e.left for e in estimates])
+        left = self.measured.left(estimates)
         left += np.array([e.residual for e in estimates]) @ self._residuals
-        for own, estimate in zip(left, estimates, strict=True):
-            np.add.at(own, estimate.bias.columns, estimate.bias.values)
         interaction = np.array([e.interaction for e in estimates])[:, None]
         # Where nothing is predicted, something may still interact.
         square = size**2 + SURPLUS * self.singles.spread

@@ -10,7 +10,7 @@ import numpy as np
 
 from ._scales import Scale
 from ._table import EffectTable
-from ._weighted import NOTHING, Terms, Weights
+from ._weighted import NOTHING, Estimate, Terms, Weights
 
 BLOCK = 256
 """Sums made at a time, which bounds what they need of memory."""
@@ -160,6 +160,13 @@ class Measured:
         n = len(self.values)
         own = sums.on_rows**2 @ variance[:n][sums.rows]
         return own + self.on_strata(sums) ** 2 @ variance[n:]
+
+    def left(self, estimates: Sequence[Estimate]) -> np.ndarray:
+        """What shrinkage leaves unknown, and what it is seen to take off, (n, n_genes)."""
+        found = self.of_profiles([e.left for e in estimates])
+        for own, estimate in zip(found, estimates, strict=True):
+            np.add.at(own, estimate.bias.columns, estimate.bias.values)
+        return found
 
     def of_profiles(self, weights: Sequence[Weights]) -> np.ndarray:
         """Weighted sums of variances of profiles, for intervals, shape (n, n_genes)."""

@@ -29,8 +29,9 @@ class Process:
 
     .. math:: k^\top (\Sigma + C)^{-1} D
 
-    (Rasmussen and Williams 2006); callers put denoised effects in the place of *D*. Variances maximise the marginal likelihood over all contexts; genes
-    count as in :class:`gpjepa.effects._denoise.Denoiser`.
+    (Rasmussen and Williams 2006); callers put denoised effects in the place of *D*. Variances
+    maximise the marginal likelihood over all contexts; genes count as in
+    :class:`gpjepa.effects._denoise.Denoiser`.
 
     Parameters
     ----------

@@ -125,7 +125,7 @@ class Singles:
     def carried(
         self, perturbation: Perturbation, context: str, sources: dict[str, Estimate]
     ) -> Estimate | None:
-        """From the other contexts: their mean, and how their controls differ from these.
+        """From the other contexts, by the stacked experts of transfer.
 
         None if no context is a source, or a single one is and this context has effects of its own.
         """
@@ -153,7 +153,7 @@ class Singles:
         return carried.less_sure(TRANSFER if len(sources) > 1 else SPREAD, 1.0)
 
     def as_measured(self, perturbation: Perturbation, context: str) -> dict[str, Estimate]:
-        """What was measured of a perturbation in the other contexts."""
+        """Measured effects of a perturbation in the other contexts, denoised where these are few."""
         others = [c for c in self.effects.measured_in.get(perturbation, ()) if c != context]
         rows = [self.measured.row[c, perturbation] for c in others]
         if len(rows) > FEW_CONTEXTS:

@@ -66,12 +66,6 @@ class Transfer(Baseline):
     def _sources(self, perturbation: Perturbation, context: str) -> list[int]:
         return [i for i in self._elsewhere(perturbation) if self.effects_.rows[i][0] != context]
 
-    def _alike(self, rows: list[int], context: str) -> np.ndarray:
-        control = self.effects_.control[self.scale]
-        names = [self.effects_.rows[i][0] for i in rows]
-        distance = np.array([((control[c] - control[context]) ** 2).sum() for c in names], float)
-        return np.exp(-distance / max(distance.min(), 1e-12))
-
     def predict(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> np.ndarray:
         """Predict one effect per pair of perturbation and context, shape (n_pairs, n_genes).
 
@@ -87,10 +81,11 @@ class Transfer(Baseline):
             return np.zeros(len(self.effects_.genes))
         if self.form == "log_rate":
             return self._log_rate(rows, context)
-        weights = self._alike(rows, context) if self.form == "similar" else np.ones(len(rows))
+        elsewhere = [self.effects_.rows[i][0] for i in rows]
+        similar = self.form == "similar"
+        weights = alike(self.measured_, elsewhere, context) if similar else np.ones(len(rows))
         carried = np.average(self.effects_.effect[self.scale][rows], axis=0, weights=weights)
         if self.form == "state":
-            elsewhere = [self.effects_.rows[i][0] for i in rows]
             away = difference_of_states(self.measured_, elsewhere, context)
             state = self.measured_.mean(self.measured_.assemble([[(self.slope_, away)]]))[0]
             carried = carried + state
