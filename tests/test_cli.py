@@ -110,10 +110,10 @@ def test_train_says_what_was_held_out(cells, tmp_path):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     loaded = gpjepa.GPJEPA.load(model, adata=False)
-    assert lines[:3] == loaded.summary().splitlines()
+    assert lines[:4] == loaded.summary().splitlines()
     assert lines[0].startswith("Held out: ")
-    assert lines[3].startswith("Words: the anchor is")
-    assert lines[4].startswith(f"Wrote {model}/. Next: gpjepa predict {model} ")
+    assert lines[4].startswith("Words: the anchor is")
+    assert lines[5].startswith(f"Wrote {model}/. Next: gpjepa predict {model} ")
     noise = [line for line in result.stderr.splitlines() if line]
     assert [re.sub(r" \(.*", "", line) for line in noise] == [
         "Stage A: cell states",

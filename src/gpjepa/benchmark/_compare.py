@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from gpjepa.effects import EffectAnchor
-from gpjepa.perturbations import LabelReader, Perturbation, Vocabulary
+from gpjepa.perturbations import LabelReader, Perturbation, Vocabulary, choose_features
 from gpjepa.splits import Row, Split
 
 from .methods import METHODS, Prediction, make_method, oracle, predict_rows
@@ -142,7 +142,8 @@ def compare(
     cells = standard_cells(adata, **setup)
     task = Task.of(cells, _split(adata, cells, setup, hold_out, hold_out_context, seed))
     _check_size(task)
-    model = {"targets": (), "missing_features": "error", **(model or {})}
+    defaults = {"targets": (), "target_features": "auto", "missing_features": None}
+    model = {**defaults, **(model or {})}
     _check_known(task, model, setup.get("targets") or ())
     fitted = make_method(MODEL, (), seed, {"gates": ["auto"], "model": model, "train": train})
     fitted.fit(task.train.copy(), task.split)
@@ -229,13 +230,12 @@ def _check_size(task: Task) -> None:
 
 def _check_known(task: Task, model: dict[str, Any], declared: Sequence[str]) -> None:
     """Refuse targets of which nothing is known, as predictions would after the training."""
-    anchor = EffectAnchor(model.get("target_features", ()), model["missing_features"])
     trained = [p for _, p in task.split.train]
-    featured = [t for f in anchor.features for t in f.targets]
-    known = Vocabulary(
-        [t for p in trained for t in p.targets],
-        [*map(str, task.genes), *featured, *model["targets"], *declared],
-    )
+    perturbed = [t for p in trained for t in p.targets]
+    chosen = choose_features(model["target_features"], model["missing_features"], perturbed)
+    anchor = EffectAnchor(*chosen)
+    named = [*map(str, task.genes), *model["targets"], *declared]
+    known = Vocabulary(perturbed, named, anchor.features)
     wanted = sorted({p for _, p in task.rows})
     for perturbation in wanted:
         known.check(perturbation)

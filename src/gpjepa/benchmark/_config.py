@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from gpjepa import datasets
-from gpjepa.perturbations import TargetFeatures, read_gmt
+from gpjepa.perturbations import TargetFeatures, human_genes, read_gmt
 from gpjepa.splits import Manifest, Split
 
 from ._splits import AnySplit, OwnManifest, Positive, Strict
@@ -50,24 +50,29 @@ class Features(Strict):
     regulons: Path | None = None
     graph: Path | None = None
     table: Path | None = None
+    human_genes: Literal[True] | None = Field(None, description="What comes with the package.")
     name: str | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Features:
-        given = [k for k in ("gene_sets", "regulons", "graph", "table") if getattr(self, k)]
+        kinds = ("gene_sets", "regulons", "graph", "table", "human_genes")
+        given = [k for k in kinds if getattr(self, k)]
         if len(given) != 1:
-            raise ValueError(f"give one of gene_sets, regulons, graph, table; found {given}")
+            raise ValueError(f"give one of {', '.join(kinds)}; found {given}")
         return self
 
-    def read(self) -> TargetFeatures:
+    def read(self) -> list[TargetFeatures]:
+        if self.human_genes:
+            return list(human_genes())
         if self.gene_sets:
-            return TargetFeatures.from_gene_sets(self.gene_sets, self.name or "gene sets")
+            return [TargetFeatures.from_gene_sets(self.gene_sets, self.name or "gene sets")]
         if self.regulons:
-            return TargetFeatures.from_regulons(pd.read_csv(self.regulons), self.name or "regulons")
+            regulons = pd.read_csv(self.regulons)
+            return [TargetFeatures.from_regulons(regulons, self.name or "regulons")]
         if self.graph:
-            return TargetFeatures.from_graph(pd.read_csv(self.graph), name=self.name or "graph")
+            return [TargetFeatures.from_graph(pd.read_csv(self.graph), name=self.name or "graph")]
         table = pd.read_csv(self.table, index_col=0)
-        return TargetFeatures.from_table(table, self.name or "table")
+        return [TargetFeatures.from_table(table, self.name or "table")]
 
 
 class _Cells(Strict):

@@ -95,7 +95,9 @@ def run(
     # All data and splits before any training: the last one may be wrong as well.
     loaded = {data.name: data.load_joined() for data in config.data}
     manifests = {d.name: d.make_splits(*loaded[d.name]) for d in config.data}
-    known = {d.name: ([f.read() for f in d.features], d.read_gene_sets()) for d in config.data}
+    known = {
+        d.name: ([x for f in d.features for x in f.read()], d.read_gene_sets()) for d in config.data
+    }
     grid = _Grid(config, out / "cells")
     with _bar(progress) as step:
         for data in config.data:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
 
 from gpjepa.perturbations import (
+    MissingFeatures,
     Perturbation,
     TargetFeatures,
     UnknownTargetError,
@@ -92,7 +93,7 @@ class EffectAnchor:
     def __init__(
         self,
         features: TargetFeatures | Sequence[TargetFeatures] = (),
-        missing_features: Literal["error", "mean"] = "error",
+        missing_features: MissingFeatures = "error",
     ) -> None:
         self.features = (features,) if isinstance(features, TargetFeatures) else tuple(features)
         if missing_features not in ("error", "mean"):
@@ -194,9 +195,8 @@ class EffectAnchor:
         if isinstance(perturbation, str):
             perturbation = Perturbation.parse(perturbation)
         if vocabulary is None:
-            featured = [t for f in self.features for t in f.targets]
             vocabulary = Vocabulary(
-                self.effects_.regimes.perturbed, [*map(str, self.effects_.genes), *featured]
+                self.effects_.regimes.perturbed, map(str, self.effects_.genes), self.features
             )
         vocabulary.check(perturbation)
         if context is None:
@@ -237,6 +237,33 @@ class EffectAnchor:
             effects,
             predicted.mean[0],
             np.sqrt(predicted.variance[0]),
+            self._features_of(perturbation, predicted.regime[0], scale),
+        )
+
+    def _features_of(self, perturbation: Perturbation, regime: str, scale: Scale) -> pd.DataFrame:
+        found = self.feature_weights(scale)
+        target = perturbation.targets[0] if perturbation.targets else ""
+        covers = [f.covers(target) for f in self.features]
+        found = found.assign(covered=covers, weight=np.where(covers, found["weight"], 0.0))
+        return found if regime == "unseen" else found[:0]
+
+    def feature_weights(self, scale: Scale = "mean_log1p") -> pd.DataFrame:
+        """How many targets each kind of features covers, and the weight that it earned.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Indexed by the name of the features. ``covered``: how many of the perturbed targets.
+            ``weight``: in predictions of targets never perturbed; that of the process times the
+            share of its covariance between targets that rests on these features.
+        """
+        targets = self.effects_.regimes.perturbed
+        return pd.DataFrame(
+            {
+                "covered": [sum(map(f.covers, targets)) for f in self.features],
+                "weight": self._fit_of(scale).singles.unseen.feature_weights(),
+            },
+            pd.Index([f.name for f in self.features], name="features"),
         )
 
     def _fit_of(self, scale: Scale) -> ScaleFit:

@@ -34,6 +34,9 @@ class Explanation:
         sum is the prediction.
     mean, sd
         The prediction and its standard deviation, shape (n_genes,).
+    features
+        For a target never perturbed, one row per kind of features: whether it covers the target,
+        and its weight (:meth:`gpjepa.effects.EffectAnchor.feature_weights`). Else without rows.
     """
 
     perturbation: str
@@ -46,6 +49,7 @@ class Explanation:
     contributions: np.ndarray
     mean: np.ndarray
     sd: np.ndarray
+    features: pd.DataFrame
 
     def plot(self, n_genes: int = 15) -> Figure:
         """Draw what each expert contributes to the genes that are predicted to move most.

@@ -11,11 +11,13 @@ from scipy.optimize import minimize
 from gpjepa.perturbations import Perturbation, TargetFeatures
 
 from ._denoise import Denoiser
+from ._measured import blocks
 from ._regression import inverse_of
 
 _FIT_ROWS = 300
 """Rows of a context on which variances are fitted."""
 _RANGE = (-12.0, 4.0)  # of the logarithm of variances, over the mean size of effects
+_NOTHING = 1e-4
 
 
 class Process:
@@ -56,28 +58,41 @@ class Process:
         self._inverses: dict[str, np.ndarray] = {}
         self._on_controls: dict[str, np.ndarray] = {}
 
-    def _shared(
+    def _of_targets(self, targets: Sequence[str], others: Sequence[str]) -> Iterator[np.ndarray]:
+        """Covariances of the parts of what targets do, shape (n_targets, n_others)."""
+        shape = len(targets), len(others)
+        yield np.ones(shape)
+        at = {t: i for i, t in enumerate(others)}
+        same = np.zeros(shape)
+        for i, target in enumerate(targets):
+            if target in at:
+                same[i, at[target]] = 1
+        yield same
+        for features in self.features:
+            yield features.kernel(targets, others)
+
+    def _covariance(
         self, left: Sequence[Perturbation], right: Sequence[Perturbation]
-    ) -> Iterator[np.ndarray]:
-        """Covariances of the parts that different perturbations share, shape (n_left, n_right)."""
+    ) -> np.ndarray:
+        """Of what different perturbations share, shape (n_left, n_right)."""
         one, targets = _incidence(left)
         other, others = _incidence(right)
-        n_one, n_other = one.sum(1).A1, other.sum(1).A1
-        yield np.outer(n_one, n_other)
-        at = {t: i for i, t in enumerate(others)}
-        both = [(i, at[t]) for i, t in enumerate(targets) if t in at]
-        rows, columns = np.array(both, int).reshape(-1, 2).T
-        shape = (len(targets), len(others))
-        same = sp.csr_matrix((np.ones(len(both)), (rows, columns)), shape=shape)
-        yield (one @ same @ other.T).toarray()
-        for features in self.features:
-            yield one @ (other @ features.kernel(targets, others).T).T
+        of_targets = zip(self.variances, self._of_targets(targets, others), strict=False)
+        kernel = sum(v * part for v, part in of_targets if v)
+        found = one @ (other @ np.transpose(kernel)).T
         if self._combinations:
-            yield np.outer(n_one > 1, n_other > 1).astype(float)
+            found += self.variances[-2] * np.outer(one.sum(1).A1 > 1, other.sum(1).A1 > 1)
+        return found
 
     def _parts(self, context: str, rows: np.ndarray) -> list[np.ndarray]:
+        """Covariances of all parts of the effects at some places of a context."""
         mine = [self._perturbations[context][i] for i in rows]
-        return [*self._shared(mine, mine), np.diag(self._special[context][rows])]
+        one, targets = _incidence(mine)
+        parts = [one @ (one @ part).T for part in self._of_targets(targets, targets)]
+        if self._combinations:
+            several = one.sum(1).A1 > 1
+            parts.append(np.outer(several, several).astype(float))
+        return [*parts, np.diag(self._special[context][rows])]
 
     def _fit(self) -> np.ndarray:
         """Variances of the parts."""
@@ -106,12 +121,12 @@ class Process:
 
         start = np.full(len(blocks[0][0]), -2.0)
         bounds = [_RANGE] * len(start)
-        return size * np.exp(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x)
+        found = np.exp(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x)
+        return size * np.where(found < _NOTHING, 0, found)
 
     def near(self, perturbations: Sequence[Perturbation], context: str) -> np.ndarray:
         """Covariance of perturbations that were not measured with those that were, (n, n_rows)."""
-        parts = self._shared(perturbations, self._perturbations[context])
-        return sum(v * part for v, part in zip(self.variances, parts, strict=False))
+        return self._covariance(perturbations, self._perturbations[context])
 
     def left(
         self, perturbations: Sequence[Perturbation], context: str, weights: np.ndarray
@@ -133,22 +148,26 @@ class Process:
             Shape (n,) each, in the units of :meth:`gpjepa.effects._denoise.Denoiser.of_genes`.
         """
         whole = np.zeros(len(perturbations))
-        for i, p in enumerate(perturbations):
-            parts = self._shared([p], [p])
-            whole[i] = sum(v * part[0, 0] for v, part in zip(self.variances, parts, strict=False))
+        for block in blocks(len(perturbations)):
+            mine = perturbations[block.start : block.stop]
+            whole[block] = np.diag(self._covariance(mine, mine))
         known = (weights * self.near(perturbations, context)).sum(1)
         # Effects smaller than what the noise of a measured one may hide are not seen.
         least = self.denoiser.undetectable(context)
         n_targets = np.array([len(p.targets) for p in perturbations])
         return whole, np.maximum(whole - known, n_targets * least)
 
+    def shares(self) -> np.ndarray:
+        """Share of each kind of features in what alike targets, and all, have in common."""
+        each = self.variances[2 : 2 + len(self.features)]
+        return each / max(self.variances[0] + each.sum(), 1e-300)
+
     def inverse(self, context: str) -> np.ndarray:
         """(Σ + C)⁻¹ of the measured effects of a context."""
         if context not in self._inverses:
             mine = self._perturbations[context]
             whole = self.denoiser.noise(context, np.arange(len(mine)))
-            for variance, part in zip(self.variances, self._shared(mine, mine), strict=False):
-                whole += variance * part
+            whole += self._covariance(mine, mine)
             whole[np.diag_indices_from(whole)] += self.variances[-1] * self._special[context]
             self._inverses[context] = inverse_of(whole)
         return self._inverses[context]

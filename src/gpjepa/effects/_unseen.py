@@ -89,6 +89,12 @@ class UnseenTargets(WeightedBaseline):
         return Process(self.denoiser, self.features)
 
     @cached_property
+    def _of_combinations(self) -> Process:
+        """That of combinations: with features only if these earned a weight."""
+        earned = not self.features or self.stack_.weights[1:].any()
+        return self.process if earned else Process(self.denoiser, ())
+
+    @cached_property
     def residual_(self) -> np.ndarray | None:
         """Mean squared error of targets with features, without noise, shape (n_genes,)."""
         return stack_residual(self.measured_, self._of_all, self.stack_.weights)
@@ -97,6 +103,12 @@ class UnseenTargets(WeightedBaseline):
     def mean_residual_(self) -> np.ndarray | None:
         """As ``residual_``, of the mean effect alone."""
         return stack_residual(self.measured_, self._of_mean, self.mean_stack_.weights)
+
+    def feature_weights(self) -> list[float]:
+        """Weight of each kind of features in predictions of targets that they cover."""
+        if not self.stack_.weights[1:].any():
+            return [0.0] * len(self.features)
+        return [float(self.stack_.weights[1] * share) for share in self.process.shares()]
 
     def covers(self, target: str) -> bool:
         """Whether any of the features knows the target."""
@@ -162,11 +174,11 @@ class UnseenTargets(WeightedBaseline):
         mean[self._places(context, self.measured_.combined.get(context, []))] = 1
         mean[places] = 0
         mean /= max(mean.sum(), 1)
-        process = self.process.without(perturbation, context, places)
+        process = self._of_combinations.without(perturbation, context, places)
         [one] = self._denoised(context, mean[None], out)
         # What is special to its targets is part of what a combination does.
         other = self.denoiser.through(context, process, out, special=True)
-        _, left = self.process.left([perturbation], context, process[None])
+        _, left = self._of_combinations.left([perturbation], context, process[None])
         return one, Weights.of(other, rows=self.denoiser.rows[context]), float(left[0])
 
     def rows_with(self, context: str, targets: Sequence[str]) -> list[int]:

@@ -22,7 +22,13 @@ from gpjepa import plotting
 from gpjepa._checks import check_anndata, check_columns, unchanged_on_error
 from gpjepa._files import written_whole
 from gpjepa.effects import EffectAnchor, Explanation, Scale, check_scale, denoise, enrichment
-from gpjepa.perturbations import Perturbation, TargetFeatures, Vocabulary
+from gpjepa.perturbations import (
+    MissingFeatures,
+    Perturbation,
+    TargetFeatures,
+    Vocabulary,
+    choose_features,
+)
 
 from . import _pretrained, _random
 from ._arguments import check_plan, check_training, refuse_unknown
@@ -83,12 +89,15 @@ class GPJEPA(BaseModelClass):
     n_hidden
         Width of hidden layers.
     target_features
-        What is known of targets besides their effects (:class:`gpjepa.perturbations.TargetFeatures`,
-        one kind or several), so that targets never perturbed can be distinguished. Without any they
-        all take the shrunken mean effect.
+        What is known of targets besides their effects, so that targets never perturbed can be
+        distinguished. ``"auto"``: what is known of human genes
+        (:func:`gpjepa.perturbations.human_genes`), if at least half of the perturbed targets are
+        among them. Or your own (:class:`gpjepa.perturbations.TargetFeatures`, one kind or several).
+        None: targets never perturbed all take the shrunken mean effect.
     missing_features
         A target never perturbed that no features know is refused (``"error"``), or takes the
-        shrunken mean effect (``"mean"``).
+        shrunken mean effect (``"mean"``). By default ``"mean"`` with ``"auto"`` features, and
+        ``"error"`` with your own.
     targets
         Further names that may be asked for, such as those of a guide library, although no gene and
         no feature has them. Other names are refused, as they may be misspelt.
@@ -120,8 +129,11 @@ class GPJEPA(BaseModelClass):
         encoder: Literal["mlp", "perceiver", "transformer", "components"] = "mlp",
         components: bool = True,
         n_hidden: int = 256,
-        target_features: TargetFeatures | Sequence[TargetFeatures] = (),
-        missing_features: Literal["error", "mean"] = "error",
+        target_features: Literal["auto"]
+        | TargetFeatures
+        | Sequence[TargetFeatures]
+        | None = "auto",
+        missing_features: MissingFeatures | None = None,
         targets: Sequence[str] = (),
         pretrained: str | Path | None = None,
     ) -> None:
@@ -133,9 +145,6 @@ class GPJEPA(BaseModelClass):
             if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"{name}={size!r}: expected a whole number from 1.")
         super().__init__(adata, registry)
-        if not isinstance(target_features, TargetFeatures):
-            target_features = tuple(target_features)
-        self.new_anchor = partial(EffectAnchor, target_features, missing_features)
         sizes: dict[str, Any] = {
             "n_latent": n_latent,
             "encoder": encoder,
@@ -153,10 +162,11 @@ class GPJEPA(BaseModelClass):
             sizes = _pretrained.sizes(sizes, theirs, type(self).__init__)
             n_latent, encoder, components, n_hidden = sizes.values()
         self._data = Data(self.registry_, type(self).setup_anndata)
-        featured = [t for f in self.new_anchor().features for t in f.targets]
+        perturbed = [t for p in self._data.spellings for t in p.targets]
+        features, missing = choose_features(target_features, missing_features, perturbed)
+        self.new_anchor = partial(EffectAnchor, features, missing)
         self.vocabulary = Vocabulary(
-            [t for p in self._data.spellings for t in p.targets],
-            [*map(str, self.genes), *featured, *targets],
+            perturbed, [*map(str, self.genes), *targets], self.new_anchor().features
         )
         self.module = GPJEPAModule(
             len(self.genes),
@@ -510,7 +520,7 @@ class GPJEPA(BaseModelClass):
                 raise ValueError("resume=True needs checkpoint_dir, where the checkpoints are.")
             return None
         features = [
-            (f.name, f"{_random.key(*f.index, f.take(list(f.index)).sum()):032x}")
+            (f.name, f"{_random.key(*f.targets, f.take(f.targets).sum()):032x}")
             for f in self.new_anchor().features
         ]
         asked = {"model": self._model_summary_string, "target_features": features, **what}
@@ -542,13 +552,30 @@ class GPJEPA(BaseModelClass):
         Returns
         -------
         str
-            Three lines.
+            Four lines; the last says what targets never perturbed are predicted from.
         """
         if self.response_ is None:
             raise NotFittedError(
                 "The model is not trained on perturbations yet: call train() first."
             )
-        return self.response_.held_out.text()
+        return f"{self.response_.held_out.text()}\n{self._about_features()}"
+
+    def _about_features(self) -> str:
+        """What targets never perturbed are predicted from."""
+        weights, n = self.anchor.feature_weights(), len(self.vocabulary.perturbed)
+        if weights.empty:
+            return "Targets never perturbed: all take the same mean effect; no target features are used."
+        said = [f"{name} {w:.2f}" for name, w in weights["weight"].items() if w >= 0.005]
+        best = int(weights["covered"].max())
+        if not said:
+            return (
+                f"Targets never perturbed: target features know up to {best} of {n} perturbed "
+                "targets, but did not predict those left out; all take the same mean effect."
+            )
+        return (
+            f"Targets never perturbed: predicted from alike targets by {', '.join(said)} (weight); "
+            f"{best} of {n} perturbed targets have such features."
+        )
 
     def plot_history(self, **kwargs: Any) -> Any:
         """Curves of training, a panel per stage (:func:`gpjepa.plotting.history`)."""

@@ -141,12 +141,12 @@ class Network:
 def target_indices(
     perturbations: Sequence[Perturbation], vocabulary: Vocabulary
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of the targets in the vocabulary, -1 for none, and doses, (n_perturbations, n_max)."""
+    """Places of the targets in the vocabulary, -1 for no more, and doses, (n_perturbations, n_max)."""
     width = max([1, *(len(p.targets) for p in perturbations)])
     targets = torch.full((len(perturbations), width), -1)
     doses = torch.zeros(len(perturbations), width)
     for i, p in enumerate(perturbations):
         for k, (target, dose) in enumerate(zip(p.targets, p.doses, strict=True)):
-            targets[i, k] = vocabulary.index[target]
+            targets[i, k] = vocabulary.place(target)
             doses[i, k] = dose
     return targets, doses

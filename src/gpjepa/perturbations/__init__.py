@@ -2,6 +2,7 @@
 
 from ._features import TargetFeatures, read_gmt
 from ._kinds import LabelError, LabelWarning
+from ._knowledge import MissingFeatures, choose_features, human_genes
 from ._perturbation import Perturbation
 from ._reader import LabelReader
 from ._vocabulary import UnknownTargetError, Vocabulary
@@ -10,9 +11,12 @@ __all__ = [
     "LabelError",
     "LabelReader",
     "LabelWarning",
+    "MissingFeatures",
     "Perturbation",
     "TargetFeatures",
     "UnknownTargetError",
     "Vocabulary",
+    "choose_features",
+    "human_genes",
     "read_gmt",
 ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ class TargetFeatures:
     source
         Hashes of the perturbed cells that the features are made of, so that they are not used to
         predict effects of those same cells.
+    other_names
+        Further names of some of the targets, such as former symbols.
 
     Raises
     ------
@@ -40,6 +43,7 @@ class TargetFeatures:
         values: np.ndarray | sp.spmatrix,
         name: str = "features",
         source: np.ndarray | None = None,
+        other_names: Mapping[str, str] | None = None,
     ) -> None:
         names = [str(t) for t in targets]
         rows = sp.csr_matrix(values, dtype=float)
@@ -52,7 +56,10 @@ class TargetFeatures:
             raise ValueError(f"{name}: features hold NaN or infinite values; fill or drop them.")
         self.name = name
         self.source = np.zeros(0, np.uint64) if source is None else source
+        # The targets, in the order of the rows, and then what else they are called.
         self.index = {t: i for i, t in enumerate(names)}
+        for other, name in (other_names or {}).items():
+            self.index.setdefault(other, self.index[name])
         length = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
         self._covered = length > 0
         self._rows = sp.csr_matrix(sp.diags(1 / np.where(length > 0, length, 1)) @ rows)
@@ -66,7 +73,16 @@ class TargetFeatures:
     @property
     def targets(self) -> list[str]:
         """The targets that are covered."""
-        return [t for t, i in self.index.items() if self._covered[i]]
+        return [t for t, covered in zip(self._names, self._covered, strict=True) if covered]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """The targets in the order of the rows, by the first of their names."""
+        return list(self.index)[: len(self._covered)]
+
+    def called(self, target: str) -> str | None:
+        """The first of a target's names; None if it is not among the targets."""
+        return self._names[self.index[target]] if target in self.index else None
 
     def covers(self, target: str) -> bool:
         """Whether anything is known of the target."""
@@ -114,8 +130,9 @@ class TargetFeatures:
 
     def permuted(self, seed: int) -> TargetFeatures:
         """The same features, dealt out to other targets: a control that must not help."""
-        targets = np.random.default_rng(seed).permutation(list(self.index))
-        return TargetFeatures(list(targets), self._rows, f"{self.name}, permuted")
+        others = {o: self._names[i] for o, i in self.index.items() if o != self._names[i]}
+        targets = list(np.random.default_rng(seed).permutation(self._names))
+        return TargetFeatures(targets, self._rows, f"{self.name}, permuted", other_names=others)
 
     @classmethod
     def from_table(cls, table: pd.DataFrame, name: str = "table") -> TargetFeatures:

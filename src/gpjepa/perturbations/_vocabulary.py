@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+from ._features import TargetFeatures
 from ._perturbation import Perturbation
 
 
@@ -14,24 +15,52 @@ class UnknownTargetError(KeyError):
 
 
 class Vocabulary:
-    """The targets a model can speak of: those perturbed in training, then those with features.
+    """The targets a model can speak of.
 
     Parameters
     ----------
     perturbed
         Targets of the training perturbations, in any order.
-    featured
-        Names that have features although they may never have been perturbed: the genes measured,
-        and the targets that target features cover.
+    named
+        Further names: the genes measured, and those that the user declares.
+    features
+        Features of targets, which may never have been perturbed.
+
+    Attributes
+    ----------
+    index
+        Places of the perturbed targets, then of the other names.
     """
 
-    def __init__(self, perturbed: Iterable[str], featured: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        perturbed: Iterable[str],
+        named: Iterable[str] = (),
+        features: Sequence[TargetFeatures] = (),
+    ) -> None:
         self.perturbed = tuple(sorted(set(perturbed)))
-        names = (*self.perturbed, *sorted(set(featured) - set(self.perturbed)))
+        names = (*self.perturbed, *sorted(set(named) - set(self.perturbed)))
         self.index = {name: i for i, name in enumerate(names)}
+        self.features = tuple(features)
+        self._featured = {t for f in self.features for t in f.targets}
+        # The same gene by another of its names would be taken for a target never perturbed.
+        called = ((f.called(name), name) for f in self.features for name in self.index)
+        self._here = {name: here for name, here in called if name is not None}
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def place(self, target: str) -> int:
+        """Place of a target; the one after the last if only features know it."""
+        return self.index.get(target, len(self.index))
+
+    def _other_name(self, target: str) -> str | None:
+        """What a target is called here, if that is another name."""
+        for features in self.features:
+            name = features.called(target)
+            if name is not None and (name in self._here or name != target):
+                return self._here.get(name, name)
+        return None
 
     def check(self, perturbation: Perturbation) -> None:
         """Refuse targets about which nothing is known.
@@ -41,17 +70,26 @@ class Vocabulary:
         UnknownTargetError
             Naming the unknown targets and the nearest known names.
         """
-        unknown = [t for t in perturbation.targets if t not in self.index]
+        unknown = []
+        for target in perturbation.targets:
+            if target in self.index:
+                continue
+            if name := self._other_name(target):
+                known = f"called {name!r} here" if name in self.index else f"symbol: {name!r}"
+                unknown.append(f"{target!r} ({known})")
+            elif target not in self._featured:
+                near = self._nearest(target)
+                unknown.append(f"{target!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
         if not unknown:
             return
-        by_lower = {name.lower(): name for name in self.index}
-        said = []
-        for target in unknown:
-            near = [by_lower[n] for n in get_close_matches(target.lower(), by_lower, n=3)]
-            said.append(f"{target!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
+        n_featured = len(self._featured - set(self.index))
         raise UnknownTargetError(
-            f"Unknown target {', '.join(said)} in {str(perturbation)!r}. Known are the "
+            f"Unknown target {', '.join(unknown)} in {str(perturbation)!r}. Known are the "
             f"{len(self.perturbed)} targets perturbed in training and "
-            f"{len(self) - len(self.perturbed)} measured genes and targets with "
+            f"{len(self) + n_featured - len(self.perturbed)} measured genes and targets with "
             "features. If the name is correct, declare it: GPJEPA(adata, targets=[...])."
         )
+
+    def _nearest(self, target: str) -> list[str]:
+        by_lower = {name.lower(): name for name in (*sorted(self._featured), *self.index)}
+        return [by_lower[n] for n in get_close_matches(target.lower(), by_lower, n=3)]

@@ -57,10 +57,8 @@ class GPJEPAMethod:
             replicate_key="replicate" if "replicate" in cells.obs else None,
         )
         targets = sorted({t for _, p in split.test for t in p.targets})
-        options = {"targets": targets, "missing_features": "mean", **(self.model or {})}
-        if features:
-            options["target_features"] = features
-        self.model_ = GPJEPA(cells, **options)
+        options = {"targets": targets, "missing_features": "mean", "target_features": features}
+        self.model_ = GPJEPA(cells, **{**options, **(self.model or {})})
         self.model_.train(**{"enable_progress_bar": False, **(self.train or {})})
         self.n_parameters_ = sum(p.numel() for p in self.model_.module.parameters())
 
