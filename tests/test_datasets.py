@@ -62,6 +62,19 @@ def test_simulated_truth_is_what_many_cells_show():
         assert abs(z.mean()) < 0.2
 
 
+def test_simulated_doses_do_more_the_higher_they_are():
+    adata = gpjepa.datasets.simulate(600, 80, n_targets=5, n_combinations=0, n_doses=4)
+    labels = adata.uns["simulation"]["rows"]["perturbation"]
+    assert list(labels[:4].str.split("@").str[1]) == ["10", "100", "1000", "10000"]
+    assert adata.obs["perturbation"].nunique() == 21
+    size = np.linalg.norm(adata.uns["simulation"]["effect"]["log1p_mean"], axis=1)
+    assert (np.diff(size.reshape(5, 4)) > 0).all()
+    with pytest.raises(ValueError, match="n_doses: 1 with combinations"):
+        gpjepa.datasets.simulate(600, 80, n_targets=5, n_doses=4)
+    with pytest.raises(ValueError, match="n_doses: at least 1"):
+        gpjepa.datasets.simulate(600, 80, n_targets=5, n_combinations=0, n_doses=0)
+
+
 def test_simulated_interactions_are_the_part_that_does_not_add_up():
     adata = gpjepa.datasets.simulate(400, 60, n_targets=5, n_combinations=4)
     truth = adata.uns["simulation"]

@@ -325,6 +325,31 @@ def test_a_combination_measured_elsewhere_does_not_hide_its_singles_here():
     assert predicted.regime == ["seen2"]
 
 
+@pytest.mark.parametrize("shared", [20, 4])
+def test_few_effects_here_say_what_those_elsewhere_are_worth(rng, shared):
+    """Of the targets of one context, a few were measured in another: half of what is special."""
+    common, special = rng.normal(size=60), rng.normal(size=(30, 60))
+    effects = {("x", f"T{i:02d}"): s - common for i, s in enumerate(special)}
+    effects |= {("y", f"T{i:02d}"): common + s / 2 for i, s in enumerate(special[:shared])}
+    table = table_of(effects, noise=1e-3, contexts="xy")
+    anchor = EffectAnchor().fit(table)
+    predicted = anchor.predict([read("T29")], ["y"], "mean_log1p")
+    missed = ((predicted.mean[0] - common - special[29] / 2) ** 2).sum() / (special[29] ** 2).sum()
+    if shared == 4:  # too few: as if it had never been perturbed
+        assert predicted.regime == ["unseen"]
+        assert missed > 0.2
+        return
+    assert predicted.regime == ["new context"]
+    assert missed < 0.1
+    experts = anchor.explain("T29", "y").experts
+    assert "special to it elsewhere" in set(experts["expert"])
+    # A target that combinations of this context have is predicted from these.
+    more = table_of(effects | {("y", "T28+T01"): special[3]}, noise=1e-3, contexts="xy")
+    anchor = EffectAnchor().fit(more)
+    assert anchor.regime(read("T28"), "y") == "unseen"
+    assert "special to it elsewhere" not in set(anchor.explain("T28", "y").experts["expert"])
+
+
 def test_out_of_fold_rows_do_not_know_themselves(rng):
     effects = {("c", f"T{i}"): rng.normal(size=30) for i in range(12)}
     effects |= {("c", f"T{i}+T{i + 1}"): rng.normal(size=30) for i in range(6)}

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -210,3 +212,47 @@ def test_permuted_features_are_those_of_other_targets():
     assert not np.array_equal(moved, np.eye(8))
     np.testing.assert_array_equal(moved.sum(0), 1)
     np.testing.assert_array_equal(moved.sum(1), 1)
+
+
+def test_structures_are_alike_by_what_they_share():
+    """SMILES or InChI, with or without the salt."""
+    pytest.importorskip("rdkit", reason="structures need the extra chemistry")
+    drugs = {
+        "aspirin": "CC(=O)Oc1ccccc1C(=O)O",
+        "the same": "InChI=1S/C9H8O4/c1-6(10)13-8-5-3-2-4-7(8)9(11)12/h2-5H,1H3,(H,11,12)",
+        "its salt": "[Na+].CC(=O)Oc1ccccc1C(=O)[O-]",
+        "salicylic acid": "O=C(O)c1ccccc1O",
+        "ethanol": "CCO",
+        "unknown": "",
+        "not known either": np.nan,
+    }
+    features = TargetFeatures.from_smiles(drugs)
+    assert features.targets == list(drugs)[:5]
+    alike = features.kernel(["aspirin"], list(drugs))[0]
+    assert alike[1] == pytest.approx(1)
+    assert alike[1] > alike[2] > alike[3] > alike[4] > -1e-12
+    assert alike[3] > 0.2
+    assert (alike[5:] == 0).all()
+    with pytest.raises(ValueError, match="1 structures are neither SMILES nor InChI: x .benzen"):
+        TargetFeatures.from_smiles({"x": "benzen", "y": "CCO"})
+
+
+def test_without_rdkit_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    with pytest.raises(ImportError, match=r"gpjepa\[chemistry\]"):
+        TargetFeatures.from_smiles({"ethanol": "CCO"})
+
+
+def test_drugs_are_the_mean_of_the_genes_they_act_on(rng):
+    genes = TargetFeatures(["A", "B", "C"], np.vstack([rng.normal(size=(2, 4)), np.zeros(4)]), "GO")
+    features = TargetFeatures.from_drug_targets({"d": ["A"], "e": ["A", "B"], "f": ["C"]}, genes)
+    assert features.name == "GO of drug targets"
+    assert features.targets == ["d", "e", "A", "B"]
+    assert features.kernel(["d"], ["A"])[0, 0] == pytest.approx(1)
+    both = genes.take(["A", "B"]).toarray().sum(0)
+    expected = both / np.linalg.norm(both)
+    np.testing.assert_allclose(features.take(["e"]).toarray()[0], expected)
+    with pytest.raises(ValueError, match="none of the genes that the 1 drugs act on is known"):
+        TargetFeatures.from_drug_targets({"d": ["nowhere"]}, genes)
+    with pytest.raises(TypeError, match="'d' are a string"):
+        TargetFeatures.from_drug_targets({"d": "A"}, genes)

@@ -50,12 +50,14 @@ class Features(Strict):
     regulons: Path | None = None
     graph: Path | None = None
     table: Path | None = None
+    structures: Path | None = Field(None, description="CSV: drug, SMILES or InChI.")
+    drug_targets: Path | None = Field(None, description="CSV: drug, gene; a row per pair.")
     human_genes: Literal[True] | None = Field(None, description="What comes with the package.")
     name: str | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Features:
-        kinds = ("gene_sets", "regulons", "graph", "table", "human_genes")
+        kinds = [k for k in type(self).model_fields if k != "name"]
         given = [k for k in kinds if getattr(self, k)]
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(kinds)}; found {given}")
@@ -71,6 +73,13 @@ class Features(Strict):
             return [TargetFeatures.from_regulons(regulons, self.name or "regulons")]
         if self.graph:
             return [TargetFeatures.from_graph(pd.read_csv(self.graph), name=self.name or "graph")]
+        if self.structures:
+            known = pd.read_csv(self.structures, index_col=0, dtype=str).iloc[:, 0]
+            return [TargetFeatures.from_smiles(known, name=self.name or "structure")]
+        if self.drug_targets:
+            pairs = pd.read_csv(self.drug_targets, dtype=str)
+            acts_on = pairs.groupby(pairs.columns[0])[pairs.columns[1]].agg(list).to_dict()
+            return [TargetFeatures.from_drug_targets(acts_on, f) for f in human_genes()]
         table = pd.read_csv(self.table, index_col=0)
         return [TargetFeatures.from_table(table, self.name or "table")]
 
@@ -496,6 +505,7 @@ def _told(error: ValidationError) -> str:
 
 PATHS = (
     *("source", "path", "regulons", "graph", "table", "blocks", "gene_sets"),
+    *("structures", "drug_targets"),
     *("python", "script", "weights"),
 )
 """Names under which a configuration, or the options of a method, hold files and folders."""

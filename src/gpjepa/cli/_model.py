@@ -317,6 +317,7 @@ def simulate(
     n_combinations: Annotated[int, typer.Option(help="Pairs that are perturbed together.")] = 36,
     n_contexts: Annotated[int, typer.Option(help="Number of contexts.")] = 1,
     n_batches: Annotated[int, typer.Option(help="Number of batches.")] = 1,
+    n_doses: Annotated[int, typer.Option(help="Doses of each; without combinations.")] = 1,
     mode: Annotated[
         Literal["activation", "repression"], typer.Option(help="What a perturbation does.")
     ] = "activation",
@@ -335,6 +336,7 @@ def simulate(
         n_combinations=n_combinations,
         n_contexts=n_contexts,
         n_batches=n_batches,
+        n_doses=n_doses,
         mode=mode,
         seed=seed,
     )

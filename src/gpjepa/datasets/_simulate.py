@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -61,6 +61,9 @@ class _Settings:
     state_sd: float = 0.25
     context_sd: float = 0.8
     context_expression_sd: float = 0.4
+    lowest_dose: float = 10.0  # as sci-Plex: 10 nM, and ten times as much with each dose
+    log10_half_maximal: tuple[float, float] = (1.0, 4.0)
+    log_hill_sd: float = 0.3
     batch_sd: float = 0.1
 
 
@@ -201,6 +204,7 @@ def _true_effects(
     s: _Settings,
     mode: str,
     perturbations: list[tuple[int, ...]],
+    strength: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Mean effect of every context × perturbation, from the same virtual cells for all of them."""
     n, k = _N_VIRTUAL, len(network.regulators)
@@ -211,8 +215,8 @@ def _true_effects(
     for c in range(len(network.basal)):
         context = np.full(n, c)
         control: dict[str, np.ndarray] = {}
-        for targets in [(), *perturbations]:
-            push = _push(targets, efficiency, s, mode)
+        for targets, share in zip([(), *perturbations], [0.0, *strength], strict=True):
+            push = _push(targets, efficiency, s, mode) * np.float32(share)
             rates = _rates(network, s, context, None, push, state)
             profile = {
                 "log1p_mean": np.log1p(PER * rates.mean(0)),
@@ -231,6 +235,16 @@ def _push(targets: tuple[int, ...], efficiency: np.ndarray, s: _Settings, mode: 
     sign = 1 if mode == "activation" else -1
     push[:, list(targets)] = sign * s.push * efficiency[:, list(targets)]
     return push
+
+
+def _dose_responses(
+    rng: np.random.Generator, s: _Settings, n_targets: int, n_doses: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Doses, and the share of the full push at each of them, shape (n_targets, n_doses)."""
+    doses = s.lowest_dose * 10.0 ** np.arange(n_doses)
+    half = 10 ** rng.uniform(*s.log10_half_maximal, (n_targets, 1))
+    steep = np.exp(rng.normal(0, s.log_hill_sd, (n_targets, 1)))
+    return doses, 1 / (1 + (half / doses) ** steep)
 
 
 def _interactions(rows: pd.DataFrame, effect: np.ndarray) -> np.ndarray:
@@ -279,6 +293,7 @@ def simulate(
     n_combinations: int = 36,
     n_contexts: int = 1,
     n_batches: int = 1,
+    n_doses: int = 1,
     mode: Literal["activation", "repression"] = "activation",
     seed: int = 0,
 ) -> ad.AnnData:
@@ -298,6 +313,10 @@ def simulate(
         Contexts that differ in basal state; every perturbation is made in each.
     n_batches
         Batches with gene-wise shifts, crossed with everything else.
+    n_doses
+        Doses of every target, as in a screen of drugs: 10, 100, ... The push on the regulator is
+        a Hill function of the dose, with its own half-maximal dose and steepness for each target.
+        Without combinations.
     mode
         ``"activation"`` (CRISPRa) or ``"repression"`` (CRISPRi, knock-out).
     seed
@@ -319,7 +338,8 @@ def simulate(
     """
     s = _Settings()
     s = replace(s, n_regulators=max(s.n_regulators, n_targets))
-    _check_sizes(s, n_cells, n_genes, n_targets, n_combinations, n_contexts, n_batches)
+    n_single = n_targets * n_doses
+    _check_sizes(s, n_cells, n_genes, n_targets, n_combinations, n_contexts, n_batches, n_single)
     if mode not in ("activation", "repression"):
         raise ValueError(f"mode={mode!r} is not known; choose 'activation' or 'repression'.")
     rng, truth_rng, cell_rng = np.random.default_rng(seed).spawn(3)
@@ -332,20 +352,26 @@ def simulate(
     chosen = sorted(rng.choice(len(pairs), n_combinations, replace=False)) if n_combinations else []
     perturbations: list[tuple[int, ...]] = [(t,) for t in targets] + [pairs[i] for i in chosen]
     labels = ["+".join(f"TF{t:03d}" for t in p) for p in perturbations]
+    strength = np.ones(len(perturbations))
+    if n_doses > 1:
+        doses, responses = _dose_responses(rng, s, n_targets, n_doses)
+        labels = [f"{label}@{dose:g}" for label in labels for dose in doses]
+        perturbations = [p for p in perturbations for _ in doses]
+        strength = responses.ravel()
 
     adata = _draw_cells(
-        cell_rng, network, s, mode, n_cells, [(), *perturbations], ["control", *labels]
+        cell_rng, network, s, mode, n_cells, [(), *perturbations], ["control", *labels], strength
     )
     adata.var_names = genes
     contexts = [f"context{c}" for c in range(n_contexts)]
     rows = pd.DataFrame(
         [(c, label) for c in contexts for label in labels], columns=["context", "perturbation"]
     )
-    effect = _true_effects(truth_rng, network, s, mode, perturbations)
+    effect = _true_effects(truth_rng, network, s, mode, perturbations, strength)
     rows["interaction"] = _interaction_types(rows, effect["log1p_mean"])
     rows.index = rows.index.astype(str)
     adata.uns["simulation"] = {
-        "settings": {**asdict(s), "efficiency": list(s.efficiency), "mode": mode, "seed": seed},
+        "settings": {**_plain(s), "mode": mode, "seed": seed},
         "network": {
             "regulators": genes[network.regulators].astype(object),
             "panel_share": network.panel_share,
@@ -360,6 +386,11 @@ def simulate(
     return adata
 
 
+def _plain(s: _Settings) -> dict[str, Any]:
+    """Settings as AnnData writes them."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
+
+
 def _check_sizes(
     s: _Settings,
     n_cells: int,
@@ -368,15 +399,18 @@ def _check_sizes(
     n_combinations: int,
     n_contexts: int,
     n_batches: int,
+    n_single: int,
 ) -> None:
     n_regulators = min(s.n_regulators, n_genes // 2)
     n_pairs = n_targets * (n_targets - 1) // 2
-    n_groups = n_contexts * (1 + n_targets + n_combinations)
+    n_groups = n_contexts * (1 + n_single + n_combinations)
     problems = [
         (not 20 <= n_genes <= _N_TRANSCRIPTOME, f"n_genes={n_genes}: 20 to {_N_TRANSCRIPTOME}"),
         (not 1 <= n_targets <= n_regulators, f"n_targets={n_targets}: 1 to {n_regulators}"),
         (not 0 <= n_combinations <= n_pairs, f"n_combinations={n_combinations}: 0 to {n_pairs}"),
         (n_contexts < 1 or n_batches < 1, "n_contexts and n_batches: at least 1"),
+        (n_single < n_targets, "n_doses: at least 1"),
+        (n_single > n_targets and n_combinations > 0, "n_doses: 1 with combinations"),
         (n_cells < 2 * n_groups, f"n_cells={n_cells}: at least {2 * n_groups}, 2 per condition"),
     ]
     said = [message for wrong, message in problems if wrong]
@@ -392,6 +426,7 @@ def _draw_cells(
     n_cells: int,
     perturbations: list[tuple[int, ...]],
     labels: list[str],
+    strength: np.ndarray,
 ) -> ad.AnnData:
     n_contexts, k = network.basal.shape
     n_control = max(n_contexts * 2, n_cells // 10)
@@ -411,12 +446,13 @@ def _draw_cells(
     member = np.zeros((len(perturbations), k), np.float32)
     for i, targets in enumerate(perturbations):
         member[i, list(targets)] = 1
+    share = np.append(0, strength)[:, None].astype(np.float32)
     chunks, efficiencies = [], []
     for start in range(0, n_cells, _CHUNK):
         cells = slice(start, min(start + _CHUNK, n_cells))
         n = cells.stop - start
         active = _efficiencies(rng, s, (n, k)) * member[which[cells]]
-        push = (1 if mode == "activation" else -1) * s.push * active
+        push = (1 if mode == "activation" else -1) * s.push * active * share[which[cells]]
         state = rng.normal(0, s.state_sd, (n, k)).astype(np.float32)
         mean = _rates(network, s, context[cells], batch[cells], push, state)
         mean *= library[cells, None].astype(np.float32)

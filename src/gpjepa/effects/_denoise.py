@@ -219,9 +219,10 @@ class Denoiser:
     def __init__(self, measured: Measured) -> None:
         self.measured = measured
         # Of each context.
-        self.rows: dict[str, list[int]] = {}
+        rows: dict[str, list[int]] = {}
         for i, (context, _) in enumerate(measured.effects.rows):
-            self.rows.setdefault(context, []).append(i)
+            rows.setdefault(context, []).append(i)
+        self.rows = {context: np.array(mine) for context, mine in rows.items()}
         self._genes: dict[str, tuple[np.ndarray, float]] = {}
         self._products: dict[str, np.ndarray] = {}
         self._whole: dict[str, tuple[Denoised, np.ndarray]] = {}
@@ -229,8 +230,11 @@ class Denoiser:
 
     def of(self, context: str, without: Sequence[int] = ()) -> Denoised:
         """The effects of a context, as if some rows had not been measured."""
-        rows = np.array(self.rows[context])
-        out = np.isin(rows, without)
+        rows = self.rows[context]
+        out = np.zeros(len(rows), bool)
+        left_out = np.asarray(without, int)
+        at = np.minimum(np.searchsorted(rows, left_out), len(rows) - 1)
+        out[at[rows[at] == left_out]] = True
         if not out.any():
             return self._of_all(context)[0]
         key = context, tuple(rows[out])
@@ -279,6 +283,8 @@ class Denoiser:
             With what is special to the effects; else along their directions alone.
         """
         denoised = self.of(context, without)
+        if len(denoised.rows) == len(self.rows[context]):
+            return denoised.weighted(weights, special)
         at = np.searchsorted(self.rows[context], denoised.rows)
         found = np.zeros_like(weights)
         found[..., at] = denoised.weighted(weights[..., at], special)
@@ -308,7 +314,7 @@ class Denoiser:
 
     def _denoised(self, context: str, at: np.ndarray) -> tuple[Denoised, np.ndarray]:
         """The effects at some places of a context, and their scores along the directions."""
-        measured, rows = self.measured, np.array(self.rows[context])[at]
+        measured, rows = self.measured, self.rows[context][at]
         nowhere = np.zeros(0, int)
         if not len(rows):
             nothing, none = np.zeros((0, 0)), np.zeros(0)
@@ -358,13 +364,13 @@ class Denoiser:
         """
         measured = self.measured
         variance = measured.variance[len(measured.values) :] @ self.of_genes(context)[0]
-        return measured.of_rows(np.array(self.rows[context])), variance
+        return measured.of_rows(self.rows[context]), variance
 
     def noise(self, context: str, at: np.ndarray) -> np.ndarray:
         """C of the rows at some places of a context, shape (n, n)."""
         of_controls, variance = self.controls(context)
         noise = (of_controls[at] * variance) @ of_controls[at].T
-        own = self._own(np.array(self.rows[context])[at], self.of_genes(context)[0])
+        own = self._own(self.rows[context][at], self.of_genes(context)[0])
         noise[np.diag_indices_from(noise)] += own
         return noise
 
@@ -379,13 +385,13 @@ class Denoiser:
         """Weighted squared size below which an effect is lost in the noise of a measured one."""
         h, genes = self.of_genes(context)
         of_controls, variance = self.controls(context)
-        noise = self._own(np.array(self.rows[context]), h) + of_controls**2 @ variance
+        noise = self._own(self.rows[context], h) + of_controls**2 @ variance
         return float(np.sqrt(2 / genes) * noise.mean())
 
     def of_genes(self, context: str) -> tuple[np.ndarray, float]:
         """Weights of the genes, and for how many independent ones they stand."""
         if context not in self._genes:
-            measured, rows = self.measured, np.array(self.rows[context])
+            measured, rows = self.measured, self.rows[context]
             n_rows = len(measured.values)
             of_controls = (measured.of_rows(rows) ** 2).mean(0)
             mean = measured.variance[rows].mean(0) + of_controls @ measured.variance[n_rows:]

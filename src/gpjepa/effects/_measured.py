@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from ._scales import Scale
 from ._table import EffectTable
@@ -106,6 +107,11 @@ class Measured:
     def control(self) -> dict[str, int]:
         """Column of the control profile of each context."""
         return {c: len(self.values) + i for i, c in enumerate(self.effects.contexts)}
+
+    @cached_property
+    def control_distances(self) -> np.ndarray:
+        """Squared distances of the control profiles of the contexts, shape (n, n)."""
+        return cdist(self._controls, self._controls, "sqeuclidean")
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """Weights of the control profiles that rows were compared with, shape (n, n_strata)."""

@@ -99,7 +99,7 @@ class Process:
         blocks = []
         for context, rows in self.denoiser.rows.items():
             few = _some(self._perturbations[context])
-            effects = self.measured.values[np.array(rows)[few]]
+            effects = self.measured.values[rows[few]]
             square = (effects * self.denoiser.of_genes(context)[0]) @ effects.T
             blocks.append((self._parts(context, few), square, self.denoiser.noise(context, few)))
         if not blocks:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from gpjepa.perturbations import Perturbation
+from gpjepa.splits import MIN_UNITS
 
 
 class Regimes:
@@ -46,10 +47,40 @@ class Regimes:
     def can_be_carried(self, perturbation: Perturbation, context: str) -> bool:
         """Whether a perturbation was measured in enough other contexts to say something of this.
 
-        In two; or in one, if nothing was measured in this.
+        In two; or in one, if nothing was measured in this, or enough that was measured there too,
+        and the target in no combination of this.
         """
         others = [c for c in self.measured_in.get(perturbation, ()) if c != context]
-        return len(others) > 1 or (len(others) == 1 and context not in self._contexts)
+        if len(others) != 1:
+            return len(others) > 1
+        return context not in self._contexts or self.few_shot(perturbation, context)
+
+    def few_shot(self, perturbation: Perturbation, context: str) -> bool:
+        """Whether a context has enough effects of its own to say what others are worth in it.
+
+        For a target that it has in no perturbation.
+        """
+        if len(perturbation.targets) != 1 or self._shared.get(context, 0) < MIN_UNITS:
+            return False
+        return perturbation.targets[0] not in self._here[context]
+
+    @cached_property
+    def _shared(self) -> dict[str, int]:
+        """How many targets of each context were perturbed alone in others too."""
+        found: dict[str, int] = {}
+        for perturbation, contexts in self.measured_in.items():
+            if len(contexts) > 1 and len(perturbation.targets) == 1:
+                for context in contexts:
+                    found[context] = found.get(context, 0) + 1
+        return found
+
+    @cached_property
+    def _here(self) -> dict[str, set[str]]:
+        """Targets perturbed in each context, also in combinations."""
+        found: dict[str, set[str]] = {}
+        for context, perturbation in self.rows:
+            found.setdefault(context, set()).update(perturbation.targets)
+        return found
 
     def of(self, perturbation: Perturbation, context: str) -> str:
         """What was known of the perturbation in the context."""

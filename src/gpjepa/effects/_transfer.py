@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,7 +13,7 @@ from ._baselines import Baseline
 from ._denoise import Denoiser
 from ._measured import Measured
 from ._scales import Scale
-from ._stack import Experts, fit_stack
+from ._stack import Experts, fit_stack, stacked
 from ._weighted import Terms, Weights, once
 
 Form = Literal["mean", "similar", "log_rate", "state"]
@@ -21,6 +21,8 @@ MIN_CONTEXTS = 2
 """Contexts that weights of transfer need. Two weights rest on all genes of all rows, so that fewer
 than for other weights are enough; with two, each is judged by the other alone."""
 
+_MOST_ROWS = 2_000
+"""Rows that weights are fitted on."""
 FEW_CONTEXTS = 10
 """Contexts of which effects are denoised before they are carried over; the mean of more has little
 noise."""
@@ -110,45 +112,45 @@ def transfer_experts(measured: Measured, denoiser: Denoiser | None = None) -> Ex
     controls are; of denoised effects where there is a denoiser.
     """
     effects = measured.effects
+    carried = [(p, contexts) for p, contexts in effects.measured_in.items() if len(contexts) > 1]
+    step = 1 + sum(len(contexts) for _, contexts in carried) // _MOST_ROWS
     # Rows of one perturbation after the other, as they rest on the same rows.
-    several = [
-        measured.row[c, p]
-        for p, contexts in effects.measured_in.items()
-        for c in contexts
-        if len(contexts) > 1
-    ]
+    several = [measured.row[c, p] for p, contexts in carried[::step] for c in contexts]
 
     def of(i: int) -> list[Terms]:
         context, perturbation = effects.rows[several[i]]
         elsewhere = [c for c in effects.measured_in[perturbation] if c != context]
         rows = [measured.row[c, perturbation] for c in elsewhere]
         if denoiser is None or len(rows) > FEW_CONTEXTS:
-            sources: list[Terms] = [[(1.0, measured.one(i))] for i in rows]
-        else:
-            sources = [denoiser.terms(i) for i in rows]
-        return from_elsewhere(measured, sources, elsewhere, context)
+            return from_elsewhere(
+                measured, lambda w: [(1.0, Weights(np.array(rows), w))], elsewhere, context
+            )
+        sources = [denoiser.terms(i) for i in rows]
+        return from_elsewhere(measured, lambda w: stacked(sources, w), elsewhere, context)
 
     return Experts(several, [effects.rows[i][0] for i in several], of)
 
 
 def from_elsewhere(
-    measured: Measured, sources: Sequence[Terms], elsewhere: Sequence[str], context: str
+    measured: Measured,
+    mean: Callable[[np.ndarray], Terms],
+    elsewhere: Sequence[str],
+    context: str,
 ) -> list[Terms]:
-    """What each expert of transfer makes of what is known of a perturbation in other contexts."""
+    """What each expert of transfer makes of what is known of a perturbation in other contexts.
 
-    def mean(share: np.ndarray) -> Terms:
-        pairs = zip(share, sources, strict=True)
-        return [(float(w) * factor, of) for w, terms in pairs for factor, of in terms]
-
-    equal = np.full(len(sources), 1 / len(sources))
+    ``mean`` is the weighted mean of what is known in these.
+    """
+    equal = np.full(len(elsewhere), 1 / len(elsewhere))
     away = difference_of_states(measured, elsewhere, context)
     return [mean(equal), [(1.0, away)], mean(alike(measured, elsewhere, context))]
 
 
 def alike(measured: Measured, elsewhere: Sequence[str], context: str) -> np.ndarray:
     """Weights of other contexts by how alike their controls are, shape (n_elsewhere,)."""
-    control = measured.effects.control[measured.scale]
-    distance = np.array([((control[c] - control[context]) ** 2).sum() for c in elsewhere], float)
+    n = len(measured.values)
+    at = [measured.control[c] - n for c in elsewhere]
+    distance = measured.control_distances[measured.control[context] - n, at]
     weights = np.exp(-distance / max(distance.min(), 1e-12))
     return weights / weights.sum()
 

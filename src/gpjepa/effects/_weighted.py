@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-KINDS = ("spread", "unseen", "without features", "transfer", "combinations")
+KINDS = ("spread", "unseen", "without features", "transfer", "few-shot", "combinations")
 """Kinds of residual variance: how large an effect may be, and what experts leave of it."""
-SPREAD, UNSEEN, WITHOUT_FEATURES, TRANSFER, COMBINATIONS = range(len(KINDS))
+SPREAD, UNSEEN, WITHOUT_FEATURES, TRANSFER, FEW_SHOT, COMBINATIONS = range(len(KINDS))
 
 
 @dataclass(frozen=True)

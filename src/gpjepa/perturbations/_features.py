@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -174,17 +174,86 @@ class TargetFeatures:
             sets = {f"{p}:{k}": v for p in paths for k, v in read_gmt(p).items()}
         if not any(sets.values()):
             raise ValueError(f"{name}: the gene sets hold no genes.")
-        members = [(gene, s, len(genes)) for s, genes in enumerate(sets.values()) for gene in genes]
-        targets = sorted({gene for gene, _, _ in members})
-        index = {t: i for i, t in enumerate(targets)}
-        values = sp.csr_matrix(
-            (
-                [1 / np.sqrt(size) for _, _, size in members],
-                ([index[g] for g, _, _ in members], [s for _, s, _ in members]),
-            ),
-            shape=(len(targets), len(sets)),
-        )
-        return cls(targets, values, name)
+        of_gene: dict[str, list[str]] = {}
+        for label, genes in sets.items():
+            for gene in genes:
+                of_gene.setdefault(gene, []).append(label)
+        targets = sorted(of_gene)
+        return cls(targets, _rare_first([of_gene[t] for t in targets]), name)
+
+    @classmethod
+    def from_smiles(
+        cls, structures: Mapping[str, str] | pd.Series, *, radius: int = 2, name: str = "structure"
+    ) -> TargetFeatures:
+        """Substructures of drugs: Morgan fingerprints, in which rare ones count for more.
+
+        Parameters
+        ----------
+        structures
+            SMILES or InChI by name of the drug, of those perturbed and those to be predicted. Of a
+            salt the largest molecule counts. Drugs without a structure (empty or NaN) are not
+            covered.
+        radius
+            Bonds around each atom.
+        name
+            What explanations call these features.
+
+        Raises
+        ------
+        ValueError
+            Naming structures that cannot be read.
+        ImportError
+            If RDKit is not installed (the extra ``chemistry``).
+
+        References
+        ----------
+        Rogers and Hahn (2010), extended-connectivity fingerprints.
+        """
+        given = {str(k): v for k, v in dict(structures).items() if isinstance(v, str) and v}
+        return cls(list(given), _rare_first(_substructures(given, radius, name)), name)
+
+    @classmethod
+    def from_drug_targets(
+        cls,
+        drug_targets: Mapping[str, Iterable[str]],
+        genes: TargetFeatures,
+        name: str | None = None,
+    ) -> TargetFeatures:
+        """What is known of the genes that drugs act on: each drug is the mean of its targets.
+
+        Genes stay covered, so that a drug is like a knock-out of its target.
+
+        Parameters
+        ----------
+        drug_targets
+            Genes by name of the drug.
+        genes
+            Features of the genes: one of :func:`gpjepa.perturbations.human_genes`, for example.
+        name
+            What explanations call these features; as those of the genes by default.
+
+        Examples
+        --------
+        >>> acts_on = {"ruxolitinib": ["JAK1", "JAK2"], "erlotinib": ["EGFR"]}
+        >>> features = [TargetFeatures.from_drug_targets(acts_on, f) for f in human_genes()]
+        """
+        name = name or f"{genes.name} of drug targets"
+        text = [k for k, v in drug_targets.items() if isinstance(v, str)]
+        if text:
+            raise TypeError(
+                f"{name}: the targets of {text[0]!r} are a string; give a list of genes."
+            )
+        drugs = {str(k): [g for g in v if genes.covers(g)] for k, v in drug_targets.items()}
+        drugs = {drug: acts_on for drug, acts_on in drugs.items() if acts_on}
+        if not drugs:
+            raise ValueError(
+                f"{name}: none of the genes that the {len(drug_targets)} drugs act on is known. Are "
+                "they symbols of the same species?"
+            )
+        means = [genes.take(acts_on).mean(0).A1 for acts_on in drugs.values()]
+        others = [t for t in genes.targets if t not in drugs]
+        values = sp.vstack([sp.csr_matrix(np.array(means)), genes.take(others)])
+        return cls([*drugs, *others], values, name)
 
     @classmethod
     def from_regulons(cls, regulons: pd.DataFrame, name: str = "regulons") -> TargetFeatures:
@@ -274,6 +343,43 @@ def read_gmt(path: str | Path) -> dict[str, set[str]]:
             )
         sets[fields[0]] = sets.get(fields[0], set()) | genes
     return sets
+
+
+def _rare_first(has: Sequence[Iterable[Hashable]]) -> sp.csr_matrix:
+    """What each target has, each column divided by the square root of how many have it."""
+    columns: dict[Hashable, int] = {}
+    pairs = [(i, columns.setdefault(x, len(columns))) for i, each in enumerate(has) for x in each]
+    rows, at = np.array(pairs, int).reshape(-1, 2).T
+    size = np.bincount(at, minlength=len(columns))
+    return sp.csr_matrix((size[at] ** -0.5, (rows, at)), shape=(len(has), len(columns)))
+
+
+def _substructures(structures: Mapping[str, str], radius: int, name: str) -> list[dict[int, int]]:
+    try:
+        from rdkit import Chem
+        from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
+        from rdkit.rdBase import BlockLogs
+    except ImportError as error:
+        raise ImportError(
+            'Structures need RDKit; install it with pip install "gpjepa[chemistry]".'
+        ) from error
+    generator, found, wrong = GetMorganGenerator(radius), [], []
+    with BlockLogs():
+        for drug, text in structures.items():
+            read = Chem.MolFromInchi if text.startswith("InChI=") else Chem.MolFromSmiles
+            molecule = read(text)
+            if molecule is None:
+                wrong.append(f"{drug} ({text})")
+                continue
+            parts = Chem.GetMolFrags(molecule, asMols=True)
+            largest = max(parts, key=lambda part: part.GetNumHeavyAtoms())
+            found.append(generator.GetSparseCountFingerprint(largest).GetNonzeroElements())
+    if wrong:
+        raise ValueError(
+            f"{name}: {len(wrong)} structures are neither SMILES nor InChI: {', '.join(wrong[:5])}. "
+            "Correct them, or leave these drugs out."
+        )
+    return found
 
 
 def _need_columns(frame: pd.DataFrame, columns: Sequence[str], name: str) -> None:
