@@ -20,6 +20,7 @@ from gpjepa.effects import (
     MeanEffect,
     NearestPerturbation,
     NoChange,
+    OtherDose,
     ShrunkenAdditive,
     Transfer,
     UnseenTargets,
@@ -242,10 +243,60 @@ def test_doses_between_measured_ones_are_interpolated():
     anchor = EffectAnchor().fit(table)
     doses = ["A@0.5", "A@1", "A@2", "A@3", "A@10"]
     predicted = anchor.predict([read(d) for d in doses], ["c"] * 5, "mean_log1p").mean[:, 0]
-    share = (np.log1p(2) - np.log1p(1)) / (np.log1p(3) - np.log1p(1))
-    below = np.log1p(0.5) / np.log1p(1)
-    np.testing.assert_allclose(predicted, [below, 1, 1 + share, 2, 2], rtol=1e-6)
+    share = np.log(2) / np.log(3)
+    np.testing.assert_allclose(predicted, [0.5, 1, 1 + share, 2, 2], rtol=1e-6)
     assert anchor.regime(read("A@2"), "c") == "new dose"
+
+
+def dose_response(rng, doses, unit=1.0, n=8, noise=0.02):
+    """Drugs whose effects keep their direction, with half-maximal doses from 1 to 100 units."""
+    half, direction = unit * 10 ** rng.uniform(0, 2, (n, 1)), rng.normal(size=(n, 50))
+    effects = {
+        ("c", f"D{i}@{unit * d:g}"): direction[i] / (1 + half[i] / (unit * d))
+        + rng.normal(0, noise, 50)
+        for i in range(n)
+        for d in doses
+    }
+    return table_of(effects, noise=noise**2), half, direction
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-3])
+@pytest.mark.parametrize("dose", [3.0, 1000.0])
+def test_dose_responses_are_hill_curves(rng, dose, unit):
+    """Between doses and beyond them; whatever the unit of the dose."""
+    table, half, direction = dose_response(rng, [0.1, 1, 10, 30, 100], unit)
+    wanted = [Perturbation.of([f"D{i}"], [dose * unit]) for i in range(8)]
+    truth = direction / (1 + half / (dose * unit))
+    predicted = EffectAnchor().fit(table).predict(wanted, ["c"] * 8, "mean_log1p")
+    error = {
+        form: ((OtherDose(form).fit(table).predict(wanted, ["c"] * 8) - truth) ** 2).sum()
+        for form in ("hill", "log_linear", "nearest")
+    }
+    assert error["hill"] < 0.01 * (truth**2).sum()
+    assert ((predicted.mean - truth) ** 2).sum() < 0.5 * error["log_linear"]
+    assert error["log_linear"] <= error["nearest"]
+    inside = np.abs(predicted.mean - truth) < 1.96 * np.sqrt(predicted.variance)
+    assert inside.mean() > 0.9
+
+
+def test_effects_do_not_shrink_as_doses_grow(rng):
+    table, _, direction = dose_response(rng, [1, 3, 10, 30, 100], noise=1e-3)
+    wanted = [Perturbation.of(["D3"], [d]) for d in np.geomspace(0.1, 1e4, 40)]
+    predicted = EffectAnchor().fit(table).predict(wanted, ["c"] * 40, "mean_log1p").mean
+    size = predicted @ direction[3] / (direction[3] ** 2).sum()
+    assert (np.diff(size) > -0.01).all()
+    assert 0 <= size[0] < 0.1
+
+
+def test_few_doses_are_joined_by_lines(rng):
+    table, *_ = dose_response(rng, [1, 10, 100])
+    wanted = [Perturbation.of(["D1"], [30.0])]
+    lines = OtherDose().fit(table).predict(wanted, ["c"])
+    np.testing.assert_allclose(OtherDose("hill").fit(table).predict(wanted, ["c"]), lines, atol=0.2)
+    experts = EffectAnchor().fit(table).explain(wanted[0]).experts
+    assert set(experts["part"]) == {"D1@10", "D1@100"}
+    with pytest.raises(ValueError, match="form='linear' is not known"):
+        OtherDose("linear")
 
 
 def test_doses_of_one_target_are_not_several_targets(rng):

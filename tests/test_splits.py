@@ -10,6 +10,7 @@ from gpjepa.splits import (
     gears_simulation,
     gene_families,
     gene_set_blocks,
+    held_out_dose,
     hold_out,
     leave_one_context_out,
     unseen_singles,
@@ -181,3 +182,16 @@ def test_broken_manifests_are_refused(tmp_path, text, message):
     (tmp_path / "splits.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         Manifest.read(tmp_path / "splits.json")
+
+
+def test_one_dose_of_every_drug_is_left_out():
+    read = Perturbation.parse
+    rows = [(c, read(f"A@{d}")) for c in "xy" for d in (1, 10, 100, 1000)]
+    rows += [("x", read(f"B@{d}")) for d in (5, 50)] + [("x", read("C"))]
+    middle = held_out_dose(rows, which="middle")
+    assert middle.test == (("x", read("A@10")), ("y", read("A@10")))
+    highest = held_out_dose(rows, which="highest")
+    assert [p for _, p in highest.test] == [read("A@1000")] * 2
+    assert len(highest.train) == len(rows) - 2
+    with pytest.raises(ValueError, match="at three doses or more"):
+        held_out_dose(rows[-3:], which="middle")

@@ -352,6 +352,42 @@ def few_shot_context(rows: Iterable[Row], *, known: int, seed: int = 0) -> list[
     return found
 
 
+def held_out_dose(rows: Iterable[Row], *, which: Literal["middle", "highest"]) -> Split:
+    """One dose of every target that has at least three, in all contexts.
+
+    Parameters
+    ----------
+    rows
+        Rows measured.
+    which
+        The middle of its doses (of an even number, the lower of the two), or the highest.
+
+    Returns
+    -------
+    Split
+
+    Raises
+    ------
+    ValueError
+        If no target was perturbed at three doses.
+    """
+    measured = _measured(rows)
+    doses: dict[str, set[float]] = {}
+    for _, p in measured:
+        if len(p.targets) == 1:
+            doses.setdefault(p.targets[0], set()).add(p.doses[0])
+    several = {t: sorted(d) for t, d in doses.items() if len(d) > 2}
+    if not several:
+        raise ValueError(
+            "No target was perturbed at three doses or more, so that none can be left out."
+        )
+    left = {t: d[-1 if which == "highest" else (len(d) - 1) // 2] for t, d in several.items()}
+    out = {Perturbation.of([target], [dose]) for target, dose in left.items()}
+    train = tuple(r for r in measured if r[1] not in out)
+    test = tuple(r for r in measured if r[1] in out)
+    return Split(f"{which}-dose", "held-out-dose", train, test)
+
+
 # Roots of symbols whose numbers count genes that share a domain, or nothing, and not a family.
 _ROOTS = "ANKRD|CCDC|C[0-9XY]+orf|FAM|KIAA|LINC|LOC|LRRC|RNF|TMEM|TTC|WDR|ZNF"
 

@@ -104,6 +104,16 @@ class FewShot(Strict):
         ]
 
 
+class HeldOutDose(Strict):
+    """The middle or the highest dose of every target."""
+
+    kind: Literal["held-out-dose"]
+    which: Literal["middle", "highest"]
+
+    def make(self, rows: list[Row], contexts: dict[str, str]) -> list[Split]:
+        return [splits.held_out_dose(rows, which=self.which)]
+
+
 class CrossDataset(Strict):
     """Each of several joined data sets in turn, of which only control cells are known."""
 
@@ -136,6 +146,7 @@ AnySplit = Annotated[
     | Doubles
     | HeldOutContext
     | FewShot
+    | HeldOutDose
     | CrossDataset
     | OwnManifest
     | Published,

@@ -12,6 +12,7 @@ from ._baselines import (
 )
 from ._cells import CellSums, effect_table
 from ._denoise import denoise
+from ._doses import OtherDose
 from ._enrichment import enrichment, gene_set_scores
 from ._features import coexpression_features, effect_features, gene_loadings
 from ._gate import Gate, fit_gate
@@ -51,6 +52,7 @@ __all__ = [
     "Scale",
     "ShrunkenAdditive",
     "ShrunkenMean",
+    "OtherDose",
     "Transfer",
     "UnseenTargets",
     "check_scale",

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpjepa.perturbations import Perturbation, TargetFeatures
 
+from ._doses import Doses
 from ._measured import Measured
 from ._stack import Experts, Stack, fit_stack, stack_residual, stacked
 from ._transfer import FEW_CONTEXTS, FROM_ELSEWHERE, MIN_CONTEXTS, from_elsewhere, transfer_experts
@@ -66,12 +67,7 @@ class Singles:
         )
         self.few_shot_ = self._fit_few_shot()
         self.perturbed = {c for c, _ in self.effects.rows}
-        self._doses: dict[tuple[str, str], list[tuple[float, int]]] = {}
-        for rows in measured.alone.values():
-            for i in rows:
-                context, single = self.effects.rows[i]
-                of_target = self._doses.setdefault((context, single.targets[0]), [])
-                of_target.append((single.doses[0], i))
+        self.doses = Doses(measured, self.denoiser)
 
     def _few_shot(self) -> Experts:
         """What a context's own targets, and other contexts, say of each target without it."""
@@ -126,7 +122,7 @@ class Singles:
 
     def here(self, single: Perturbation, context: str) -> bool:
         """Whether its target was measured alone in the context, at whatever dose."""
-        return (context, single.targets[0]) in self._doses
+        return (context, single.targets[0]) in self.doses.of
 
     def known(self, single: Perturbation, context: str) -> bool:
         """Whether its target was measured alone: here, at whatever dose, or in enough contexts."""
@@ -145,7 +141,7 @@ class Singles:
         for single, context in wanted:
             if (single, context) in found:
                 continue
-            estimate = self._other_dose(single, context, without)
+            estimate = self.doses.estimate(single, context, without)
             estimate = estimate or self._carried(single, context)
             if estimate is not None:
                 found[single, context] = estimate
@@ -227,27 +223,6 @@ class Singles:
             return {c: Estimate((share,)) for c, share in zip(others, said, strict=True)}
         denoised = self.denoiser.estimates(rows)
         return {c: denoised[row] for c, row in zip(others, rows, strict=True)}
-
-    def _other_dose(
-        self, single: Perturbation, context: str, without: Sequence[int]
-    ) -> Estimate | None:
-        """Between measured doses of the target: linear in log1p dose, from no effect at dose 0."""
-        points = sorted(self._doses.get((context, single.targets[0]), []))
-        if not points:
-            return None
-        dose = single.doses[0]
-        above = next((i for i, (d, _) in enumerate(points) if d >= dose), None)
-        used = points[-1:] if above is None else points[max(above - 1, 0) : above + 1]
-        said = self.denoiser.estimates([i for _, i in used], without)
-        if above is None:  # beyond the largest dose: as the largest, less sure
-            return said[points[-1][1]].less_sure(SPREAD, 0.5)
-        high, beyond = points[above][0], said[points[above][1]]
-        low = points[above - 1][0] if above else 0.0
-        share = float((np.log1p(dose) - np.log1p(low)) / (np.log1p(high) - np.log1p(low)))
-        between = beyond.times(share)
-        if above:
-            between = total([said[points[above - 1][1]].times(1 - share), between])
-        return between.less_sure(SPREAD, SURPLUS)
 
     def of_process(
         self, perturbation: Perturbation, context: str, without: Sequence[int]

@@ -17,6 +17,7 @@ from gpjepa.effects import (
     MeanEffect,
     NearestPerturbation,
     NoChange,
+    OtherDose,
     ShrunkenAdditive,
     ShrunkenMean,
     Transfer,
@@ -94,6 +95,7 @@ METHODS: dict[str, Known] = {
         lambda f, s, o: effects.of_features(NearestPerturbation, f), takes_features=True
     ),
     "transfer": _plain(Transfer),
+    "other dose": _plain(OtherDose),
     "anchor": Known(lambda f, s, o: effects.anchor(f), takes_features=True),
     "permuted labels": Known(
         lambda f, s, o: effects.permuted_labels(f, s),
