@@ -1,4 +1,4 @@
-"""Make the knowledge of human genes that comes with the package from public files.
+"""Regenerate the knowledge of human genes that comes with the package from public files.
 
 python docs/human_genes.py FILES [TABLES]
 
@@ -31,6 +31,7 @@ from gpjepa.perturbations import read_gmt
 HERE = Path(gpjepa.perturbations.__file__).parent / "knowledge"
 HUMAN = "9606"
 SIZES = {"go": 128, "pubmed": 64}
+SHORTEST = 3  # letters of another name: shorter ones mean too many things
 MOST_GENES = 100  # papers on more genes than this say little of each
 SETS = ("reactome", "go_biological_process")
 
@@ -40,7 +41,9 @@ def main(files: Path, tables: Path | None) -> None:
     with open(files / "hgnc_complete_set.txt") as file:
         hgnc = list(csv.DictReader(file, delimiter="\t"))
     known = dict(np.load(tables)) if tables else make_tables(files, hgnc)
-    symbols = [str(s) for s in known["symbol"]]
+    # NCBI calls mitochondrial genes COX2, as others call PTGS2: HGNC's MT-CO2 is clear.
+    clear = {g["entrez_id"]: g["symbol"] for g in hgnc if g["symbol"].startswith("MT-")}
+    symbols = [clear.get(e, str(s)) for e, s in zip(known["entrez"], known["symbol"], strict=True)]
     others, ensembl, family = of_hgnc(hgnc, dict(zip(known["entrez"], symbols, strict=True)))
     np.savez_compressed(
         HERE / "human_genes.npz",
@@ -68,7 +71,7 @@ def of_hgnc(
     """Symbols by their other names, Ensembl ids by symbol, and members of families.
 
     A name that was the symbol of one gene and is an alias of another means the former; names that
-    could mean several genes are left out.
+    could mean several genes, and those of one or two letters, are left out.
     """
     symbols = set(by_entrez.values())
     before, alias = defaultdict(set), defaultdict(set)
@@ -86,9 +89,10 @@ def of_hgnc(
         for name in filter(None, gene["gene_family"].split("|")):
             family[name].add(symbol)
     others = {}
-    for name in {*before, *alias} - symbols - {""}:
+    mitochondrial = {s.removeprefix("MT-") for s in symbols if s.startswith("MT-")}
+    for name in {*before, *alias} - symbols - mitochondrial:
         means = before[name] or alias[name]
-        if len(means) == 1:
+        if len(means) == 1 and len(name) >= SHORTEST:
             others[name] = next(iter(means))
     return others, ensembl, family
 

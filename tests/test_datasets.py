@@ -69,7 +69,7 @@ def test_simulated_doses_do_more_the_higher_they_are():
     assert adata.obs["perturbation"].nunique() == 21
     size = np.linalg.norm(adata.uns["simulation"]["effect"]["log1p_mean"], axis=1)
     assert (np.diff(size.reshape(5, 4)) > 0).all()
-    with pytest.raises(ValueError, match="n_doses: 1 with combinations"):
+    with pytest.raises(ValueError, match="n_combinations=36: 0 with several doses"):
         gpjepa.datasets.simulate(600, 80, n_targets=5, n_doses=4)
     with pytest.raises(ValueError, match="n_doses: at least 1"):
         gpjepa.datasets.simulate(600, 80, n_targets=5, n_combinations=0, n_doses=0)

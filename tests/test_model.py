@@ -823,7 +823,7 @@ def test_features_that_cover_no_training_target_are_told(simulated):
     adata = simulated.copy()
     GPJEPA.setup_anndata(adata)
     fitted = GPJEPA(adata, n_latent=8, n_hidden=16, target_features=features)
-    with pytest.warns(UserWarning, match="lower case: covers 0 of the 15 targets"):
+    with pytest.warns(UserWarning, match="cover 0 of the 15 targets perturbed alone"):
         fitted.train(1, 1, enable_progress_bar=False)
 
 

@@ -244,15 +244,34 @@ def test_without_rdkit_the_extra_is_named(monkeypatch):
 
 
 def test_drugs_are_the_mean_of_the_genes_they_act_on(rng):
-    genes = TargetFeatures(["A", "B", "C"], np.vstack([rng.normal(size=(2, 4)), np.zeros(4)]), "GO")
-    features = TargetFeatures.from_drug_targets({"d": ["A"], "e": ["A", "B"], "f": ["C"]}, genes)
+    values = np.vstack([rng.normal(size=(2, 4)), np.zeros(4)])
+    hashes = np.array([7], np.uint64)
+    genes = TargetFeatures(["A", "B", "C"], values, "GO", hashes, {"formerly A": "A"})
+    nothing = TargetFeatures(["D"], np.ones((1, 1)), "other genes")
+    acts_on = {"d": ["A"], "e": ["A", "B"], "f": ["C"]}
+    [features] = TargetFeatures.from_drug_targets(acts_on, [genes, nothing])
     assert features.name == "GO of drug targets"
     assert features.targets == ["d", "e", "A", "B"]
-    assert features.kernel(["d"], ["A"])[0, 0] == pytest.approx(1)
+    assert features.source is hashes
+    np.testing.assert_allclose(features.kernel(["d"], ["A", "formerly A"]), 1)
     both = genes.take(["A", "B"]).toarray().sum(0)
     expected = both / np.linalg.norm(both)
     np.testing.assert_allclose(features.take(["e"]).toarray()[0], expected)
-    with pytest.raises(ValueError, match="none of the genes that the 1 drugs act on is known"):
+    with pytest.raises(ValueError, match="None of the genes that the 1 drugs act on is known"):
         TargetFeatures.from_drug_targets({"d": ["nowhere"]}, genes)
-    with pytest.raises(TypeError, match="'d' are a string"):
-        TargetFeatures.from_drug_targets({"d": "A"}, genes)
+    for wrong in ("A", None):
+        with pytest.raises(TypeError, match="'d' acts on .* expected a list of genes"):
+            TargetFeatures.from_drug_targets({"d": wrong}, genes)
+
+
+def test_drugs_without_or_with_two_structures_are_refused():
+    pytest.importorskip("rdkit", reason="structures need the extra chemistry")
+    with pytest.raises(ValueError, match="drugs occur more than once, such as ..a.."):
+        TargetFeatures.from_smiles(pd.Series(["C", "CC", "CCO"], ["a", "a", "b"]))
+    with pytest.raises(ValueError, match="none of the 2 drugs has a structure"):
+        TargetFeatures.from_smiles({"a": "", "b": np.nan})
+
+
+def test_other_names_are_those_of_targets():
+    with pytest.raises(ValueError, match="'a' is to be 'C', which is no target"):
+        TargetFeatures(["B"], np.ones((1, 1)), other_names={"a": "C"})

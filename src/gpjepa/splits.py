@@ -355,6 +355,8 @@ def few_shot_context(rows: Iterable[Row], *, known: int, seed: int = 0) -> list[
 def held_out_dose(rows: Iterable[Row], *, which: Literal["middle", "highest"]) -> Split:
     """One dose of every target that has at least three, in all contexts.
 
+    Combinations of a target at that dose are left out altogether.
+
     Parameters
     ----------
     rows
@@ -369,8 +371,10 @@ def held_out_dose(rows: Iterable[Row], *, which: Literal["middle", "highest"]) -
     Raises
     ------
     ValueError
-        If no target was perturbed at three doses.
+        If no target was perturbed at three doses, or ``which`` is not known.
     """
+    if which not in ("middle", "highest"):
+        raise ValueError(f"which={which!r} is not known; choose 'middle' or 'highest'.")
     measured = _measured(rows)
     doses: dict[str, set[float]] = {}
     for _, p in measured:
@@ -383,7 +387,7 @@ def held_out_dose(rows: Iterable[Row], *, which: Literal["middle", "highest"]) -
         )
     left = {t: d[-1 if which == "highest" else (len(d) - 1) // 2] for t, d in several.items()}
     out = {Perturbation.of([target], [dose]) for target, dose in left.items()}
-    train = tuple(r for r in measured if r[1] not in out)
+    train = tuple(r for r in measured if not out.intersection(r[1].singles))
     test = tuple(r for r in measured if r[1] in out)
     return Split(f"{which}-dose", "held-out-dose", train, test)
 

@@ -61,6 +61,8 @@ class Features(Strict):
         given = [k for k in kinds if getattr(self, k)]
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(kinds)}; found {given}")
+        if self.name is not None and (self.human_genes or self.drug_targets):
+            raise ValueError(f"{given[0]}: several kinds with names of their own; leave name out")
         return self
 
     def read(self) -> list[TargetFeatures]:
@@ -74,14 +76,21 @@ class Features(Strict):
         if self.graph:
             return [TargetFeatures.from_graph(pd.read_csv(self.graph), name=self.name or "graph")]
         if self.structures:
-            known = pd.read_csv(self.structures, index_col=0, dtype=str).iloc[:, 0]
+            known = _two_columns(self.structures).set_index(0)[1]
             return [TargetFeatures.from_smiles(known, name=self.name or "structure")]
         if self.drug_targets:
-            pairs = pd.read_csv(self.drug_targets, dtype=str)
-            acts_on = pairs.groupby(pairs.columns[0])[pairs.columns[1]].agg(list).to_dict()
-            return [TargetFeatures.from_drug_targets(acts_on, f) for f in human_genes()]
+            acts_on = _two_columns(self.drug_targets).dropna().groupby(0)[1].agg(list)
+            return TargetFeatures.from_drug_targets(acts_on.to_dict(), human_genes())
         table = pd.read_csv(self.table, index_col=0)
         return [TargetFeatures.from_table(table, self.name or "table")]
+
+
+def _two_columns(path: Path) -> pd.DataFrame:
+    """The first two columns of a CSV file, as text."""
+    table = pd.read_csv(path, dtype=str)
+    if table.shape[1] < 2:
+        raise ValueError(f"{path}: expected two columns; found {list(table.columns)}.")
+    return table.iloc[:, :2].set_axis([0, 1], axis=1)
 
 
 class _Cells(Strict):

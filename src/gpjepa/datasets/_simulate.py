@@ -29,6 +29,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from gpjepa.effects._scales import PER, SCALES, expected_log1p
+from gpjepa.perturbations import Perturbation
 
 _N_TRANSCRIPTOME = 20_000
 _N_VIRTUAL = 512  # cells behind each true mean effect
@@ -355,7 +356,7 @@ def simulate(
     strength = np.ones(len(perturbations))
     if n_doses > 1:
         doses, responses = _dose_responses(rng, s, n_targets, n_doses)
-        labels = [f"{label}@{dose:g}" for label in labels for dose in doses]
+        labels = [str(Perturbation.of([t], [dose])) for t in labels for dose in doses]
         perturbations = [p for p in perturbations for _ in doses]
         strength = responses.ravel()
 
@@ -410,7 +411,10 @@ def _check_sizes(
         (not 0 <= n_combinations <= n_pairs, f"n_combinations={n_combinations}: 0 to {n_pairs}"),
         (n_contexts < 1 or n_batches < 1, "n_contexts and n_batches: at least 1"),
         (n_single < n_targets, "n_doses: at least 1"),
-        (n_single > n_targets and n_combinations > 0, "n_doses: 1 with combinations"),
+        (
+            n_single > n_targets and n_combinations > 0,
+            f"n_combinations={n_combinations}: 0 with several doses",
+        ),
         (n_cells < 2 * n_groups, f"n_cells={n_cells}: at least {2 * n_groups}, 2 per condition"),
     ]
     said = [message for wrong, message in problems if wrong]

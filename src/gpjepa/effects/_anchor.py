@@ -46,7 +46,7 @@ class AnchorPrediction:
         which both, one or none of two targets were measured alone; of more: all, some, none),
         ``in combinations`` (a target measured in combinations alone), ``unseen`` (in no
         perturbation, or in those of one other context alone, where this one has effects of its
-        own), ``new dose`` or ``new context``.
+        own, but fewer than five that the other has too), ``new dose`` or ``new context``.
     """
 
     mean: np.ndarray
@@ -64,11 +64,13 @@ class EffectAnchor:
       (:func:`gpjepa.effects.denoise`); all else is made of denoised effects;
     * a *combination* is the sum of its singles, the larger of them, a saturating sum, the mean of
       the other combinations, and what a Gaussian process over all perturbations predicts, stacked;
+    * *another dose* lies on lines in log dose and on a Hill curve, stacked;
     * a target *never perturbed* takes the mean effect and, with features, that process, stacked
       (:class:`gpjepa.effects.UnseenTargets`);
     * in a *new context*, the mean effect elsewhere, equally or by how alike the controls are, and
       the difference of the control profiles, stacked; a quarter of the effect in a single other
-      context, unless this one has effects of its own: then these predict it.
+      context, unless this one has effects of its own: then these predict it. Where five of them
+      were measured elsewhere too, they and what is special to the target elsewhere are stacked.
 
     Stacking weights (Breiman 1996) are fitted out of fold, freed of the control noise that the
     effects of a context share, drawn towards a prior by three pseudo-units, and go as far as rows

@@ -17,7 +17,6 @@ from ._stack import Experts, Stack, fit_stack
 from ._weighted import SPREAD, Estimate, Terms, Weights, total
 
 Form = Literal["nearest", "log_linear", "hill"]
-_CURVES: tuple[Form, ...] = ("log_linear", "hill")
 FOR_HILL = 4
 """Doses that a curve with a half-maximal dose and a steepness needs."""
 _STEEPNESS = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
@@ -92,8 +91,8 @@ class Curve:
 
     def weights(self, form: Form, dose: float) -> np.ndarray:
         """Weights of the measured effects, shape (n_doses,)."""
-        if form == "hill" and len(self.doses) >= FOR_HILL - 1:
-            return self._hill(dose)
+        if form == "hill" and len(self.doses) >= FOR_HILL:
+            return self.hill(dose)
         return self._nearest(dose) if form == "nearest" else self._log_linear(dose)
 
     def _nearest(self, dose: float) -> np.ndarray:
@@ -111,7 +110,8 @@ class Curve:
             found[above - 1] = 1 - found[above]
         return found
 
-    def _hill(self, dose: float) -> np.ndarray:
+    def hill(self, dose: float) -> np.ndarray:
+        """Weights by the Hill curve, of however many doses."""
         low, high = np.log10(self.doses[0]) - 1, np.log10(self.doses[-1]) + 1
         half = np.logspace(low, high, 1 + int(_PER_DECADE * (high - low)))[:, None, None]
         steep = np.array(_STEEPNESS)[None, :, None]
@@ -128,7 +128,8 @@ class Doses:
     """What measured doses of targets say of others, on one scale.
 
     Straight lines in log dose and Hill curves of denoised effects, stacked by how well they predict
-    doses left out: one stack for doses between measured ones, one for those beyond.
+    doses left out: one stack for doses between measured ones, one for those beyond. Doses below the
+    lowest go with the former, although none is left out there.
     """
 
     def __init__(self, measured: Measured, denoiser: Denoiser) -> None:
@@ -137,6 +138,10 @@ class Doses:
         self._stacks = {where: self._fit(where) for where in _DOUBT}
 
     def _fit(self, where: str) -> Stack:
+        return fit_stack(self.measured, self.experts(where), np.array([1.0, 0.0]))
+
+    def experts(self, where: str) -> Experts:
+        """What a line, and a Hill curve, say of measured doses without them."""
         rows = []
         for points in self.of.values():
             if len(points) >= FOR_HILL:
@@ -145,28 +150,29 @@ class Doses:
 
         def of(k: int) -> list[Terms]:
             context, single = self.measured.effects.rows[rows[k]]
-            said = self._curves(single, context, [rows[k]])
+            said = self._curves(single, context, [rows[k]], bias=False)
             return [each.terms for each in said]
 
-        return fit_stack(self.measured, Experts(rows, units, of), np.array([1.0, 0.0]))
+        return Experts(rows, units, of)
 
-    def _curves(self, single: Perturbation, context: str, without: Sequence[int]) -> list[Estimate]:
-        """What each curve says of a dose."""
+    def _curves(
+        self, single: Perturbation, context: str, without: Sequence[int], bias: bool
+    ) -> list[Estimate]:
+        """What a line, and a Hill curve, say of a dose."""
         points = [p for p in self.of[context, single.targets[0]] if p[1] not in without]
         doses, rows = np.array([d for d, _ in points]), [i for _, i in points]
         at = np.searchsorted(self.denoiser.rows[context], rows)
         square = self.denoiser.products(context)[np.ix_(at, at)]
         curve = Curve(doses, square, self.denoiser.noise(context, at).diagonal())
-        denoised = self.denoiser.estimates(rows, without)
-        found = []
-        for form in _CURVES:
-            weights = curve.weights(form, single.doses[0])
+        denoised = self.denoiser.estimates(rows, without, bias)
+        dose, found = single.doses[0], []
+        for weights in (curve.weights("log_linear", dose), curve.hill(dose)):
             parts = zip(weights, rows, strict=True)
             found.append(total([denoised[i].times(float(w)) for w, i in parts if w]))
         return found
 
     def estimate(
-        self, single: Perturbation, context: str, without: Sequence[int]
+        self, single: Perturbation, context: str, without: Sequence[int], bias: bool = True
     ) -> Estimate | None:
         """A dose that was not measured, or is left out; None if no other dose was."""
         points = self.of.get((context, single.targets[0]), [])
@@ -175,6 +181,6 @@ class Doses:
             return None
         where = "beyond" if single.doses[0] > doses[-1] else "between"
         weights = self._stacks[where].weights if len(doses) >= FOR_HILL else np.array([1.0, 0.0])
-        said = self._curves(single, context, without)
+        said = self._curves(single, context, without, bias)
         parts = [each.times(float(w)) for w, each in zip(weights, said, strict=True) if w]
         return total(parts).less_sure(SPREAD, _DOUBT[where])

@@ -24,7 +24,7 @@ class Process:
     r"""Effects as a Gaussian process over perturbations.
 
     The effect of a perturbation is the sum of what its targets do, each with a part that all targets
-    share, a part of its own and a part that is alike for alike targets; combinations add what they
+    share, a part of its own and a part that is alike for similar targets; combinations add what they
     share, and what is special to one of them. With :math:`\Sigma` the sum of the covariances of
     these parts, times their variances, and *C* the noise of the effects, that of the controls
     included, a perturbation with covariances *k* to the measured ones is predicted by
@@ -158,7 +158,7 @@ class Process:
         return whole, np.maximum(whole - known, n_targets * least)
 
     def shares(self) -> np.ndarray:
-        """Share of each kind of features in what alike targets, and all, have in common."""
+        """Share of each kind of features in what similar targets, and all, have in common."""
         each = self.variances[2 : 2 + len(self.features)]
         return each / max(self.variances[0] + each.sum(), 1e-300)
 

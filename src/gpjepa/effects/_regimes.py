@@ -60,18 +60,18 @@ class Regimes:
 
         For a target that it has in no perturbation.
         """
-        if len(perturbation.targets) != 1 or self._shared.get(context, 0) < MIN_UNITS:
+        if len(perturbation.targets) != 1 or len(self._shared.get(context, ())) < MIN_UNITS:
             return False
         return perturbation.targets[0] not in self._here[context]
 
     @cached_property
-    def _shared(self) -> dict[str, int]:
-        """How many targets of each context were perturbed alone in others too."""
-        found: dict[str, int] = {}
+    def _shared(self) -> dict[str, set[str]]:
+        """Targets of each context that were perturbed alone, at the same dose, in others too."""
+        found: dict[str, set[str]] = {}
         for perturbation, contexts in self.measured_in.items():
             if len(contexts) > 1 and len(perturbation.targets) == 1:
                 for context in contexts:
-                    found[context] = found.get(context, 0) + 1
+                    found.setdefault(context, set()).update(perturbation.targets)
         return found
 
     @cached_property

@@ -11,20 +11,19 @@ import numpy as np
 from gpjepa.perturbations import Perturbation, TargetFeatures
 
 from ._doses import Doses
+from ._few_shot import FewShot
 from ._measured import Measured
-from ._stack import Experts, Stack, fit_stack, stack_residual, stacked
+from ._stack import fit_stack, stack_residual, stacked
 from ._transfer import FEW_CONTEXTS, FROM_ELSEWHERE, MIN_CONTEXTS, from_elsewhere, transfer_experts
 from ._unseen import PROCESS, NeverPerturbed, UnseenTargets
 from ._weighted import (
-    FEW_SHOT,
-    KINDS,
     SPREAD,
     TRANSFER,
     UNSEEN,
     WITHOUT_FEATURES,
     Estimate,
     Share,
-    Terms,
+    Weights,
     added,
     once,
     total,
@@ -32,7 +31,6 @@ from ._weighted import (
 
 _FROM_FEW = 0.25
 """Share that is carried over of the effect in a single other context."""
-_SPECIAL = ("special to it elsewhere", "special to it where controls are alike")
 SURPLUS = 0.1
 """Share of the spread of effects that a residual variance never falls below."""
 
@@ -65,48 +63,9 @@ class Singles:
         self._transfer = fit_stack(
             measured, self._elsewhere, prior, np.zeros(len(prior)), MIN_CONTEXTS
         )
-        self.few_shot_ = self._fit_few_shot()
+        self.few_shot = FewShot(measured, self.unseen)
         self.perturbed = {c for c, _ in self.effects.rows}
         self.doses = Doses(measured, self.denoiser)
-
-    def _few_shot(self) -> Experts:
-        """What a context's own targets, and other contexts, say of each target without it."""
-        elsewhere, rows = self._elsewhere, self.effects.rows
-        units = self.unseen.rows_with
-        few = [
-            i
-            for i, row in enumerate(elsewhere.rows)
-            if len(rows[row][1].targets) == 1
-            and len(units(rows[row][0], rows[row][1].targets))
-            < len(self.measured.alone[rows[row][0]])
-        ]
-
-        def of(i: int) -> list[Terms]:
-            context, single = rows[elsewhere.rows[few[i]]]
-            own = self.unseen.without(single, context, single.targets)
-            return [[(1.0, own)], *self._special(single, context)]
-
-        chosen = [elsewhere.rows[i] for i in few]
-        return Experts(chosen, [rows[i][1].targets for i in chosen], of)
-
-    def _special(self, single: Perturbation, context: str) -> list[Terms]:
-        """What other contexts measured of a target beyond what is predicted of it there."""
-        others = [c for c in self.effects.measured_in[single] if c != context]
-        special = [
-            [
-                *self.denoiser.terms(self.measured.row[c, single]),
-                (-1.0, self.unseen.without(single, c, single.targets)),
-            ]
-            for c in others
-        ]
-        mean, _, alike = from_elsewhere(
-            self.measured, lambda w: stacked(special, w), others, context
-        )
-        return [mean, alike]
-
-    def _fit_few_shot(self) -> Stack:
-        own_alone = np.eye(1 + len(_SPECIAL))[0]
-        return fit_stack(self.measured, self._few_shot(), own_alone, np.zeros(len(own_alone)))
 
     @cached_property
     def residuals(self) -> np.ndarray:
@@ -115,8 +74,7 @@ class Singles:
         That of combinations is known elsewhere.
         """
         carried = stack_residual(self.measured, self._elsewhere, self._transfer.weights)
-        few_shot = stack_residual(self.measured, self._few_shot(), self.few_shot_.weights)
-        of_experts = [self.unseen.residual_, self.unseen.mean_residual_, carried, few_shot]
+        of_experts = [self.unseen.residual_, self.unseen.mean_residual_, carried]
         left = [self.spread if r is None else r + SURPLUS * self.spread for r in of_experts]
         return np.stack([self.spread, *left])
 
@@ -141,7 +99,7 @@ class Singles:
         for single, context in wanted:
             if (single, context) in found:
                 continue
-            estimate = self.doses.estimate(single, context, without)
+            estimate = self.doses.estimate(single, context, without, bias)
             estimate = estimate or self._carried(single, context)
             if estimate is not None:
                 found[single, context] = estimate
@@ -169,12 +127,11 @@ class Singles:
         """From the other contexts, by the stacked experts of transfer.
 
         And from this one's own targets, if enough of them show what other contexts are worth here.
-        None if no context is a source, or a single one is and this context has effects of its own,
-        but too few.
+        None if no context is a source, or a single one is and this context has a few effects.
         """
         if not sources:
             return None
-        if self.effects.regimes.few_shot(perturbation, context):
+        if self.few_shot.knows(perturbation, context):
             return self._of_few(perturbation, context)
         if len(sources) < 2 and context in self.perturbed:
             return None
@@ -200,17 +157,8 @@ class Singles:
 
     def _of_few(self, single: Perturbation, context: str) -> Estimate:
         """From a context's own targets, and what other contexts know of this one beyond theirs."""
-        own, *weights = self.few_shot_.weights
-        found = self._unseen([single], context)[0].times(float(own))
-        shares = [
-            Share(str(single), name, float(w), once(added(of.times(f) for f, of in terms)))
-            for name, w, terms in zip(
-                _SPECIAL, weights, self._special(single, context), strict=True
-            )
-            if w
-        ]
-        found = replace(found, shares=(*found.shares, *shares), residual=np.zeros(len(KINDS)))
-        return found.less_sure(FEW_SHOT, 1.0)
+        left = self.few_shot.residual(context) + SURPLUS * self.spread
+        return Estimate(tuple(self.few_shot.shares(single, context)), bias=Weights.of(left))
 
     def as_measured(self, perturbation: Perturbation, context: str) -> dict[str, Estimate]:
         """Measured effects of a perturbation in the other contexts, denoised where these are few."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-KINDS = ("spread", "unseen", "without features", "transfer", "few-shot", "combinations")
+KINDS = ("spread", "unseen", "without features", "transfer", "combinations")
 """Kinds of residual variance: how large an effect may be, and what experts leave of it."""
-SPREAD, UNSEEN, WITHOUT_FEATURES, TRANSFER, FEW_SHOT, COMBINATIONS = range(len(KINDS))
+SPREAD, UNSEEN, WITHOUT_FEATURES, TRANSFER, COMBINATIONS = range(len(KINDS))
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,22 @@ class Weights:
 
 
 def added(weights: Iterable[Weights]) -> Weights:
-    """Sum of weights without what is fixed; a column may occur more than once."""
+    """Sum of weights; a column may occur more than once."""
     found = list(weights)
     if len(found) == 1:
         return found[0]
+    fixed = [w.fixed for w in found if w.fixed is not None]
     return Weights(
         np.concatenate([NOTHING.columns, *(w.columns for w in found)]),
         np.concatenate([NOTHING.values, *(w.values for w in found)]),
+        np.sum(fixed, axis=0) if fixed else None,
     )
 
 
 def once(weights: Weights) -> Weights:
     """The same weights, each column once."""
     columns, at = np.unique(weights.columns, return_inverse=True)
-    return Weights(columns, np.bincount(at, weights.values, len(columns)))
+    return Weights(columns, np.bincount(at, weights.values, len(columns)), weights.fixed)
 
 
 NOTHING = Weights(np.zeros(0, int), np.zeros(0))
@@ -112,7 +114,8 @@ class Estimate:
     residual
         Weights on the kinds of residual variance, shape (n_kinds,).
     bias
-        Of each gene: what shrinkage is seen to take off a measured effect beyond its noise, squared.
+        Variance of each gene besides: what shrinkage is seen to take off a measured effect beyond
+        its noise, squared, or what experts leave in a context of its own.
     interaction
         Weight on the variance of interactions.
     singles

@@ -29,6 +29,7 @@ from gpjepa.perturbations import (
     Vocabulary,
     choose_features,
 )
+from gpjepa.splits import MIN_UNITS
 
 from . import _pretrained, _random
 from ._arguments import check_plan, check_training, refuse_unknown
@@ -565,17 +566,17 @@ class GPJEPA(BaseModelClass):
         weights, n = self.anchor.feature_weights(), len(self.vocabulary.perturbed)
         if weights.empty:
             return "Targets never perturbed: all take the same mean effect; no target features are used."
+        covers = [f.covers for f in self.anchor.features]
+        known = sum(any(of(t) for of in covers) for t in self.vocabulary.perturbed)
         said = [f"{name} {w:.2f}" for name, w in weights["weight"].items() if w >= 0.005]
-        best = int(weights["covered"].max())
-        if not said:
-            return (
-                f"Targets never perturbed: target features know up to {best} of {n} perturbed "
-                "targets, but did not predict those left out; all take the same mean effect."
-            )
-        return (
-            f"Targets never perturbed: predicted from alike targets by {', '.join(said)} (weight); "
-            f"{best} of {n} perturbed targets have such features."
-        )
+        covered = f"target features cover {known} of {n} perturbed targets"
+        if said:
+            how = f"predicted from similar targets; weight of {', '.join(said)}"
+        elif known < MIN_UNITS:
+            how = f"all take the same mean effect: features need {MIN_UNITS} to be judged by"
+        else:
+            how = "all take the same mean effect: features did not predict targets left out"
+        return f"Targets never perturbed: {how} ({covered})."
 
     def plot_history(self, **kwargs: Any) -> Any:
         """Curves of training, a panel per stage (:func:`gpjepa.plotting.history`)."""

@@ -365,16 +365,22 @@ def spread_out(cells: np.ndarray, n: int) -> np.ndarray:
 def warn_of_coverage(features: Sequence[Any], effects: EffectTable) -> None:
     """Features can only be judged by perturbed targets that they cover."""
     targets = {p.targets[0] for p in effects.perturbations if len(p.targets) == 1}
-    for kind in features:
-        covered = sum(kind.covers(t) for t in targets)
-        if covered < MIN_UNITS:
-            warnings.warn(
-                f"{kind.name}: covers {covered} of the {len(targets)} targets perturbed alone, of "
-                f"which {MIN_UNITS} are needed to judge it; it gets no weight. Are its names "
-                "written as the targets are?",
-                UserWarning,
-                stacklevel=5,
-            )
+    known = sum(any(kind.covers(t) for kind in features) for t in targets)
+    nothing = [kind.name for kind in features if not any(map(kind.covers, targets))]
+    problem = ""
+    if features and known < MIN_UNITS:
+        problem = (
+            f"cover {known} of the {len(targets)} targets perturbed alone, of which {MIN_UNITS} are "
+            "needed to judge them; they get no weight"
+        )
+    elif nothing:
+        problem = f"{', '.join(nothing)}: none of the targets perturbed alone is covered"
+    if problem:
+        warnings.warn(
+            f"Target features: {problem}. Are their names written as the targets are?",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _ridge(values: np.ndarray, state: np.ndarray) -> torch.Tensor:

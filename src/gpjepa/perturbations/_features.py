@@ -58,8 +58,10 @@ class TargetFeatures:
         self.source = np.zeros(0, np.uint64) if source is None else source
         # The targets, in the order of the rows, and then what else they are called.
         self.index = {t: i for i, t in enumerate(names)}
-        for other, name in (other_names or {}).items():
-            self.index.setdefault(other, self.index[name])
+        for other, target in (other_names or {}).items():
+            if target not in self.index:
+                raise ValueError(f"{name}: {other!r} is to be {target!r}, which is no target.")
+            self.index.setdefault(other, self.index[target])
         length = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
         self._covered = length > 0
         self._rows = sp.csr_matrix(sp.diags(1 / np.where(length > 0, length, 1)) @ rows)
@@ -130,9 +132,13 @@ class TargetFeatures:
 
     def permuted(self, seed: int) -> TargetFeatures:
         """The same features, dealt out to other targets: a control that must not help."""
-        others = {o: self._names[i] for o, i in self.index.items() if o != self._names[i]}
         targets = list(np.random.default_rng(seed).permutation(self._names))
-        return TargetFeatures(targets, self._rows, f"{self.name}, permuted", other_names=others)
+        name = f"{self.name}, permuted"
+        return TargetFeatures(targets, self._rows, name, self.source, self._other_names)
+
+    @property
+    def _other_names(self) -> dict[str, str]:
+        return {o: self._names[i] for o, i in self.index.items() if o != self._names[i]}
 
     @classmethod
     def from_table(cls, table: pd.DataFrame, name: str = "table") -> TargetFeatures:
@@ -201,7 +207,7 @@ class TargetFeatures:
         Raises
         ------
         ValueError
-            Naming structures that cannot be read.
+            Naming structures that cannot be read, or drugs that occur twice; or if no drug has one.
         ImportError
             If RDKit is not installed (the extra ``chemistry``).
 
@@ -209,16 +215,21 @@ class TargetFeatures:
         ----------
         Rogers and Hahn (2010), extended-connectivity fingerprints.
         """
-        given = {str(k): v for k, v in dict(structures).items() if isinstance(v, str) and v}
+        table = pd.Series(structures, dtype=object)
+        if not table.index.is_unique:
+            repeats = sorted({str(d) for d in table.index[table.index.duplicated()]})[:3]
+            raise ValueError(f"{name}: drugs occur more than once, such as {repeats}.")
+        given = {str(k): v for k, v in table.items() if isinstance(v, str) and v}
+        if not given:
+            raise ValueError(f"{name}: none of the {len(table)} drugs has a structure.")
         return cls(list(given), _rare_first(_substructures(given, radius, name)), name)
 
     @classmethod
     def from_drug_targets(
         cls,
         drug_targets: Mapping[str, Iterable[str]],
-        genes: TargetFeatures,
-        name: str | None = None,
-    ) -> TargetFeatures:
+        genes: TargetFeatures | Sequence[TargetFeatures],
+    ) -> list[TargetFeatures]:
         """What is known of the genes that drugs act on: each drug is the mean of its targets.
 
         Genes stay covered, so that a drug is like a knock-out of its target.
@@ -228,32 +239,52 @@ class TargetFeatures:
         drug_targets
             Genes by name of the drug.
         genes
-            Features of the genes: one of :func:`gpjepa.perturbations.human_genes`, for example.
-        name
-            What explanations call these features; as those of the genes by default.
+            Features of the genes, of one kind or several, such as
+            :func:`gpjepa.perturbations.human_genes`.
+
+        Returns
+        -------
+        list of TargetFeatures
+            One for each kind that knows a gene on which a drug acts.
+
+        Raises
+        ------
+        TypeError
+            If the genes of a drug are not a list.
+        ValueError
+            If none of the genes is known.
 
         Examples
         --------
         >>> acts_on = {"ruxolitinib": ["JAK1", "JAK2"], "erlotinib": ["EGFR"]}
-        >>> features = [TargetFeatures.from_drug_targets(acts_on, f) for f in human_genes()]
+        >>> features = TargetFeatures.from_drug_targets(acts_on, human_genes())
         """
-        name = name or f"{genes.name} of drug targets"
-        text = [k for k, v in drug_targets.items() if isinstance(v, str)]
-        if text:
-            raise TypeError(
-                f"{name}: the targets of {text[0]!r} are a string; give a list of genes."
+        for drug, acts_on in drug_targets.items():
+            if isinstance(acts_on, str) or not isinstance(acts_on, Iterable):
+                raise TypeError(f"Drug {drug!r} acts on {acts_on!r}; expected a list of genes.")
+        kinds = (genes,) if isinstance(genes, TargetFeatures) else tuple(genes)
+        known = {str(drug): list(acts_on) for drug, acts_on in drug_targets.items()}
+        found = [of for kind in kinds if (of := kind._of_drugs(known)) is not None]
+        if not found:
+            raise ValueError(
+                f"None of the genes that the {len(known)} drugs act on is known. Are they symbols of "
+                "the same species?"
             )
-        drugs = {str(k): [g for g in v if genes.covers(g)] for k, v in drug_targets.items()}
+        return found
+
+    def _of_drugs(self, drug_targets: Mapping[str, Sequence[str]]) -> TargetFeatures | None:
+        """Drugs as the means of the genes that they act on, and the genes."""
+        drugs = {d: [g for g in acts_on if self.covers(g)] for d, acts_on in drug_targets.items()}
         drugs = {drug: acts_on for drug, acts_on in drugs.items() if acts_on}
         if not drugs:
-            raise ValueError(
-                f"{name}: none of the genes that the {len(drug_targets)} drugs act on is known. Are "
-                "they symbols of the same species?"
-            )
-        means = [genes.take(acts_on).mean(0).A1 for acts_on in drugs.values()]
-        others = [t for t in genes.targets if t not in drugs]
-        values = sp.vstack([sp.csr_matrix(np.array(means)), genes.take(others)])
-        return cls([*drugs, *others], values, name)
+            return None
+        means = np.array([self.take(acts_on).mean(0).A1 for acts_on in drugs.values()])
+        others = [t for t in self.targets if t not in drugs]
+        values = sp.vstack([sp.csr_matrix(means), self.take(others)])
+        kept = set(others)
+        names = {o: t for o, t in self._other_names.items() if t in kept and o not in drugs}
+        name = f"{self.name} of drug targets"
+        return TargetFeatures([*drugs, *others], values, name, self.source, names)
 
     @classmethod
     def from_regulons(cls, regulons: pd.DataFrame, name: str = "regulons") -> TargetFeatures:

@@ -26,8 +26,8 @@ _SETS = {
 def human_genes() -> tuple[TargetFeatures, ...]:
     """What is known of human genes: annotation, co-citation, pathways, processes and families.
 
-    Genes are known by their symbols, former symbols and aliases that are not ambiguous, and Ensembl
-    ids.
+    Genes are known by their symbols, by former symbols and aliases that mean one gene only, and by
+    Ensembl ids. Names of several genes, such as ERK or COX2, have to be spelt out: MAPK1, PTGS2.
 
     Returns
     -------
@@ -77,6 +77,11 @@ def choose_features(
         with ``"auto"``.
     targets
         Targets perturbed in training.
+
+    Returns
+    -------
+    tuple
+        The features, and what to do with targets that they do not cover.
 
     Raises
     ------

@@ -38,14 +38,19 @@ class Vocabulary:
         named: Iterable[str] = (),
         features: Sequence[TargetFeatures] = (),
     ) -> None:
-        self.perturbed = tuple(sorted(set(perturbed)))
+        self._perturbed = set(perturbed)
+        self.perturbed = tuple(sorted(self._perturbed))
         names = (*self.perturbed, *sorted(set(named) - set(self.perturbed)))
         self.index = {name: i for i, name in enumerate(names)}
         self.features = tuple(features)
         self._featured = {t for f in self.features for t in f.targets}
         # The same gene by another of its names would be taken for a target never perturbed.
-        called = ((f.called(name), name) for f in self.features for name in self.index)
-        self._here = {name: here for name, here in called if name is not None}
+        # What was perturbed comes first, as it does in the index.
+        self._here: dict[str, str] = {}
+        for kind in self.features:
+            for name in self.index:
+                if (symbol := kind.called(name)) is not None:
+                    self._here.setdefault(symbol, name)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -55,12 +60,14 @@ class Vocabulary:
         return self.index.get(target, len(self.index))
 
     def _other_name(self, target: str) -> str | None:
-        """What a target is called here, if that is another name."""
-        for features in self.features:
-            name = features.called(target)
-            if name is not None and (name in self._here or name != target):
-                return self._here.get(name, name)
-        return None
+        """What a target is called here, or by its symbol, if that is another name."""
+        symbols = [s for f in self.features if (s := f.called(target)) is not None]
+        if not symbols:
+            return None
+        name = self._here.get(symbols[0], symbols[0])
+        # A measured gene is what it is called, unless the same gene was perturbed by another name.
+        mine = name == target or (target in self.index and name not in self._perturbed)
+        return None if mine else name
 
     def check(self, perturbation: Perturbation) -> None:
         """Refuse targets about which nothing is known.
@@ -72,12 +79,12 @@ class Vocabulary:
         """
         unknown = []
         for target in perturbation.targets:
-            if target in self.index:
+            if target in self._perturbed:
                 continue
             if name := self._other_name(target):
                 known = f"called {name!r} here" if name in self.index else f"symbol: {name!r}"
                 unknown.append(f"{target!r} ({known})")
-            elif target not in self._featured:
+            elif target not in self.index and target not in self._featured:
                 near = self._nearest(target)
                 unknown.append(f"{target!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
         if not unknown:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -340,9 +341,8 @@ def explanation(
     for i, (name, row) in enumerate(contributions[top].iterrows()):
         part = row.to_numpy(float)
         bottom = np.where(part >= 0, above, below)
-        axes.bar(
-            x, part, bottom=bottom, width=0.7, color=PALETTE[i % len(PALETTE)], label=str(name)
-        )
+        label = textwrap.fill(str(name), 36)
+        axes.bar(x, part, bottom=bottom, width=0.7, color=PALETTE[i % len(PALETTE)], label=label)
         above, below = above + np.maximum(part, 0), below + np.minimum(part, 0)
     axes.errorbar(
         x,
