@@ -362,6 +362,7 @@ def test_training_goes_on_after_it_was_killed(small, tmp_path, stage):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_it_was_interrupted(simulated, tmp_path):
     """In mid-epoch, in the same session and in another; with early stopping and gates."""
     options = {"max_epochs": 9, "early_stopping_patience": 3, **QUIET}
