@@ -461,15 +461,6 @@ def test_doses_of_one_drug_are_not_several_targets_of_few_effects(rng):
     np.testing.assert_allclose(found.mean[0], effect[3], atol=0.2)
 
 
-def test_the_gene_of_one_target_says_nothing_of_another(rng):
-    """Every knock-out takes its own transcript away, and nothing else."""
-    effects = {("c", f"g{i}"): np.where(np.arange(40) == i, -2.0, 0.3) for i in range(12)}
-    table = table_of(effects, noise=1e-3)
-    predicted = EffectAnchor().fit(table).predict([read("B")], ["c"], "mean_log1p").mean[0]
-    assert (predicted[:12] > -0.05).all()
-    np.testing.assert_allclose(predicted[12:], 0.3, atol=0.1)
-
-
 def test_out_of_fold_rows_do_not_know_themselves(rng):
     effects = {("c", f"T{i}"): rng.normal(size=30) for i in range(12)}
     effects |= {("c", f"T{i}+T{i + 1}"): rng.normal(size=30) for i in range(6)}

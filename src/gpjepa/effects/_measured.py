@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import scipy.sparse as sp
 from scipy.spatial.distance import cdist
 
 from ._scales import Scale
@@ -108,22 +107,6 @@ class Measured:
     def control(self) -> dict[str, int]:
         """Column of the control profile of each context."""
         return {c: len(self.values) + i for i, c in enumerate(self.effects.contexts)}
-
-    @cached_property
-    def on_targets(self) -> dict[str, sp.csr_matrix]:
-        """Effects of each context on the genes that they target, shape (n_genes, n_rows)."""
-        entries: dict[str, list[tuple[int, int, float]]] = {}
-        count: dict[str, int] = {}
-        for i, (context, perturbation) in enumerate(self.effects.rows):
-            at = count[context] = count.get(context, -1) + 1
-            mine = entries.setdefault(context, [])
-            mine += [(g, at, self.values[i, g]) for g in self.effects.places(perturbation.targets)]
-        found = {}
-        for context, mine in entries.items():
-            genes, rows, values = np.array(mine, float).reshape(-1, 3).T
-            shape = self.values.shape[1], count[context] + 1
-            found[context] = sp.csr_matrix((values, (genes.astype(int), rows.astype(int))), shape)
-        return found
 
     @cached_property
     def control_distances(self) -> np.ndarray:

@@ -219,12 +219,8 @@ class EffectTable:
         """Mask of the genes that the perturbations of some rows target, shape (n, n_genes)."""
         mask = np.zeros((len(rows), len(self.genes)), bool)
         for i, row in enumerate(rows):
-            mask[i, self.places(self.rows[row][1].targets)] = True
+            mask[i, [self._gene[t] for t in self.rows[row][1].targets if t in self._gene]] = True
         return mask
-
-    def places(self, genes: Sequence[str]) -> list[int]:
-        """Columns of those of some genes that were measured."""
-        return [self._gene[g] for g in genes if g in self._gene]
 
     @cached_property
     def _gene(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 import numpy as np
@@ -147,31 +147,7 @@ class UnseenTargets(WeightedBaseline):
         self, context: str, weights: np.ndarray, without: Sequence[int] = ()
     ) -> list[Weights]:
         found = self.denoiser.through(context, weights, without)
-        return self._of_others(context, found)
-
-    def _of_others(
-        self, context: str, weights: np.ndarray, but: Sequence[str] = ()
-    ) -> list[Weights]:
-        """Weights of measured effects without those on the gene that each of them targets.
-
-        A knock-out takes its own transcript away; that says nothing of other targets.
-
-        Parameters
-        ----------
-        context
-            Whose effects.
-        weights
-            Of the effects of the context, shape (n, n_rows).
-        but
-            Targets that are spoken of.
-        """
-        rows = self.denoiser.rows[context]
-        own = -(self.measured_.on_targets[context] @ weights.T).T
-        own[:, self.effects_.places(but)] = 0
-        return [
-            replace(Weights.of(w, rows=rows), fixed=fixed)
-            for w, fixed in zip(weights, own, strict=True)
-        ]
+        return [Weights.of(w, rows=self.denoiser.rows[context]) for w in found]
 
     def _said_without(
         self, perturbation: Perturbation, context: str, hidden: Sequence[str], n_experts: int
@@ -199,12 +175,11 @@ class UnseenTargets(WeightedBaseline):
         mean[places] = 0
         mean /= max(mean.sum(), 1)
         process = self._of_combinations.without(perturbation, context, places)
-        one = self.denoiser.through(context, mean, out)
+        [one] = self._denoised(context, mean[None], out)
         # What is special to its targets is part of what a combination does.
         other = self.denoiser.through(context, process, out, special=True)
-        said = self._of_others(context, np.stack([one, other]), perturbation.targets)
         _, left = self._of_combinations.left([perturbation], context, process[None])
-        return said[0], said[1], float(left[0])
+        return one, Weights.of(other, rows=self.denoiser.rows[context]), float(left[0])
 
     def rows_with(self, context: str, targets: Sequence[str]) -> list[int]:
         """Rows of a context with one of some targets, or that are a unit of such a name."""
@@ -247,14 +222,13 @@ class UnseenTargets(WeightedBaseline):
         if self.stack_.weights[1:].any():
             weights.append(self.process.weights(singles, context))
             left = self._left(*self.process.left(singles, context, weights[1]))
-        through = self.denoiser.through(context, np.stack(weights))
-        said = [self._of_others(context, each) for each in through]
-        found = []
+        said = self.denoiser.through(context, np.stack(weights))
+        rows, found = self.denoiser.rows[context], []
         for i, single in enumerate(singles):
             covered = self.covers(single.targets[0])
             stack = self.stack_.weights if covered else self.mean_stack_.weights
             experts = [
-                (name, float(w), each[i])
+                (name, float(w), Weights.of(each[i], rows=rows))
                 for name, w, each in zip(self.experts, stack, said, strict=False)
                 if w
             ]

@@ -50,22 +50,20 @@ class Weights:
 
 
 def added(weights: Iterable[Weights]) -> Weights:
-    """Sum of weights; a column may occur more than once."""
+    """Sum of weights without what is fixed; a column may occur more than once."""
     found = list(weights)
     if len(found) == 1:
         return found[0]
-    fixed = [w.fixed for w in found if w.fixed is not None]
     return Weights(
         np.concatenate([NOTHING.columns, *(w.columns for w in found)]),
         np.concatenate([NOTHING.values, *(w.values for w in found)]),
-        np.sum(fixed, axis=0) if fixed else None,
     )
 
 
 def once(weights: Weights) -> Weights:
     """The same weights, each column once."""
     columns, at = np.unique(weights.columns, return_inverse=True)
-    return Weights(columns, np.bincount(at, weights.values, len(columns)), weights.fixed)
+    return Weights(columns, np.bincount(at, weights.values, len(columns)))
 
 
 NOTHING = Weights(np.zeros(0, int), np.zeros(0))
