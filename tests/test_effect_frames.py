@@ -194,3 +194,17 @@ def test_real_ranks_of_many_knock_downs():
     mean = (effect.sum(0) - effect) / (len(effect) - 1)
     left_out = anchor.out_of_fold("rank score")
     assert ((left_out - effect) ** 2).sum() < 0.95 * ((mean - effect) ** 2).sum()
+
+
+def test_effects_are_carried_to_a_context_of_which_only_controls_are_known(rng):
+    effects = pd.DataFrame(rng.normal(size=(8, 20)), columns=[f"g{i}" for i in range(20)])
+    names = [f"T{i}" for i in range(8)]
+    profiles = {"line": np.ones(20), "new line": np.full(20, 1.5)}
+    table = EffectTable.from_frame(
+        effects, names, ["line"] * 8, sd=effects * 0 + 0.1, control_profiles=profiles, unit="z"
+    )
+    assert table.contexts == ["line", "new line"]
+    found = EffectAnchor().fit(table).predict([Perturbation.parse("T3")], ["new line"], "z")
+    assert found.regime == ["new context"]
+    similar = np.corrcoef(found.mean[0], effects.iloc[3])[0, 1]
+    assert similar > 0.9

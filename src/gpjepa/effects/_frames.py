@@ -146,6 +146,8 @@ def _of_effects(
     contexts = sorted({c for c, *_ in groups})
     if control is not None and (missing := [c for c in contexts if c not in control]):
         raise ValueError(f"control_profiles has no profile of {missing}.")
+    # Contexts of which only the controls are known can be predicted too.
+    contexts = sorted({*contexts, *map(str, control or ())})
     # Without names of cells, a table is known by its values.
     values = effect[:, np.argsort(genes.astype(str), kind="stable")].astype(np.float32)
     hashes = pd.util.hash_array(np.array([v.tobytes().hex() for v in values], dtype=object))

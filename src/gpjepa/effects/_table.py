@@ -132,7 +132,8 @@ class EffectTable:
         batch
             Batch of each row, such as a plate.
         control_profiles
-            Profile of the control in each context, where values are effects.
+            Profile of the control in each context, where values are effects; also of contexts in
+            which nothing was perturbed, so that effects can be carried over to them.
         unit
             What the values are, such as ``"z-score"``: the name of the table's scale.
 
