@@ -461,6 +461,21 @@ def test_doses_of_one_drug_are_not_several_targets_of_few_effects(rng):
     np.testing.assert_allclose(found.mean[0], effect[3], atol=0.2)
 
 
+def test_weights_rest_on_enough_targets_where_there_are_many(rng, monkeypatch):
+    loadings = rng.normal(size=(60, 3))
+    effects = loadings @ rng.normal(size=(3, 50)) + rng.normal(0, 0.2, (60, 50))
+    names = [f"T{i:02d}" for i in range(60)]
+    table = table_of({("c", n): e for n, e in zip(names[:50], effects, strict=False)}, noise=0.04)
+    features = TargetFeatures(names, loadings)
+    wanted = [read(n) for n in names[50:]], ["c"] * 10, "mean_log1p"
+    of_all = EffectAnchor(features).fit(table).predict(*wanted).mean
+    monkeypatch.setattr("gpjepa.effects._unseen._ENOUGH", 20)
+    anchor = EffectAnchor(features).fit(table)
+    some = anchor.predict(*wanted).mean
+    assert anchor._fit_of("mean_log1p").singles.unseen.stack_.n_units == 17
+    assert ((some - of_all) ** 2).sum() < 0.01 * (of_all**2).sum()
+
+
 def test_out_of_fold_rows_do_not_know_themselves(rng):
     effects = {("c", f"T{i}"): rng.normal(size=30) for i in range(12)}
     effects |= {("c", f"T{i}+T{i + 1}"): rng.normal(size=30) for i in range(6)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from math import ceil
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class FewShot:
             for i in self.measured.alone.get(context, [])
             if len(effects.measured_in[effects.rows[i][1]]) > 1
         ]
-        rows = rows[:: 1 + len(rows) // _MOST_ROWS]
+        rows = rows[:: ceil(len(rows) / _MOST_ROWS) or 1]
 
         def of(i: int) -> list[Terms]:
             single = effects.rows[rows[i]][1]

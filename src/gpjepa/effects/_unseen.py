@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from math import ceil
 
 import numpy as np
 
@@ -19,8 +20,8 @@ from ._scales import Scale
 from ._stack import Experts, fit_stack, stack_residual
 from ._weighted import NOTHING, Terms, Weights, added, once
 
-_FEW = 1_000
-"""Rows for which what experts say is kept while weights are fitted."""
+_ENOUGH = 1_000
+"""Rows that weights are fitted on."""
 MEAN, PROCESS = "mean effect", "Gaussian process"
 
 
@@ -204,6 +205,10 @@ class UnseenTargets(WeightedBaseline):
             names += [units.targets[units.unit[j]] for j in chosen]
             unit += [(context, int(units.unit[j])) for j in chosen]
 
+        # As many as are enough to judge experts by.
+        step = ceil(len(rows) / _ENOUGH) or 1
+        rows, names, unit = rows[::step], names[::step], unit[::step]
+
         def of(i: int) -> list[Terms]:
             context, u = unit[i]
             units = self._units[context]
@@ -211,7 +216,7 @@ class UnseenTargets(WeightedBaseline):
             said = self._said_without(units.perturbations[u], context, out, n_experts)
             return [[(1.0, w)] for w in said]
 
-        return Experts(rows, names, cache(of) if len(rows) <= _FEW else of)
+        return Experts(rows, names, cache(of))
 
     # Predictions
 
@@ -265,6 +270,7 @@ class UnseenTargets(WeightedBaseline):
         found = []
         for context, units in self._units.items():
             covered = [u for u, t in enumerate(units.targets) if self.covers(t)]
+            covered = covered[:: ceil(len(covered) / _ENOUGH) or 1]
             for block in blocks(len(covered)):
                 mine = [covered[i] for i in block]
                 perturbations = [units.perturbations[u] for u in mine]
