@@ -450,7 +450,7 @@ def test_contexts_that_have_nothing_in_common_do_no_harm(rng, shared):
 
 
 def test_doses_of_one_drug_are_not_several_targets_of_few_effects(rng):
-    """One drug at six doses says nothing of what other contexts are worth for others."""
+    """One drug at six doses does not show how well other drugs' effects transfer."""
     effect = rng.normal(size=(4, 40))
     effects = {(c, f"D{i}@10"): effect[i] for c in "xy" for i in range(1, 4)}
     effects |= {

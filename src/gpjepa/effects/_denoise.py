@@ -198,8 +198,7 @@ class Denoiser:
 
     With effects *D* (rows × genes), gene weights *H* = diag(*h*), *h* the mean sampling variance
     to the power of -1/4, and *C* the noise of :math:`D H D^\top` (that of the controls is in all
-    rows),
-    the eigenvectors of :math:`D H D^\top U = C U \Lambda`, :math:`U^\top C U = I`, give
+    rows), the eigenvectors of :math:`D H D^\top U = C U \Lambda`, :math:`U^\top C U = I`, give
 
     .. math:: \hat D = W D, \qquad W = C U \varphi(\Lambda)\, U^\top, \qquad
        \varphi(\lambda) = \sqrt{(\lambda - \gamma - 1)^2 - 4 \gamma} / \lambda

@@ -17,7 +17,7 @@ from ._stack import Experts, Stack, fit_stack
 from ._weighted import SPREAD, Estimate, Terms, Weights, total
 
 Form = Literal["nearest", "log_linear", "hill"]
-FOR_HILL = 4
+_FOR_HILL = 4
 """Doses that a curve with a half-maximal dose and a steepness needs."""
 _STEEPNESS = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 _PER_DECADE = 4  # half-maximal doses that are tried
@@ -91,7 +91,7 @@ class Curve:
 
     def weights(self, form: Form, dose: float) -> np.ndarray:
         """Weights of the measured effects, shape (n_doses,)."""
-        if form == "hill" and len(self.doses) >= FOR_HILL:
+        if form == "hill" and len(self.doses) >= _FOR_HILL:
             return self.hill(dose)
         return self._nearest(dose) if form == "nearest" else self._log_linear(dose)
 
@@ -144,7 +144,7 @@ class Doses:
         """What a line, and a Hill curve, say of measured doses without them."""
         rows = []
         for points in self.of.values():
-            if len(points) >= FOR_HILL:
+            if len(points) >= _FOR_HILL:
                 rows += [i for _, i in (points[1:-1] if where == "between" else points[-1:])]
         units = [self.measured.effects.rows[i][1].targets for i in rows]
 
@@ -180,7 +180,7 @@ class Doses:
         if not doses:
             return None
         where = "beyond" if single.doses[0] > doses[-1] else "between"
-        weights = self._stacks[where].weights if len(doses) >= FOR_HILL else np.array([1.0, 0.0])
+        weights = self._stacks[where].weights if len(doses) >= _FOR_HILL else np.array([1.0, 0.0])
         said = self._curves(single, context, without, bias)
         parts = [each.times(float(w)) for w, each in zip(weights, said, strict=True) if w]
         return total(parts).less_sure(SPREAD, _DOUBT[where])

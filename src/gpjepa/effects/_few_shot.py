@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from math import ceil
 
 import numpy as np
 
 from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS
 
-from ._measured import Measured
+from ._measured import Measured, thinned
 from ._stack import Experts, Stack, fit_stack, stack_residual, stacked
 from ._transfer import from_elsewhere
 from ._unseen import UnseenTargets
@@ -76,7 +75,7 @@ class FewShot:
             for i in self.measured.alone.get(context, [])
             if len(effects.measured_in[effects.rows[i][1]]) > 1
         ]
-        rows = rows[:: ceil(len(rows) / _MOST_ROWS) or 1]
+        rows = thinned(rows, _MOST_ROWS)
 
         def of(i: int) -> list[Terms]:
             single = effects.rows[rows[i]][1]

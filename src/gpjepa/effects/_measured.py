@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
+from typing import TypeVar
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -13,6 +15,7 @@ from ._scales import Scale
 from ._table import EffectTable
 from ._weighted import NOTHING, Estimate, Terms, Weights
 
+T = TypeVar("T")
 BLOCK = 256
 """Sums made at a time, which bounds what they need of memory."""
 
@@ -20,6 +23,11 @@ BLOCK = 256
 def blocks(n: int) -> Iterator[range]:
     """The numbers below n, in blocks."""
     return (range(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK))
+
+
+def thinned(rows: list[T], most: int) -> list[T]:
+    """Every k-th of some rows, so that no more than so many are left."""
+    return rows[:: ceil(len(rows) / most) or 1]
 
 
 @dataclass(frozen=True)

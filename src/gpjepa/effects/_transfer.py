@@ -11,7 +11,7 @@ from gpjepa.perturbations import Perturbation
 
 from ._baselines import Baseline
 from ._denoise import Denoiser
-from ._measured import Measured
+from ._measured import Measured, thinned
 from ._scales import Scale
 from ._stack import Experts, fit_stack, stacked
 from ._weighted import Terms, Weights, once
@@ -113,9 +113,9 @@ def transfer_experts(measured: Measured, denoiser: Denoiser | None = None) -> Ex
     """
     effects = measured.effects
     carried = [(p, contexts) for p, contexts in effects.measured_in.items() if len(contexts) > 1]
-    step = 1 + sum(len(contexts) for _, contexts in carried) // _MOST_ROWS
+    carried = thinned(carried, max(_MOST_ROWS // len(effects.contexts), 1))
     # Rows of one perturbation after the other, as they rest on the same rows.
-    several = [measured.row[c, p] for p, contexts in carried[::step] for c in contexts]
+    several = [measured.row[c, p] for p, contexts in carried for c in contexts]
 
     def of(i: int) -> list[Terms]:
         context, perturbation = effects.rows[several[i]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from math import ceil
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from gpjepa.perturbations import Perturbation, TargetFeatures
 
 from ._baselines import WeightedBaseline
 from ._denoise import Denoiser
-from ._measured import blocks
+from ._measured import blocks, thinned
 from ._process import Process
 from ._regression import check_no_leak, single_units
 from ._scales import Scale
@@ -196,27 +195,25 @@ class UnseenTargets(WeightedBaseline):
 
     def _left_out(self, n_experts: int, counts: Callable[[str], bool]) -> Experts:
         """What the first experts say of each target that counts, without it."""
-        rows, names, unit = [], [], []
+        found: list[tuple[int, str, tuple[str, int]]] = []
         for context, units in self._units.items():
             if len(units.targets) < 2:
                 continue
-            chosen = [j for j, u in enumerate(units.unit) if counts(units.targets[u])]
-            rows += units.rows[chosen].tolist()
-            names += [units.targets[units.unit[j]] for j in chosen]
-            unit += [(context, int(units.unit[j])) for j in chosen]
-
-        # As many as are enough to judge experts by.
-        step = ceil(len(rows) / _ENOUGH) or 1
-        rows, names, unit = rows[::step], names[::step], unit[::step]
+            found += [
+                (int(row), units.targets[u], (context, int(u)))
+                for row, u in zip(units.rows, units.unit, strict=True)
+                if counts(units.targets[u])
+            ]
+        found = thinned(found, _ENOUGH)
 
         def of(i: int) -> list[Terms]:
-            context, u = unit[i]
+            context, u = found[i][2]
             units = self._units[context]
             out = [units.targets[u]]
             said = self._said_without(units.perturbations[u], context, out, n_experts)
             return [[(1.0, w)] for w in said]
 
-        return Experts(rows, names, cache(of))
+        return Experts([row for row, *_ in found], [name for _, name, _ in found], cache(of))
 
     # Predictions
 
@@ -270,7 +267,7 @@ class UnseenTargets(WeightedBaseline):
         found = []
         for context, units in self._units.items():
             covered = [u for u, t in enumerate(units.targets) if self.covers(t)]
-            covered = covered[:: ceil(len(covered) / _ENOUGH) or 1]
+            covered = thinned(covered, _ENOUGH)
             for block in blocks(len(covered)):
                 mine = [covered[i] for i in block]
                 perturbations = [units.perturbations[u] for u in mine]

@@ -112,7 +112,7 @@ class Estimate:
     residual
         Weights on the kinds of residual variance, shape (n_kinds,).
     bias
-        Variance of each gene besides: what shrinkage is seen to take off a measured effect beyond
+        Further variance of each gene: what shrinkage is seen to take off a measured effect beyond
         its noise, squared, or what experts leave in a context of its own.
     interaction
         Weight on the variance of interactions.
