@@ -40,16 +40,23 @@ def human_genes() -> tuple[TargetFeatures, ...]:
     Ashburner et al. (2000), the Gene Ontology; Gillespie et al. (2022), Reactome; Tweedie et al.
     (2021), HGNC. Editions and licences are in ``knowledge/README.md`` beside this file.
     """
+    symbols, others = _names()
     with np.load(_HERE / "human_genes.npz") as file:
-        known = dict(file)
+        values = {name: file[key] for name, key in _TABLES.items()}
     with np.load(_HERE / "gene_sets.npz") as file:
         sets = dict(file)
-    symbols = known["symbol"].tolist()
-    others = dict(zip(known["other"].tolist(), known["symbol"][known["other_is"]], strict=True))
-    others |= {e: s for e, s in zip(known["ensembl"].tolist(), symbols, strict=True) if e}
-    values = {name: known[key] for name, key in _TABLES.items()}
     values |= {name: _membership(sets, key, len(symbols)) for name, key in _SETS.items()}
     return tuple(TargetFeatures(symbols, x, name, other_names=others) for name, x in values.items())
+
+
+def _names() -> tuple[list[str], dict[str, str]]:
+    """Symbols, and symbols by other names."""
+    with np.load(_HERE / "human_genes.npz") as file:
+        symbols, ensembl, others, places = (
+            file[key].tolist() for key in ("symbol", "ensembl", "other", "other_is")
+        )
+    found = {other: symbols[place] for other, place in zip(others, places, strict=True)}
+    return symbols, found | {e: s for e, s in zip(ensembl, symbols, strict=True) if e}
 
 
 def _membership(sets: dict[str, np.ndarray], key: str, n: int) -> sp.csc_matrix:
@@ -96,8 +103,12 @@ def choose_features(
     missing = missing or ("mean" if given == "auto" else "error")
     if given == "auto":
         unique = set(targets)
+        least = max(len(unique), 1) / 2
+        # The tables take 100 MB: they are not read for screens of other names.
+        if len(unique & set().union(*_names())) < least:
+            return (), missing
         known = [t for t in unique if any(f.covers(t) for f in human_genes())]
-        return (human_genes() if 2 * len(known) >= max(len(unique), 1) else ()), missing
+        return (human_genes() if len(known) >= least else ()), missing
     if given is None:
         return (), missing
     return ((given,) if isinstance(given, TargetFeatures) else tuple(given)), missing
