@@ -34,12 +34,16 @@ def lincs(data: Path, out: Path) -> None:
         list(zip(drugs, adata.obs["inchi"], strict=True)),
     )
     scaffolds: dict[str, list[str]] = {}
+    structures: dict[str, list[str]] = {}
     for drug, inchi in zip(drugs, adata.obs["inchi"], strict=True):
         generic = MurckoScaffold.MakeScaffoldGeneric(Chem.MolFromInchi(inchi))
         scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=generic) or "no ring"
         scaffolds.setdefault(scaffold, []).append(drug)
-    lines = ["\t".join([name, "", *sorted(set(of))]) for name, of in scaffolds.items()]
-    (out / "lincs_scaffolds.gmt").write_text("\n".join(lines) + "\n")
+        # Salts, isotopes and stereoisomers are one drug.
+        structures.setdefault(Chem.InchiToInchiKey(inchi)[:14], []).append(drug)
+    for file, blocks in [("lincs_scaffolds", scaffolds), ("lincs_connectivity", structures)]:
+        lines = ["\t".join([name, "", *sorted(set(of))]) for name, of in blocks.items()]
+        (out / f"{file}.gmt").write_text("\n".join(lines) + "\n")
     z = np.asarray(adata.X)
     adata.X = np.sign(z) * np.log1p(np.abs(z))
     adata.write_h5ad(out / "lincs_log.h5ad")
