@@ -231,6 +231,13 @@ def test_the_process_is_that_of_scikit_learn(rng):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_where_nothing_is_shared_the_process_says_nothing(rng):
+    """As it is where all variances are fitted to be zero."""
+    process = process_of(random_table(rng))
+    process.variances[:] = 0
+    assert not process.weights([read("g3+g5")], "c").any()
+
+
 @pytest.mark.parametrize("label", ["g3", "g1+g2", "NEW", "g3+NEW"])
 def test_rows_leave_the_process_as_if_they_had_not_been_measured(rng, label):
     """Singles, combinations and unknown targets, where all effects share a noisy control."""

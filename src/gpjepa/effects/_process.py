@@ -77,9 +77,11 @@ class Process:
         """Of what different perturbations share, shape (n_left, n_right)."""
         one, targets = _incidence(left)
         other, others = _incidence(right)
-        of_targets = zip(self.variances, self._of_targets(targets, others), strict=False)
-        kernel = sum(v * part for v, part in of_targets if v)
-        found = one @ (other @ np.transpose(kernel)).T
+        kernel = np.zeros((len(targets), len(others)))
+        for variance, part in zip(self.variances, self._of_targets(targets, others), strict=False):
+            if variance:
+                kernel += variance * part
+        found = one @ (other @ kernel.T).T
         if self._combinations:
             found += self.variances[-2] * np.outer(one.sum(1).A1 > 1, other.sum(1).A1 > 1)
         return found
