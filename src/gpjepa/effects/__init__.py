@@ -14,8 +14,11 @@ from ._cells import CellSums, effect_table
 from ._denoise import denoise
 from ._doses import OtherDose
 from ._enrichment import enrichment, gene_set_scores
+from ._experts import ROLES, ExpertPredictions
 from ._features import coexpression_features, effect_features, gene_loadings
+from ._gain import SharedNoise, kept_share
 from ._gate import Gate, fit_gate
+from ._halves import control_halves
 from ._interactions import (
     interaction_recall,
     measured_interactions,
@@ -32,6 +35,7 @@ from ._unseen import ShrunkenMean, UnseenTargets
 
 __all__ = [
     "PER",
+    "ROLES",
     "SCALES",
     "Additive",
     "AnchorPrediction",
@@ -39,6 +43,7 @@ __all__ = [
     "CellSums",
     "EffectAnchor",
     "EffectTable",
+    "ExpertPredictions",
     "Explanation",
     "Gate",
     "KernelRidge",
@@ -51,12 +56,14 @@ __all__ = [
     "OtherDose",
     "Regimes",
     "Scale",
+    "SharedNoise",
     "ShrunkenAdditive",
     "ShrunkenMean",
     "Transfer",
     "UnseenTargets",
     "check_scale",
     "coexpression_features",
+    "control_halves",
     "denoise",
     "effect_features",
     "effect_table",
@@ -66,6 +73,7 @@ __all__ = [
     "gene_loadings",
     "gene_set_scores",
     "interaction_recall",
+    "kept_share",
     "library_shift",
     "library_shifts",
     "log1p_rates",

@@ -19,6 +19,7 @@ from gpjepa.perturbations import (
 from gpjepa.splits import MIN_UNITS
 
 from ._estimates import ScaleFit
+from ._experts import ExpertPredictions, expert_predictions
 from ._explanation import Explanation
 from ._measured import blocks
 from ._regression import check_no_leak
@@ -165,6 +166,21 @@ class EffectAnchor:
         if single:
             raise ValueError(f"Only combinations interact; {single[:5]} have fewer than 2 targets.")
         return self._predicted(pairs, scale, interactions=True)
+
+    def experts(
+        self, perturbations: Sequence[Perturbation], contexts: Sequence[str], scale: Scale
+    ) -> list[ExpertPredictions]:
+        """What each expert says of each pair, beside :meth:`predict`, which weighs them."""
+        return expert_predictions(self._fit_of(scale), self._checked(perturbations, contexts))
+
+    def shrunken_mean(self, context: str, scale: Scale) -> np.ndarray:
+        """What it says of targets of which nothing is known, in a context where some were perturbed.
+
+        Shape (n_genes,).
+        """
+        fit = self._fit_of(scale)
+        weights = fit.singles.unseen.of_nothing(context)
+        return fit.measured.mean(fit.measured.assemble([[(1.0, weights)]]))[0]
 
     def explain(
         self,
@@ -338,7 +354,7 @@ class EffectAnchor:
     @property
     def n_folds(self) -> int:
         """Steps of :meth:`out_of_fold`."""
-        return 1 if self._many else len(self._folds(10))
+        return 1 if self._many else len(self.folds(10))
 
     @property
     def _many(self) -> bool:
@@ -361,7 +377,7 @@ class EffectAnchor:
         rows = self.effects_.rows
         result = np.zeros((len(rows), len(self.effects_.genes)), np.float32)
         every = np.ones(len(rows), bool)
-        for out, hidden in [(every, every)] if self._many else self._folds(n_folds):
+        for out, hidden in [(every, every)] if self._many else self.folds(n_folds):
             rest = self
             if not self._many:
                 rest = EffectAnchor(self.features, "mean").fit(self.effects_.subset(~hidden))
@@ -375,8 +391,11 @@ class EffectAnchor:
             progress()
         return result
 
-    def _folds(self, n_folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Masks of the rows that are predicted together, and of those that are hidden then."""
+    def folds(self, n_folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Masks of the rows that are predicted together, and of those that are hidden then.
+
+        First of targets, with the combinations that they are part of, then of combinations.
+        """
         rows, perturbations = self.effects_.rows, self.effects_.perturbations
         if len({p.targets for p in perturbations}) < MIN_UNITS:
             contexts = sorted({c for c, _ in rows})

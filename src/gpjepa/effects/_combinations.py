@@ -21,6 +21,7 @@ from ._weighted import (
     Estimate,
     Share,
     Sums,
+    Terms,
     Weights,
     added,
     once,
@@ -34,9 +35,9 @@ taken off) it is 0.08."""
 
 _LEAST_INTERACTION = 0.01
 # Experts on combinations, by how many of their targets were measured alone.
-_BOTH = ("sum of the singles", "larger single", COMBINED, PROCESS, "saturating sum")
-_PARTLY = ("measured targets", "targets never measured", COMBINED, PROCESS)
-_NEITHER = ("sum of the targets", COMBINED, PROCESS)
+BOTH = ("sum of the singles", "larger single", COMBINED, PROCESS, "saturating sum")
+PARTLY = ("measured targets", "targets never measured", COMBINED, PROCESS)
+NEITHER = ("sum of the targets", COMBINED, PROCESS)
 
 
 class Combinations:
@@ -57,12 +58,13 @@ class Combinations:
         # Of what is no expression, or of no known rate, nothing is multiplied.
         self._saturates = self.effects.has_controls and measured.scale in SCALES
         both, partly, neither = self._examples()
-        mine = _BOTH[: 4 + self._saturates]
+        mine = BOTH[: 4 + self._saturates]
         self.both = self._fit(both, dict.fromkeys(mine, 0.0) | {mine[0]: 0.5, PROCESS: 0.5})
-        self.partly = self._fit(partly, dict.fromkeys(_PARTLY, 0.0) | {PROCESS: 1.0})
-        self.neither = self._fit(neither, dict.fromkeys(_NEITHER, 0.0) | {PROCESS: 1.0})
+        self.partly = self._fit(partly, dict.fromkeys(PARTLY, 0.0) | {PROCESS: 1.0})
+        self.neither = self._fit(neither, dict.fromkeys(NEITHER, 0.0) | {PROCESS: 1.0})
         self.residual = self._residual()
         self.misfit = self._misfit(both)
+        self._beyond: dict[str, tuple[list[set[str]], np.ndarray]] = {}
 
     # Fitting
 
@@ -174,6 +176,49 @@ class Combinations:
 
     def expected(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
         """Combinations from their singles and from other combinations, not from themselves."""
+        return [
+            self._expected(sums, known, self._process_knows(*pair))
+            for pair, (sums, known) in zip(pairs, self._sums(pairs), strict=True)
+        ]
+
+    def said(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[tuple[Sums, np.ndarray]]:
+        """Each expert on combinations that were not measured, and its weight."""
+        return [
+            (sums, self._weights(sums, known, self._process_knows(*pair)))
+            for pair, (sums, known) in zip(pairs, self._sums(pairs), strict=True)
+        ]
+
+    def beyond_sums(self, perturbation: Perturbation, context: str) -> list[Terms]:
+        """What measured combinations do beyond their singles, denoised: mean of all, and its kin's.
+
+        Kin share a target with the combination; nothing is said where none was measured.
+        """
+        if context not in self._beyond:
+            self._beyond[context] = self._measured_beyond(context)
+        targets, weights = self._beyond[context]
+        kin = [i for i, t in enumerate(targets) if not t.isdisjoint(perturbation.targets)]
+        rows = self.singles.denoiser.rows.get(context)
+        return [
+            [(1.0, Weights.of(weights[mine].mean(0), rows=rows))]
+            for mine in (list(range(len(targets))), kin)
+            if mine
+        ]
+
+    def _measured_beyond(self, context: str) -> tuple[list[set[str]], np.ndarray]:
+        """Targets of measured combinations, and weights of each minus its singles."""
+        rows = self.singles.denoiser.rows.get(context, np.zeros(0, int))
+        at = {self.effects.rows[i][1]: j for j, i in enumerate(rows)}
+        combined = [p for p in at if len(p.targets) > 1 and all(s in at for s in p.singles)]
+        weights = np.zeros((len(combined), len(at)))
+        for own, p in zip(weights, combined, strict=True):
+            own[at[p]] = 1
+            own[[at[s] for s in p.singles]] = -1
+        if combined:
+            weights = self.singles.denoiser.through(context, weights, special=True)
+        return [set(p.targets) for p in combined], weights
+
+    def _sums(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[tuple[Sums, list[bool]]]:
+        """What experts say of combinations without them, and which targets they know."""
         never = [(p, c) for p, c in pairs if (c, p) not in self.measured.row]
         alone = self.singles.estimates([(s, c) for p, c in never for s in p.singles])
         means = self._means(alone)
@@ -187,7 +232,7 @@ class Combinations:
                 parts = [alone[s, context] for s in perturbation.singles]
                 said = np.stack([means[s, context] for s in perturbation.singles])
                 sums = self._experts(perturbation, context, parts, known, said, [])
-            found.append(self._expected(sums, known, self._process_knows(perturbation, context)))
+            found.append((sums, known))
         return found
 
     def interactions(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
@@ -229,12 +274,7 @@ class Combinations:
 
     def _expected(self, sums: Sums, known: list[bool], process_knows: bool = True) -> Estimate:
         """A combination from its singles, and from other combinations."""
-        stack = self.both if all(known) else self.partly if any(known) else self.neither
-        weights = stack.weights.copy()
-        if not process_knows:  # what is carried over from other contexts says it in its place
-            at = sums.names.index(PROCESS)
-            weights[: 2 if stack is self.partly else 1] += weights[at]
-            weights[at] = 0
+        weights = self._weights(sums, known, process_knows)
         expected = sums.weighted(weights)
         if not any(known) and not weights[0]:  # nothing of the targets, whose doubt it had
             expected = expected.less_sure(COMBINATIONS, 1.0)
@@ -244,6 +284,16 @@ class Combinations:
         return replace(
             expected, residual=expected.residual + both, singles=tuple(map(float, taken[:n]))
         )
+
+    def _weights(self, sums: Sums, known: list[bool], process_knows: bool) -> np.ndarray:
+        """Weights of the experts, by which of its targets are known."""
+        stack = self.both if all(known) else self.partly if any(known) else self.neither
+        weights = stack.weights.copy()
+        if not process_knows:  # what is carried over from other contexts says it in its place
+            at = sums.names.index(PROCESS)
+            weights[: 2 if stack is self.partly else 1] += weights[at]
+            weights[at] = 0
+        return weights
 
     def _means(self, alone: dict[Single, Estimate]) -> dict[Single, np.ndarray]:
         """The effects that estimates stand for."""
@@ -268,15 +318,15 @@ class Combinations:
         unit = np.eye(n + 3)
         whole, last = unit[:n].sum(0), [unit[n], unit[n + 1]]
         if not any(known):
-            return Sums(parts, np.stack([whole, *last])[:, :-1], _NEITHER)
+            return Sums(parts, np.stack([whole, *last])[:, :-1], NEITHER)
         if not all(known):
             measured = mine @ unit[:n]
-            return Sums(parts, np.stack([measured, whole - measured, *last])[:, :-1], _PARTLY)
+            return Sums(parts, np.stack([measured, whole - measured, *last])[:, :-1], PARTLY)
         larger = unit[int(np.argmax((said**2).sum(1)))]
         if not self._saturates:
-            return Sums(parts, np.stack([whole, larger, *last])[:, :-1], _BOTH[:-1])
+            return Sums(parts, np.stack([whole, larger, *last])[:, :-1], BOTH[:-1])
         parts.append(self._saturation(said, context))
-        return Sums(parts, np.stack([whole, larger, *last, whole + unit[n + 2]]), _BOTH)
+        return Sums(parts, np.stack([whole, larger, *last, whole + unit[n + 2]]), BOTH)
 
     def _of_others(
         self, perturbation: Perturbation, context: str, out: list[int]

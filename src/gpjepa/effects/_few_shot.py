@@ -17,7 +17,7 @@ from ._weighted import Share, Terms, added, once
 
 _MOST_ROWS = 300
 """Rows of a context that its weights are fitted on."""
-_SPECIAL = ("special to it elsewhere", "special to it where controls are alike")
+SPECIAL = ("special to it elsewhere", "special to it where controls are alike")
 
 
 class FewShot:
@@ -50,7 +50,7 @@ class FewShot:
         [said] = self.unseen.of_targets([single], context)
         found = [Share(str(single), name, float(own * w), of) for name, w, of in said.experts]
         for name, weight, terms in zip(
-            _SPECIAL, weights, self._special(single, context), strict=True
+            SPECIAL, weights, self._special(single, context), strict=True
         ):
             of = once(added(of.times(factor) for factor, of in terms))
             found.append(Share(str(single), name, float(weight), of))
@@ -62,7 +62,7 @@ class FewShot:
 
     def _stack(self, context: str) -> tuple[Stack, np.ndarray]:
         experts = self.experts(context)
-        own_alone = np.eye(1 + len(_SPECIAL))[0]
+        own_alone = np.eye(1 + len(SPECIAL))[0]
         stack = fit_stack(self.measured, experts, own_alone, np.zeros(len(own_alone)))
         residual = stack_residual(self.measured, experts, stack.weights)
         return stack, np.zeros(self.measured.values.shape[1]) if residual is None else residual

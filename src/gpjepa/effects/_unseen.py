@@ -217,6 +217,10 @@ class UnseenTargets(WeightedBaseline):
 
     # Predictions
 
+    def of_nothing(self, context: str) -> Weights:
+        """What is said of a target of which nothing is known: the shrunken mean effect."""
+        return self._mean_of(context).times(float(self.mean_stack_.weights[0]))
+
     def of_targets(self, singles: Sequence[Perturbation], context: str) -> list[NeverPerturbed]:
         """What the experts say of targets in a context where something was measured."""
         weights = [np.repeat(self._mean_but(context)[None], len(singles), 0)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ._attention import SimilarityAttention
 from ._by_gene import load_genes
 from ._ema import ema_copy, ema_update
 from ._encoders import ComponentEncoder, Encoder, MLPEncoder, ResidualEncoder
@@ -13,6 +14,7 @@ from ._heads import (
     mlp,
 )
 from ._perceiver import PerceiverEncoder
+from ._response import ResponseInputs, ResponseNetwork
 from ._tokens import Tokenizer
 from ._transformer import TransformerEncoder
 
@@ -65,6 +67,9 @@ __all__ = [
     "PerceiverEncoder",
     "PerturbationEncoder",
     "ResidualEncoder",
+    "ResponseInputs",
+    "ResponseNetwork",
+    "SimilarityAttention",
     "Tokenizer",
     "TransformerEncoder",
     "ema_copy",

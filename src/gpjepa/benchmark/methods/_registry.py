@@ -31,6 +31,7 @@ from ._protocol import Method
 Features = Sequence[TargetFeatures]
 Role = Literal["floor", "ceiling", "oracle", "negative", "method"]
 FLOOR, CEILING = "mean", "replicate"
+_RESPONSE = f"{__package__}._response"
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,19 @@ class Known:
     @property
     def of_effects(self) -> bool:
         """Whether it learns from mean effects alone, and needs no cells."""
-        return self.module == effects.__name__
+        return self.module in (effects.__name__, _RESPONSE)
 
 
 def _gpjepa(features: Features, seed: int, options: dict[str, Any]) -> Method:
     from ._gpjepa import GPJEPAMethod
 
     return GPJEPAMethod(features, seed, **options)
+
+
+def _response(features: Features, seed: int, options: dict[str, Any]) -> Method:
+    from ._response import ResponseMethod
+
+    return ResponseMethod(features, **options)
 
 
 def _plain(kind: Callable[..., Any], **about: Any) -> Known:
@@ -97,6 +104,12 @@ METHODS: dict[str, Known] = {
     "transfer": _plain(Transfer),
     "other dose": _plain(OtherDose),
     "anchor": Known(lambda f, s, o: effects.anchor(f), takes_features=True),
+    "response": Known(
+        _response,
+        takes_features=True,
+        options=lambda gate="auto": None,
+        module=_RESPONSE,
+    ),
     "permuted labels": Known(
         lambda f, s, o: effects.permuted_labels(f, s),
         seeded=True,

@@ -1,0 +1,124 @@
+"""Episodes: rows of a screen are hidden as a regime would hide them, and are to be predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from gpjepa.datasets import RandomScreen
+from gpjepa.effects import EffectAnchor
+from gpjepa.nn import ResponseInputs
+
+from ._inputs import READ, make_query
+
+_MOST_ROWS = 12
+_FEW = 12  # effects of its own that a context has at most in an episode of few shots
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Hidden rows, in units of the scale of each.
+
+    Attributes
+    ----------
+    inputs
+        What the network reads of them.
+    truth
+        True effects, shape (n_rows, n_genes).
+    variance
+        The anchor's, shape (n_rows, n_genes).
+    counts
+        Genes that are scored: all but those targeted, shape (n_rows, n_genes).
+    """
+
+    inputs: ResponseInputs
+    truth: torch.Tensor
+    variance: torch.Tensor
+    counts: torch.Tensor
+
+    def genes(self, chosen: torch.Tensor) -> Episode:
+        """Of some genes only."""
+        rest = (each[:, chosen] for each in (self.truth, self.variance, self.counts))
+        return Episode(self.inputs.genes(chosen), *rest)
+
+    def to(self, dtype: torch.dtype) -> Episode:
+        """With floating-point numbers of another precision."""
+        inputs = [getattr(self.inputs, f.name) for f in fields(self.inputs)]
+        values = [v.to(dtype) if v.is_floating_point() else v for v in inputs]
+        truth, variance = self.truth.to(dtype), self.variance.to(dtype)
+        return Episode(ResponseInputs(*values), truth, variance, self.counts)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the genes that are scored, shape (n_rows,)."""
+        return (values * self.counts).sum(1) / self.counts.sum(1).clamp_min(1)
+
+
+def draw_episode(screen: RandomScreen, rng: np.random.Generator) -> Episode | None:
+    """Hide rows of a screen, fit the anchor on the others, and ask for some of those hidden.
+
+    None if nothing is left to fit on, or nothing hidden that the network reads.
+    """
+    hidden, may_be_asked = hide(screen, rng)
+    rows, rest = screen.effects.rows, screen.effects.subset(~hidden)
+    asked = np.array(
+        [
+            i
+            for i in np.flatnonzero(may_be_asked)
+            if rest.regimes.of(rows[i][1], rows[i][0]) in READ
+        ],
+        int,
+    )
+    asked = np.sort(rng.permutation(asked)[:_MOST_ROWS])
+    if not len(asked) or not rest.rows:
+        return None
+    anchor = EffectAnchor(screen.features, "mean").fit(rest)
+    [on] = screen.effects.scales
+    query = make_query(anchor, [rows[i][1] for i in asked], [rows[i][0] for i in asked], on)
+    scale = query.scale[:, None]
+    return Episode(
+        query.inputs,
+        torch.from_numpy((screen.truth[asked] / scale).astype(np.float32)),
+        torch.from_numpy((query.anchor.variance / scale**2).astype(np.float32)),
+        torch.from_numpy(~screen.effects.targeted(asked)),
+    )
+
+
+def hide(screen: RandomScreen, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that are hidden, and those of them that may be asked for."""
+    rows = screen.effects.rows
+    several = np.array([len(p.targets) > 1 for _, p in rows])
+    contexts = np.array([c for c, _ in rows], dtype=object)
+    kinds = ["combinations", "combinations", "targets"]
+    if len(set(contexts)) > 1:
+        kinds += ["context", "few"]
+    kind = kinds[rng.integers(len(kinds))]
+    if kind == "combinations":
+        return _combinations(rng, several, [p for _, p in rows])
+    if kind == "targets":
+        targets = sorted({t for _, p in rows for t in p.targets})
+        chosen = set(rng.permutation(targets)[: max(1, len(targets) // 4)])
+        hidden = np.array([not chosen.isdisjoint(p.targets) for _, p in rows])
+        return hidden, hidden
+    here = contexts == rng.choice(sorted(set(contexts)))
+    if kind == "few":
+        n = int(rng.integers(1, _FEW + 1))
+        here[rng.permutation(np.flatnonzero(here))[:n]] = False
+    return here, here
+
+
+def _combinations(
+    rng: np.random.Generator, several: np.ndarray, perturbations: list
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some combinations in all contexts, or all of them, and sometimes a few of their targets."""
+    units = sorted({p for p, many in zip(perturbations, several, strict=True) if many})
+    share = rng.choice([0.3, rng.random(), 1.0], p=[0.4, 0.3, 0.3])
+    chosen = {units[i] for i in rng.permutation(len(units))[: max(1, round(share * len(units)))]}
+    asked = np.array([p in chosen for p in perturbations])
+    hidden = asked.copy()
+    if rng.random() < 0.2:  # of other combinations, some targets were never measured alone
+        alone = sorted({p for p, many in zip(perturbations, several, strict=True) if not many})
+        away = {alone[i] for i in rng.permutation(len(alone))[: len(alone) // 4]}
+        hidden |= np.array([p in away for p in perturbations])
+    return hidden, asked

@@ -1,0 +1,109 @@
+"""What the response network reads, from an anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpjepa.effects import ROLES, AnchorPrediction, EffectAnchor, ExpertPredictions, Scale
+from gpjepa.nn import ResponseInputs
+from gpjepa.perturbations import Perturbation
+
+READ = ("seen2", "seen1", "seen0", "new context")
+"""Regimes that the response network reads. What it learned of targets never perturbed, from simulated
+screens, was wrong of others: there, attention learns on the screen itself."""
+_LEAST = 1e-9
+
+
+@dataclass(frozen=True)
+class Query:
+    """Some mean effects: what the anchor says of them, and the same for the network.
+
+    Attributes
+    ----------
+    anchor
+        Its predictions.
+    inputs
+        What the network reads, in units of ``scale``.
+    scale
+        Expected size of an effect: root mean square over genes of the anchor's mean and standard
+        deviation, shape (n_rows,).
+    """
+
+    anchor: AnchorPrediction
+    inputs: ResponseInputs
+    scale: np.ndarray
+
+
+def make_query(
+    anchor: EffectAnchor, perturbations: Sequence[Perturbation], contexts: Sequence[str], on: Scale
+) -> Query:
+    """What anchor and network are asked for some pairs of perturbation and context."""
+    predicted = anchor.predict(perturbations, contexts, on)
+    experts = anchor.experts(perturbations, contexts, on)
+    size = (predicted.mean.astype(float) ** 2 + predicted.variance).mean(1)
+    scale = np.sqrt(np.maximum(size, _LEAST))
+    most = max([1, *(len(e.roles) for e in experts)])
+    table = anchor.effects_
+    said, noise = (np.zeros((len(experts), most, len(table.genes)), np.float32) for _ in range(2))
+    roles = np.full((len(experts), most), -1)
+    per_expert = np.zeros((len(experts), most, 4), np.float32)
+    for i, each in enumerate(experts):
+        n = len(each.roles)
+        said[i, :n], noise[i, :n] = each.mean / scale[i], np.sqrt(each.noise) / scale[i]
+        roles[i, :n] = [ROLES.index(role) for role in each.roles]
+        per_expert[i, :n] = _of_experts(each, predicted.mean[i])
+    genes = {gene: g for g, gene in enumerate(table.genes)}
+    targeted = np.zeros(predicted.mean.shape, np.float32)
+    for own, perturbation in zip(targeted, perturbations, strict=True):
+        own[[genes[t] for t in perturbation.targets if t in genes]] = 1
+    controls = [
+        np.stack([of[on][c] for c in contexts]) for of in (table.control, table.control_variance)
+    ]
+    lengths = [predicted.mean, np.sqrt(predicted.variance), controls[0], np.sqrt(controls[1])]
+    per_gene = np.stack([*(each / scale[:, None] for each in lengths), targeted], -1)
+    return Query(
+        predicted,
+        ResponseInputs(
+            torch.from_numpy(said),
+            torch.from_numpy(noise),
+            torch.from_numpy(roles),
+            torch.from_numpy(per_expert),
+            torch.from_numpy(per_gene.astype(np.float32)),
+            torch.from_numpy(_of_rows(anchor, perturbations, contexts)),
+        ),
+        scale,
+    )
+
+
+def _of_experts(each: ExpertPredictions, anchor: np.ndarray) -> np.ndarray:
+    """Scalars of the experts on one row, shape (n_experts, 4)."""
+    length = np.sqrt((each.mean**2).sum(1)) + _LEAST
+    whole = np.sqrt((anchor.astype(float) ** 2).sum()) + _LEAST
+    cosine = each.mean @ anchor / (length * whole)
+    relative = np.log1p(np.minimum(length / whole, 20))
+    return np.stack([each.weights, np.clip(each.on_control, -3, 3), cosine, relative], 1)
+
+
+def _of_rows(
+    anchor: EffectAnchor, perturbations: Sequence[Perturbation], contexts: Sequence[str]
+) -> np.ndarray:
+    """How much was measured, and where, shape (n_rows, 6)."""
+    rows = anchor.effects_.rows
+    n: dict[tuple[str, bool], int] = {}
+    for context, perturbation in rows:
+        of = context, len(perturbation.targets) > 1
+        n[of] = n.get(of, 0) + 1
+    regimes = anchor.effects_.regimes
+    found = []
+    for perturbation, context in zip(perturbations, contexts, strict=True):
+        alone = [regimes.of(s, context) == "seen" for s in perturbation.singles]
+        elsewhere = len(regimes.measured_in.get(perturbation, ()))
+        counts = [n.get((context, False), 0), n.get((context, True), 0), elsewhere]
+        n_targets = len(perturbation.targets)
+        share = sum(alone) / n_targets
+        found.append([*np.log1p(counts) / 2, float(n_targets > 1), n_targets / 2, share])
+    return np.array(found, np.float32)
