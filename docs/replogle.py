@@ -1,9 +1,10 @@
-"""Many targets in two lines, with and without knowledge of genes: docs/anchor.md.
+"""Many targets in two lines, with and without knowledge of genes: docs/target-features.md.
 
 python docs/replogle.py DATA
 
 Real knock-downs (Replogle 2022, ranks): error over that of the line's mean effect, over all genes
-and over the 1,000 that vary most between the targets of training.
+and over the 1,000 that vary most between the targets of training; of the anchor, and of the response
+predictor, which adds networks to it.
 """
 
 import sys
@@ -14,8 +15,9 @@ import numpy as np
 import pandas as pd
 from anndata import read_h5ad
 
-from gpjepa.effects import EffectAnchor, EffectTable
+from gpjepa.effects import EffectTable
 from gpjepa.perturbations import Perturbation, TargetFeatures, human_genes
+from gpjepa.response import ResponsePredictor
 
 UNIT = "rank score"
 VARIABLE = 1_000
@@ -34,23 +36,26 @@ class Screen:
         self.targets = np.array(sorted(set(self.target)))
 
     def errors(self, train: np.ndarray, test: np.ndarray, features: Kinds) -> pd.DataFrame:
-        """Squared errors of the anchor and of the mean effect, by line, over all and some genes."""
+        """Squared errors of anchor, response and mean effect, by target and line."""
         table = EffectTable.from_anndata(self.adata[train], "perturbation", "context", unit=UNIT)
         wanted = [Perturbation.of([t]) for t in self.target[test]]
-        anchor = EffectAnchor(features, "mean").fit(table)
-        predicted = anchor.predict(wanted, list(self.line[test]), UNIT).mean
-        found = []
+        predictor = ResponsePredictor(features, missing_features="mean").fit(table)
+        found = predictor.predict(wanted, list(self.line[test]), UNIT)
+        parts = []
         for line in np.unique(self.line[test]):
             here = self.values[train & (self.line == line)]
             mine = self.line[test] == line
             truth, most = self.values[test][mine], np.argsort(-here.var(0))[:VARIABLE]
+            targets = self.target[test][mine]
+            said = {
+                "anchor": found.anchor[mine],
+                "response": found.mean[mine],
+                "mean": np.broadcast_to(here.mean(0), truth.shape),
+            }
             for genes, which in (("all", slice(None)), (f"{VARIABLE} most variable", most)):
-                anchored, mean = (
-                    float((((said - truth) ** 2)[:, which]).sum())
-                    for said in (predicted[mine], here.mean(0))
-                )
-                found.append((line, genes, anchored, mean))
-        return pd.DataFrame(found, columns=["line", "genes", "anchor", "mean"])
+                of = {k: ((v - truth) ** 2)[:, which].sum(1) for k, v in said.items()}
+                parts.append(pd.DataFrame({"line": line, "genes": genes, "target": targets, **of}))
+        return pd.concat(parts)
 
     def folds(self, features: Kinds) -> pd.Series:
         """Five folds over the targets, each out of both lines at once."""
@@ -70,8 +75,15 @@ class Screen:
 
 
 def _relative(parts: list[pd.DataFrame]) -> pd.Series:
-    total = pd.concat(parts).groupby(["line", "genes"])[["anchor", "mean"]].sum()
-    return total["anchor"] / total["mean"]
+    """Errors over that of the mean effect, and what the networks gain with its 95% interval."""
+    every = pd.concat(parts)
+    total = every.groupby(["line", "genes"])[["anchor", "response", "mean"]].sum()
+    found = total[["anchor", "response"]].div(total["mean"], axis=0).stack()
+    for genes, of in every.groupby("genes"):
+        gain = (of["anchor"] - of["response"]).groupby(of["target"]).mean() / of["mean"].mean()
+        half = 1.96 * gain.std() / np.sqrt(len(gain))
+        found["both", genes, "gain"] = f"{gain.mean():.4f} ± {half:.4f}"
+    return found
 
 
 if __name__ == "__main__":
@@ -84,4 +96,4 @@ if __name__ == "__main__":
         "50 known here, 400 in the other line, human genes": screen.few_shot(human_genes()),
         "50 known here, 400 in the other line, nothing": screen.few_shot(()),
     }
-    print(pd.DataFrame(found).T.round(3).to_markdown())
+    print(pd.DataFrame(found).T.to_markdown(floatfmt=".3f"))

@@ -12,9 +12,9 @@ from gpjepa.effects import ROLES, AnchorPrediction, EffectAnchor, ExpertPredicti
 from gpjepa.nn import ResponseInputs
 from gpjepa.perturbations import Perturbation
 
-READ = ("seen2", "seen1", "seen0", "new context")
-"""Regimes that the response network reads. What it learned of targets never perturbed, from simulated
-screens, was wrong of others: there, attention learns on the screen itself."""
+READ = ("seen2", "seen1", "new context")
+"""Regimes that the response network reads. What it learned from simulated screens of targets never
+perturbed, and of combinations of which no target was measured alone, was wrong of other screens."""
 _LEAST = 1e-9
 
 

@@ -20,7 +20,6 @@ NETWORKS = ("response network", "attention")
 PRIOR = {
     "seen2": (0.5, 0.0),
     "seen1": (0.0, 0.0),
-    "seen0": (0.0, 0.0),
     "unseen": (0.0, 0.0),
     "new context": (0.0, 0.0),
 }

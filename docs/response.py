@@ -1,0 +1,166 @@
+"""What the networks add to the anchor, on simulated screens and on Norman's doubles: docs/response.md.
+
+python docs/response.py DATA
+"""
+
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from gpjepa.datasets import simulate
+from gpjepa.effects import EffectTable, ShrunkenAdditive, effect_table, noise_corrected_error
+from gpjepa.perturbations import LabelReader, Perturbation, TargetFeatures
+from gpjepa.response import ResponsePredictor
+
+ON = "mean_log1p"
+SEEDS = range(100, 108)  # of no screen on which anything was chosen
+CELLS = (2_000, 3_000, 4_000, 5_000, 6_000, 8_000, 10_000, 12_000)
+FOLDS = {"doubles": 6, "targets": 3}
+SPLITS = 20
+GATES = {"anchor": 0, "auto": "auto", "gate 1": 1}
+
+
+def table_of(adata: ad.AnnData, keep: np.ndarray | None = None) -> EffectTable:
+    """Effects of some cells, in one context."""
+    read = LabelReader().read
+    labels = adata.obs["perturbation"].astype(str)
+    known = {label: read(label) for label in labels.unique()}
+    library = adata.obs.get("library_size", np.asarray(adata.X.sum(1)).ravel())
+    keep = np.ones(adata.n_obs, bool) if keep is None else keep
+    perturbations, context = [known[label] for label in labels], ["all"] * adata.n_obs
+    genes = adata.var_names
+    return effect_table(adata.X, np.asarray(library, float), perturbations, context, genes, keep)
+
+
+class Errors:
+    """Squared errors of methods, summed over rows, by row of a table of the docs."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict] = []
+
+    def add(self, what: str, screen: int, of: dict[str, np.ndarray], nothing: np.ndarray) -> None:
+        """Errors of some perturbations, and of no change."""
+        summed = {name: float(np.sum(e)) for name, e in of.items()}
+        self._rows.append({"what": what, "screen": screen, "n": float(nothing.sum()), **summed})
+
+    def table(self) -> pd.DataFrame:
+        """Errors over no change, pooled, and the share of screens made worse by more than 1%."""
+        found = pd.DataFrame(self._rows).groupby(["what", "screen"], sort=False).sum()
+        pooled = found.groupby(level=0, sort=False).sum()
+        worse = (found["auto"] > 1.01 * found["anchor"]).groupby(level=0, sort=False).mean()
+        return pooled.drop(columns="n").div(pooled["n"], axis=0).assign(worse=worse).round(3)
+
+
+def predictions(
+    train: EffectTable,
+    wanted: list[Perturbation],
+    features: Iterable[TargetFeatures] = (),
+) -> dict[str, np.ndarray]:
+    """Of the anchor, of both gates, and of a simple baseline."""
+    predictor = ResponsePredictor(tuple(features), missing_features="mean").fit(train)
+    contexts = ["all"] * len(wanted)
+    said = {name: predictor.predict(wanted, contexts, ON, g).mean for name, g in GATES.items()}
+    return said | {"shrunken additive": ShrunkenAdditive().fit(train).predict(wanted, contexts)}
+
+
+def of_simulated() -> pd.DataFrame:
+    """Doubles, and targets never perturbed, of simulated screens; errors against the truth."""
+    errors = Errors()
+    for seed, n_cells in zip(SEEDS, CELLS, strict=True):
+        for null in (False, True):
+            adata = simulate(n_cells, 600, seed=seed)
+            if null:  # labels dealt out anew: no perturbation does anything
+                labels = adata.obs["perturbation"].to_numpy()
+                adata.obs["perturbation"] = np.random.default_rng(seed).permutation(labels)
+            _of_screen(errors, seed, adata, null)
+    return errors.table()
+
+
+def _of_screen(errors: Errors, seed: int, adata: ad.AnnData, null: bool) -> None:
+    table, truth = table_of(adata), adata.uns["simulation"]
+    effect = dict(zip(truth["rows"]["perturbation"], truth["effect"][ON], strict=True))
+    rows = [p for _, p in table.rows]
+    true = np.stack([effect[str(p)] for p in rows])
+    several = np.array([len(p.targets) > 1 for p in rows])
+
+    def judge(what: str, out: np.ndarray, hidden: np.ndarray, features=()) -> None:
+        said = predictions(
+            table.subset(~hidden), [p for p, o in zip(rows, out, strict=True) if o], features
+        )
+        scored = ~table.targeted(np.flatnonzero(out))
+        if null:  # there is nothing to be right about: in units of the noise
+            nothing = (table.noise(ON)[out] * scored).sum(1)
+            of = {k: ((v**2) * scored).sum(1) for k, v in said.items()}
+        else:
+            nothing = (true[out] ** 2 * scored).sum(1)
+            of = {k: ((v - true[out]) ** 2 * scored).sum(1) for k, v in said.items()}
+        errors.add(f"{what}, nothing there" if null else what, seed, of, nothing)
+
+    rng = np.random.default_rng(seed)
+    fold = np.where(several, rng.permutation(len(rows)) % FOLDS["doubles"], -1)
+    for k in range(FOLDS["doubles"]):
+        judge("doubles", fold == k, fold == k)
+    judge("doubles, none measured", several, several)
+    targets = sorted({p.targets[0] for p in rows if len(p.targets) == 1})
+    informative = _known(adata, targets)
+    order = rng.permutation(targets)
+    for k in range(FOLDS["targets"]):
+        away = set(order[k :: FOLDS["targets"]])
+        hidden = np.array([not away.isdisjoint(p.targets) for p in rows])
+        for name, features in (
+            ("features", informative),
+            ("useless features", informative.permuted(seed)),
+        ):
+            judge(f"targets never perturbed, {name}", hidden & ~several, hidden, [features])
+        judge("doubles of targets never perturbed", hidden & several, hidden)
+
+
+def _known(adata: ad.AnnData, targets: list[str]) -> TargetFeatures:
+    """What the true network says of the regulators: which others, and which genes, they act on."""
+    network = adata.uns["simulation"]["network"]
+    names = list(map(str, network["regulators"]))
+    at = [names.index(t) for t in targets]
+    acts = np.asarray(network["regulation"])[at]
+    return TargetFeatures(targets, acts, "true network")
+
+
+def of_norman(data: Path) -> pd.DataFrame:
+    """Norman's doubles, each split of the controls on its own; errors without the noise."""
+    adata = ad.read_h5ad(data / "norman_2019_mini.h5ad")
+    spelt = {x: str(Perturbation.parse(x)) for x in adata.obs["perturbation"].unique()}
+    labels = adata.obs["perturbation"].map(spelt).astype(str).to_numpy()
+    alone = {x for x in labels if "+" not in x}
+    doubles = sorted({x for x in labels if "+" in x})
+    both = [x for x in doubles if set(x.split("+")) <= alone]
+    errors = Errors()
+    for split in range(SPLITS):
+        rng = np.random.default_rng(split)
+        controls = rng.permutation(np.flatnonzero(labels == "control"))
+        train = np.ones(len(labels), bool)
+        train[controls[1::2]] = False
+        test = np.isin(labels, doubles)
+        test[controls[1::2]] = True
+        one, other = table_of(adata, train), table_of(adata, test)
+        asked = [("five doubles, both targets measured", both, both)]
+        asked += [("the same, no double measured", both, doubles)]
+        asked += [("all fifteen doubles", doubles[k::5], doubles[k::5]) for k in range(5)]
+        for what, out, hidden in asked:
+            kept = np.array([str(p) not in hidden for _, p in one.rows])
+            said = predictions(one.subset(kept), [Perturbation.parse(x) for x in out])
+            there = {str(p): i for i, (_, p) in enumerate(other.rows)}
+            at = [there[x] for x in out]
+            truth = other.effect[ON][at], other.noise(ON)[at], ~other.targeted(at)
+            of = {k: noise_corrected_error(v, *truth) for k, v in said.items()}
+            errors.add(what, split, of, noise_corrected_error(0 * truth[0], *truth))
+    return errors.table()
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    print(of_simulated().to_markdown())
+    print(of_norman(Path(sys.argv[1])).to_markdown())
