@@ -1,6 +1,6 @@
 """Train the response network that comes with the package: docs/response.md.
 
-python docs/response_network.py [OUT]   # about 50 minutes on two CPU cores
+python docs/response_network.py [OUT]   # about half an hour on two CPU cores
 """
 
 import sys
@@ -10,6 +10,6 @@ from gpjepa.response import pretrain, save_network
 
 if __name__ == "__main__":
     package = Path(__file__).parents[1] / "src" / "gpjepa" / "response" / "pretrained.safetensors"
-    network = pretrain(20_000, 3)
+    network = pretrain()
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else package
     save_network(network, out, "python docs/response_network.py")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -525,7 +526,7 @@ def test_the_network_is_no_part_of_a_baselines_code(monkeypatch):
 
     def changed_when(module):
         package_source.cache_clear()
-        plain = {n: method_source(n) for n in ("anchor", "GP-JEPA")}
+        plain = {n: method_source(n) for n in ("anchor", "response", "GP-JEPA")}
         package_source.cache_clear()
         original = sources._code
         source = sources._file(module).read_text()
@@ -538,7 +539,19 @@ def test_the_network_is_no_part_of_a_baselines_code(monkeypatch):
         return found
 
     assert changed_when("gpjepa.model._gpjepa") == {"GP-JEPA"}
-    assert changed_when("gpjepa.effects._anchor") == {"anchor", "GP-JEPA"}
+    assert changed_when("gpjepa.response._gate") == {"response"}
+    assert changed_when("gpjepa.effects._anchor") == {"anchor", "response", "GP-JEPA"}
+
+
+def test_other_weights_make_another_method(monkeypatch):
+    read = Path.read_bytes
+    names = ("anchor", "response")
+    before = {n: method_source(n) for n in names}
+    package_source.cache_clear()
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + b"other")
+    assert [method_source(n) == before[n] for n in names] == [True, False]
+    monkeypatch.undo()
+    package_source.cache_clear()
 
 
 # Splits

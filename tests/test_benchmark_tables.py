@@ -64,6 +64,23 @@ def test_wells_are_split_and_scored_by_their_replicates(rng, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+def test_the_response_predictor_is_a_method(rng, tmp_path):
+    """With its gates; the networks read tables without cells."""
+    path = tmp_path / "wells.h5ad"
+    wells(rng, n=60, replicates=2).write_h5ad(path)
+    table = pd.DataFrame(np.eye(GROUPS)[np.arange(60) % GROUPS], [f"T{i:02d}" for i in range(60)])
+    table.to_csv(tmp_path / "kinds.csv")
+    arms = [{"name": "response", "label": f"gate {g}", "options": {"gate": g}} for g in (0, 1)]
+    given = config(path, ["response", *arms], features=[{"table": str(tmp_path / "kinds.csv")}])
+    given["metrics"] = ["squared_error"]
+    result = benchmark.run(given, tmp_path / "out", progress=False)
+    assert set(result.runs["status"]) == {"done"}
+    error = result.table((), ["squared_error"]).set_index("method")["value"]
+    assert error["gate 0"] == pytest.approx(error["anchor"])
+    assert error["gate 1"] != pytest.approx(error["anchor"])
+    assert error["response"] < 1.05 * error["anchor"]
+
+
 def test_controls_and_replicates_are_never_on_both_sides(rng):
     values = standard_effects(wells(rng), unit="z")
     rows = [("all", Perturbation.parse(f"T{i:02d}")) for i in range(24)]

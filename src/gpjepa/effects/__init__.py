@@ -16,7 +16,6 @@ from ._doses import OtherDose
 from ._enrichment import enrichment, gene_set_scores
 from ._experts import ROLES, ExpertPredictions
 from ._features import coexpression_features, effect_features, gene_loadings
-from ._gain import SharedNoise, kept_share
 from ._gate import Gate, fit_gate
 from ._halves import control_halves
 from ._interactions import (
@@ -56,7 +55,6 @@ __all__ = [
     "OtherDose",
     "Regimes",
     "Scale",
-    "SharedNoise",
     "ShrunkenAdditive",
     "ShrunkenMean",
     "Transfer",
@@ -73,7 +71,6 @@ __all__ = [
     "gene_loadings",
     "gene_set_scores",
     "interaction_recall",
-    "kept_share",
     "library_shift",
     "library_shifts",
     "log1p_rates",

@@ -55,6 +55,11 @@ class AnchorPrediction:
     noise: np.ndarray
     regime: list[str]
 
+    def rows(self, chosen: Sequence[int]) -> AnchorPrediction:
+        """Some of the predictions."""
+        values = (self.mean[chosen], self.variance[chosen], self.noise[chosen])
+        return AnchorPrediction(*values, [self.regime[i] for i in chosen])
+
 
 class EffectAnchor:
     r"""Closed-form prediction of mean effects from everything that simple baselines know.
@@ -172,6 +177,10 @@ class EffectAnchor:
     ) -> list[ExpertPredictions]:
         """What each expert says of each pair, beside :meth:`predict`, which weighs them."""
         return expert_predictions(self._fit_of(scale), self._checked(perturbations, contexts))
+
+    def covers(self, target: str) -> bool:
+        """Whether some of its features know a target."""
+        return any(kind.covers(target) for kind in self.features)
 
     def shrunken_mean(self, context: str, scale: Scale) -> np.ndarray:
         """What it says of targets of which nothing is known, in a context where some were perturbed.

@@ -64,7 +64,7 @@ class Combinations:
         self.neither = self._fit(neither, dict.fromkeys(NEITHER, 0.0) | {PROCESS: 1.0})
         self.residual = self._residual()
         self.misfit = self._misfit(both)
-        self._beyond: dict[str, tuple[list[set[str]], np.ndarray]] = {}
+        self._beyond: dict[str, tuple[list[set[str]], np.ndarray, np.ndarray]] = {}
 
     # Fitting
 
@@ -162,10 +162,7 @@ class Combinations:
             if row is not None:
                 found[perturbation, context] = denoised[row]
                 continue
-            carried = None
-            if not self._all_here(perturbation, context):
-                sources = self.singles.as_measured(perturbation, context)
-                carried = self.singles.carried(perturbation, context, sources)
+            carried = self.carried(perturbation, context)
             if carried is not None:
                 found[perturbation, context] = carried
             else:
@@ -173,6 +170,13 @@ class Combinations:
         for pair, expected in zip(rest, self.expected(rest), strict=True):
             found[pair] = replace(expected, interaction=self.misfit)
         return [found[pair] for pair in pairs]
+
+    def carried(self, perturbation: Perturbation, context: str) -> Estimate | None:
+        """A combination from other contexts, where these know it better than this one; else None."""
+        if self._all_here(perturbation, context):
+            return None
+        sources = self.singles.as_measured(perturbation, context)
+        return self.singles.carried(perturbation, context, sources)
 
     def expected(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[Estimate]:
         """Combinations from their singles and from other combinations, not from themselves."""
@@ -195,17 +199,15 @@ class Combinations:
         """
         if context not in self._beyond:
             self._beyond[context] = self._measured_beyond(context)
-        targets, weights = self._beyond[context]
+        targets, weights, mean = self._beyond[context]
         kin = [i for i, t in enumerate(targets) if not t.isdisjoint(perturbation.targets)]
         rows = self.singles.denoiser.rows.get(context)
-        return [
-            [(1.0, Weights.of(weights[mine].mean(0), rows=rows))]
-            for mine in (list(range(len(targets))), kin)
-            if mine
-        ]
+        found = [mean] if targets else []
+        found += [weights[kin].mean(0)] if kin else []
+        return [[(1.0, Weights.of(w, rows=rows))] for w in found]
 
-    def _measured_beyond(self, context: str) -> tuple[list[set[str]], np.ndarray]:
-        """Targets of measured combinations, and weights of each minus its singles."""
+    def _measured_beyond(self, context: str) -> tuple[list[set[str]], np.ndarray, np.ndarray]:
+        """Targets of measured combinations, weights of each minus its singles, and their mean."""
         rows = self.singles.denoiser.rows.get(context, np.zeros(0, int))
         at = {self.effects.rows[i][1]: j for j, i in enumerate(rows)}
         combined = [p for p in at if len(p.targets) > 1 and all(s in at for s in p.singles)]
@@ -215,7 +217,8 @@ class Combinations:
             own[[at[s] for s in p.singles]] = -1
         if combined:
             weights = self.singles.denoiser.through(context, weights, special=True)
-        return [set(p.targets) for p in combined], weights
+        mean = weights.sum(0) / max(len(combined), 1)
+        return [set(p.targets) for p in combined], weights, mean
 
     def _sums(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[tuple[Sums, list[bool]]]:
         """What experts say of combinations without them, and which targets they know."""

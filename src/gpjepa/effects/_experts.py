@@ -14,7 +14,7 @@ from ._estimates import ScaleFit
 from ._few_shot import SPECIAL
 from ._transfer import FROM_ELSEWHERE
 from ._unseen import MEAN, PROCESS
-from ._weighted import Share, Terms, Weights, added, once
+from ._weighted import Share, Sums, Terms, Weights, added, once
 
 TARGET, MEASURED, OTHER = "target of the combination", "target as measured", "anything else"
 BEYOND = ("combinations beyond their sums", "combinations of its targets beyond their sums")
@@ -62,34 +62,51 @@ class ExpertPredictions:
     on_control: np.ndarray
 
 
-Said = tuple[str, float, Terms]
+Expert = tuple[str, float, Terms]
 
 
 def expert_predictions(
     fit: ScaleFit, pairs: Sequence[tuple[Perturbation, str]]
 ) -> list[ExpertPredictions]:
-    """What each expert says of each pair of perturbation and context."""
-    said = [_of_pair(fit, *pair) for pair in pairs]
+    """What each expert predicts of each pair of perturbation and context."""
+    by_pair = _experts(fit, pairs)
     measured = fit.measured
-    sums = measured.assemble([terms for each in said for *_, terms in each])
+    sums = measured.assemble([terms for each in by_pair for *_, terms in each])
     mean, noise = measured.mean(sums), measured.noise(sums, interval=True)
     on_control = measured.on_strata(sums).sum(1)
-    ends = np.cumsum([0, *map(len, said)])
+    ends = np.cumsum([0, *map(len, by_pair)])
     return [
         ExpertPredictions(
             tuple(role for role, *_ in each),
             np.array([weight for _, weight, _ in each]),
             *(values[start:end] for values in (mean, noise, on_control)),
         )
-        for each, start, end in zip(said, ends[:-1], ends[1:], strict=True)
+        for each, start, end in zip(by_pair, ends[:-1], ends[1:], strict=True)
     ]
 
 
-def _of_pair(fit: ScaleFit, perturbation: Perturbation, context: str) -> list[Said]:
-    row = fit.measured.row.get((context, perturbation))
-    if len(perturbation.targets) < 2 or row is not None:
-        return _by_role(fit.estimates([(perturbation, context)])[0].shares)
-    [(sums, weights)] = fit.combinations.said([(perturbation, context)])
+def _experts(fit: ScaleFit, pairs: Sequence[tuple[Perturbation, str]]) -> list[list[Expert]]:
+    """By pair; where a combination is put together here, all experts on that, used or not."""
+    together = [
+        (p, c)
+        for p, c in pairs
+        if len(p.targets) > 1
+        and (c, p) not in fit.measured.row
+        and fit.combinations.carried(p, c) is None
+    ]
+    found = {
+        pair: _of_combination(fit, *pair, *expected)
+        for pair, expected in zip(together, fit.combinations.said(together), strict=True)
+    }
+    rest = [pair for pair in pairs if pair not in found]
+    for pair, estimate in zip(rest, fit.estimates(rest), strict=True):
+        found[pair] = _by_role(estimate.shares)
+    return [found[pair] for pair in pairs]
+
+
+def _of_combination(
+    fit: ScaleFit, perturbation: Perturbation, context: str, sums: Sums, weights: np.ndarray
+) -> list[Expert]:
     experts = zip(sums.names, weights, sums.terms(), strict=True)
     found = [(name, float(weight), terms) for name, weight, terms in experts]
     for single, part in zip(perturbation.singles, sums.parts, strict=False):
@@ -105,13 +122,13 @@ def _of_pair(fit: ScaleFit, perturbation: Perturbation, context: str) -> list[Sa
     return found
 
 
-def _by_role(shares: Sequence[Share]) -> list[Said]:
+def _by_role(shares: Sequence[Share]) -> list[Expert]:
     """Shares of one role as one expert, weighted as in the prediction."""
     of: dict[str, list[Share]] = {}
     for share in shares:
         known = PROCESS if share.expert.startswith(PROCESS) else share.expert
         of.setdefault(known if known in ROLES else OTHER, []).append(share)
-    found: list[Said] = []
+    found: list[Expert] = []
     for role, mine in of.items():
         weight = float(sum(share.weight for share in mine))
         whole = once(added(share.of.times(share.weight / (weight or 1.0)) for share in mine))

@@ -13,6 +13,9 @@ from ._gain import SharedNoise, kept_share
 from ._scales import Scale
 from ._table import EffectTable
 
+_PSEUDO_UNITS = 3.0
+"""Units that stand for the prior."""
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -23,7 +26,7 @@ class Gate:
     gate
         g of d = A + g (N - A), from 0 (anchor) to 1 (network).
     n_units
-        Held-out units, of which fewer than five leave the gate at 0.
+        Held-out units, of which fewer than five leave the gate at its prior.
     error_anchor, error_network, error_gated
         Squared error of each on the held-out rows; of the gated prediction, with the gate of each
         unit set by the others, before their gain decides how much of it is kept.
@@ -42,6 +45,7 @@ def fit_gate(
     effects: EffectTable,
     rows: Sequence[int] | np.ndarray,
     scale: Scale = "mean_log1p",
+    prior: float = 0.0,
 ) -> Gate:
     r"""Least squares of what the anchor misses on what the network adds, as far as it gains.
 
@@ -49,7 +53,9 @@ def fit_gate(
        {\sum_a \lVert N_a - A_a\rVert^2}
 
     between 0 and 1, times the share that its gain justifies where each unit is predicted by the gate
-    of the others (:func:`gpjepa.effects._gain.kept_share`). Units are targets; genes that a perturbation targets do not count.
+    of the others (:func:`gpjepa.effects._gain.kept_share`). Where there is a prior, three further
+    units of average size say that it is right, unless what the network adds is larger than all that
+    the anchor misses. Units are targets; genes that a perturbation targets do not count.
 
     Parameters
     ----------
@@ -61,6 +67,8 @@ def fit_gate(
         Which rows of the table they are, shape (n,).
     scale
         Scale of the effects.
+    prior
+        The gate where there are fewer than five units.
     """
     rows = np.asarray(rows, int)
     units = [effects.rows[i][1].targets for i in rows]
@@ -73,18 +81,26 @@ def fit_gate(
     square = np.bincount(code, (added**2).sum(1), n)
     error_anchor = float((missed**2).sum())
     error_network = float(((missed - added) ** 2).sum())
+
+    def gated(gates: float | np.ndarray) -> float:
+        return error_anchor - float(np.sum(gates * (2 * along - gates * square)))
+
     if n < MIN_UNITS or square.sum() == 0:
-        return Gate(0.0, n, error_anchor, error_network, error_anchor)
-    gate = _slope(along.sum(), square.sum())
+        return Gate(prior, n, error_anchor, error_network, gated(prior))
+    # Of a network that is far off, not even a little is to be kept.
+    pseudo = _PSEUDO_UNITS / n * min(square.sum(), error_anchor) if prior else 0.0
+    all_along, all_square = along.sum() + pseudo * prior, square.sum() + pseudo
+    gate = _slope(all_along, all_square)
     others = np.array(
-        [_slope(along.sum() - a, square.sum() - s) for a, s in zip(along, square, strict=True)]
+        [_slope(all_along - a, all_square - s) for a, s in zip(along, square, strict=True)]
     )
     shared = SharedNoise(effects, scale)
     shared.add([(-effects.compared[0][rows].toarray(), gate * added)])
     gained, changed = float(others @ along), float(others**2 @ square)
+    if pseudo:  # which are right about the prior
+        gained, changed = gained + pseudo * prior * gate, changed + pseudo * gate**2
     kept = kept_share(gained, changed, shared.variance)
-    gated = error_anchor - (2 * gained - changed)
-    return Gate(kept * gate, n, error_anchor, error_network, gated)
+    return Gate(kept * gate, n, error_anchor, error_network, gated(others))
 
 
 def _slope(along: float, square: float) -> float:

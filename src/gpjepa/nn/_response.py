@@ -74,7 +74,8 @@ class ResponseNetwork(nn.Module):
 
     def __init__(self, n_roles: int, n_hidden: int = 48, n_expert: int = 16) -> None:
         super().__init__()
-        self.n_hidden = h = n_hidden
+        self.n_roles, self.n_hidden, self.n_expert = n_roles, n_hidden, n_expert
+        h = n_hidden
         self.role = nn.Embedding(n_roles, n_expert)
         self.of_expert = nn.Linear(_OF_EXPERTS + N_PER_EXPERT, n_expert)
         self.of_gene = nn.Sequential(

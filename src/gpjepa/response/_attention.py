@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import cos, pi
+from math import ceil, cos, pi
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ _MOST_COORDINATES = 64  # of each kind of features
 _DROPPED = 0.25
 _CONTEXTS_PER_STEP = 4
 _TARGETS_PER_STEP = 1_000
-ENOUGH_TARGETS = 20
+ENOUGH_TARGETS = 25
 """Targets with features that have to be measured in a context before attention is learned."""
 
 
@@ -53,32 +53,34 @@ class TargetAttention:
         n_members: int = 2,
         seed: int = 0,
     ) -> None:
-        self.anchor, self.scale, self.n_steps = anchor, scale, n_steps
         self.features = anchor.features
-        table = anchor.effects_
-        by_context: dict[str, dict[str, list[int]]] = {}
-        for i, (context, p) in enumerate(table.rows):
-            if len(p.targets) == 1 and self.covers(p.targets[0]):
-                by_context.setdefault(context, {}).setdefault(p.targets[0], []).append(i)
-        by_context = {
-            c: dict(sorted(of.items()))
-            for c, of in sorted(by_context.items())
-            if len(of) >= ENOUGH_TARGETS
-        }
+        by_context = self.measured(anchor)
         self.contexts: dict[str, _Values] = {}
         if not by_context:
             return
+        # A few contexts are seen at each step.
+        self.n_steps = n_steps * min(ceil(len(by_context) / _CONTEXTS_PER_STEP), 4)
         targets = sorted({t for of in by_context.values() for t in of})
         self._map = _Coordinates(self.features, targets)
         self.similarity, self.coordinates = self._map.of(targets)
         at = {t: i for i, t in enumerate(targets)}
-        effect = table.effect[scale]
+        effect = anchor.effects_.effect[scale]
         self.contexts = {c: _Values(effect, of, at) for c, of in by_context.items()}
-        self.members = [self._trained(seed + k) for k in range(n_members)]
+        seeds = np.random.SeedSequence(seed).generate_state(n_members).tolist()
+        self.members = [self._trained(each) for each in seeds]
 
-    def covers(self, target: str) -> bool:
-        """Whether anything is known of a target."""
-        return any(kind.covers(target) for kind in self.features)
+    @staticmethod
+    def measured(anchor: EffectAnchor) -> dict[str, dict[str, list[int]]]:
+        """Rows of the targets with features, of the contexts that have enough of them."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for i, (context, p) in enumerate(anchor.effects_.rows):
+            if len(p.targets) == 1 and anchor.covers(p.targets[0]):
+                found.setdefault(context, {}).setdefault(p.targets[0], []).append(i)
+        return {
+            c: dict(sorted(of.items()))
+            for c, of in sorted(found.items())
+            if len(of) >= ENOUGH_TARGETS
+        }
 
     def predict(self, targets: Sequence[str], context: str) -> np.ndarray:
         """Effects beyond the mean effect of targets in a context, shape (n, n_genes)."""
@@ -145,11 +147,12 @@ class _Values:
         self.at = torch.tensor([at[t] for t in rows])
         effects = np.stack([effect[mine].mean(0) for mine in rows.values()]).astype(float)
         effects -= effects.mean(0)
-        left, size, axes = np.linalg.svd(effects, full_matrices=False)
-        n = min(_MOST_VALUES, len(size) - 1)
-        scores = left[:, :n] * size[:n]
-        self.size = max(float(np.sqrt((scores**2).sum(1).mean())), 1e-12)
-        self.axes = axes[:n]
+        values, vectors = np.linalg.eigh(effects @ effects.T)
+        n = min(_MOST_VALUES, int((values > 1e-9 * max(values.max(), 1e-300)).sum()))
+        left, size = vectors[:, ::-1][:, :n], np.sqrt(values[::-1][:n])
+        self.axes = left.T @ effects / size[:, None]
+        scores = left * size
+        self.size = max(float(np.sqrt((scores**2).sum(1).mean())), 1e-300)
         self.values = torch.from_numpy(scores / self.size).float()
 
     def effects(self, values: torch.Tensor) -> np.ndarray:

@@ -11,10 +11,9 @@ from gpjepa.datasets import RandomScreen
 from gpjepa.effects import EffectAnchor
 from gpjepa.nn import ResponseInputs
 
-from ._inputs import READ, make_query
+from ._inputs import make_query, supported
 
 _MOST_ROWS = 12
-_FEW = 12  # effects of its own that a context has at most in an episode of few shots
 
 
 @dataclass(frozen=True)
@@ -62,20 +61,17 @@ def draw_episode(screen: RandomScreen, rng: np.random.Generator) -> Episode | No
     """
     hidden, may_be_asked = hide(screen, rng)
     rows, rest = screen.effects.rows, screen.effects.subset(~hidden)
-    asked = np.array(
-        [
-            i
-            for i in np.flatnonzero(may_be_asked)
-            if rest.regimes.of(rows[i][1], rows[i][0]) in READ
-        ],
-        int,
-    )
+    regimes = {i: rest.regimes.of(rows[i][1], rows[i][0]) for i in np.flatnonzero(may_be_asked)}
+    asked = np.array([i for i, regime in regimes.items() if supported(rows[i][1], regime)], int)
     asked = np.sort(rng.permutation(asked)[:_MOST_ROWS])
     if not len(asked) or not rest.rows:
         return None
     anchor = EffectAnchor(screen.features, "mean").fit(rest)
     [on] = screen.effects.scales
-    query = make_query(anchor, [rows[i][1] for i in asked], [rows[i][0] for i in asked], on)
+    perturbations, contexts = [rows[i][1] for i in asked], [rows[i][0] for i in asked]
+    predicted = anchor.predict(perturbations, contexts, on)
+    pairs = list(zip(perturbations, contexts, strict=True))
+    query = make_query(anchor, pairs, predicted, on)
     scale = query.scale[:, None]
     return Episode(
         query.inputs,
@@ -89,23 +85,12 @@ def hide(screen: RandomScreen, rng: np.random.Generator) -> tuple[np.ndarray, np
     """Rows that are hidden, and those of them that may be asked for."""
     rows = screen.effects.rows
     several = np.array([len(p.targets) > 1 for _, p in rows])
-    contexts = np.array([c for c, _ in rows], dtype=object)
-    kinds = ["combinations", "combinations", "targets"]
-    if len(set(contexts)) > 1:
-        kinds += ["context", "few"]
-    kind = kinds[rng.integers(len(kinds))]
-    if kind == "combinations":
+    if rng.random() < 0.7:
         return _combinations(rng, several, [p for _, p in rows])
-    if kind == "targets":
-        targets = sorted({t for _, p in rows for t in p.targets})
-        chosen = set(rng.permutation(targets)[: max(1, len(targets) // 4)])
-        hidden = np.array([not chosen.isdisjoint(p.targets) for _, p in rows])
-        return hidden, hidden
-    here = contexts == rng.choice(sorted(set(contexts)))
-    if kind == "few":
-        n = int(rng.integers(1, _FEW + 1))
-        here[rng.permutation(np.flatnonzero(here))[:n]] = False
-    return here, here
+    targets = sorted({t for _, p in rows for t in p.targets})
+    chosen = set(rng.permutation(targets)[: max(1, len(targets) // 4)])
+    hidden = np.array([not chosen.isdisjoint(p.targets) for _, p in rows])
+    return hidden, hidden & several
 
 
 def _combinations(

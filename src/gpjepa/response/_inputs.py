@@ -12,10 +12,14 @@ from gpjepa.effects import ROLES, AnchorPrediction, EffectAnchor, ExpertPredicti
 from gpjepa.nn import ResponseInputs
 from gpjepa.perturbations import Perturbation
 
-READ = ("seen2", "seen1", "new context")
-"""Regimes that the response network reads. What it learned from simulated screens of targets never
-perturbed, and of combinations of which no target was measured alone, was wrong of other screens."""
+SUPPORTED = ("seen2", "seen1")
+"""Regimes that the response network reads: pairs of which at least one target was measured alone."""
 _LEAST = 1e-9
+
+
+def supported(perturbation: Perturbation, regime: str) -> bool:
+    """Whether the response network reads a perturbation of a regime: it was trained on pairs."""
+    return regime in SUPPORTED and len(perturbation.targets) == 2
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Query:
     Attributes
     ----------
     anchor
-        Its predictions.
+        The anchor's predictions.
     inputs
         What the network reads, in units of ``scale``.
     scale
@@ -39,15 +43,19 @@ class Query:
 
 
 def make_query(
-    anchor: EffectAnchor, perturbations: Sequence[Perturbation], contexts: Sequence[str], on: Scale
+    anchor: EffectAnchor,
+    pairs: Sequence[tuple[Perturbation, str]],
+    predicted: AnchorPrediction,
+    on: Scale,
 ) -> Query:
-    """What anchor and network are asked for some pairs of perturbation and context."""
-    predicted = anchor.predict(perturbations, contexts, on)
+    """What the network is asked of some pairs, of which the anchor has made its predictions."""
+    perturbations, contexts = [p for p, _ in pairs], [c for _, c in pairs]
     experts = anchor.experts(perturbations, contexts, on)
     size = (predicted.mean.astype(float) ** 2 + predicted.variance).mean(1)
-    scale = np.sqrt(np.maximum(size, _LEAST))
-    most = max([1, *(len(e.roles) for e in experts)])
     table = anchor.effects_
+    typical = np.mean(table.effect[on].astype(float) ** 2)
+    scale = np.sqrt(np.maximum(size, _LEAST * typical + 1e-300))
+    most = max([1, *(len(e.roles) for e in experts)])
     said, noise = (np.zeros((len(experts), most, len(table.genes)), np.float32) for _ in range(2))
     roles = np.full((len(experts), most), -1)
     per_expert = np.zeros((len(experts), most, 4), np.float32)
@@ -81,10 +89,10 @@ def make_query(
 
 def _of_experts(each: ExpertPredictions, anchor: np.ndarray) -> np.ndarray:
     """Scalars of the experts on one row, shape (n_experts, 4)."""
-    length = np.sqrt((each.mean**2).sum(1)) + _LEAST
-    whole = np.sqrt((anchor.astype(float) ** 2).sum()) + _LEAST
-    cosine = each.mean @ anchor / (length * whole)
-    relative = np.log1p(np.minimum(length / whole, 20))
+    length = np.sqrt((each.mean**2).sum(1))
+    whole = np.sqrt((anchor.astype(float) ** 2).sum())
+    cosine = each.mean @ anchor / np.maximum(length * whole, 1e-300)
+    relative = np.log1p(np.minimum(length / max(whole, 1e-300), 20))
     return np.stack([each.weights, np.clip(each.on_control, -3, 3), cosine, relative], 1)
 
 

@@ -1,4 +1,4 @@
-"""The networks, side by side."""
+"""Which network predicts what."""
 
 from __future__ import annotations
 
@@ -14,38 +14,35 @@ from gpjepa.nn import ResponseNetwork
 from gpjepa.perturbations import Perturbation
 
 from ._attention import TargetAttention
-from ._inputs import READ, make_query
+from ._inputs import SUPPORTED, make_query, supported
 
-NETWORKS = ("response network", "attention")
-PRIOR = {
-    "seen2": (0.5, 0.0),
-    "seen1": (0.0, 0.0),
-    "unseen": (0.0, 0.0),
-    "new context": (0.0, 0.0),
-}
-"""Weights of the networks by regime where a screen cannot judge them; other regimes are the anchor's."""
+Pair = tuple[Perturbation, str]
+PRIOR = {"seen2": 0.5, "seen1": 0.0, "unseen": 0.0}
+"""Gates of the regimes in which there is a network, where a screen cannot judge it. Attention
+predicts targets never perturbed, the response network the others."""
+_VALUES_AT_A_TIME = 20_000  # rows times genes; so few stay in the cache of a processor
 
 
 @dataclass(frozen=True)
-class Said:
-    """What anchor and networks say of some pairs.
+class NetworkPredictions:
+    """What the networks predict of some pairs, beside the anchor.
 
     Attributes
     ----------
     anchor
-        The anchor's prediction.
+        The anchor's predictions.
+    available
+        Of which pairs a network predicts something, shape (n,).
     mean
-        Mean effects, shape (n_networks, n, n_genes); the anchor's where one does not speak.
+        Mean effects; the anchor's where no network is available. Shape (n, n_genes).
     log_ratio
         Log of the variance over the anchor's, of the same shape.
-    speaks
-        Whether each network speaks of each pair, shape (n, n_networks).
     """
 
     anchor: AnchorPrediction
+    available: np.ndarray
     mean: np.ndarray
     log_ratio: np.ndarray
-    speaks: np.ndarray
 
 
 class Networks:
@@ -73,47 +70,53 @@ class Networks:
         """Learned when it is first needed."""
         return TargetAttention(self.anchor, self.scale, seed=self.seed)
 
-    def say(
-        self, pairs: Sequence[tuple[Perturbation, str]], use: Sequence[bool] = (True, True)
-    ) -> Said:
-        """What all say of some pairs; those not in use say what the anchor says."""
+    def predict(self, pairs: Sequence[Pair]) -> NetworkPredictions:
+        """Predict some pairs."""
         perturbations, contexts = [p for p, _ in pairs], [c for _, c in pairs]
         anchor = self.anchor.predict(perturbations, contexts, self.scale)
-        mean = np.repeat(anchor.mean[None], len(NETWORKS), 0)
-        log_ratio = np.zeros_like(mean)
-        speaks = np.zeros((len(pairs), len(NETWORKS)), bool)
-        reads = [i for i, r in enumerate(anchor.regime) if r in READ]
-        if use[0] and reads:
-            query = make_query(
-                self.anchor,
-                [perturbations[i] for i in reads],
-                [contexts[i] for i in reads],
-                self.scale,
-            )
-            with torch.inference_mode():
-                said, ratio = self.network(query.inputs)
-            mean[0, reads] = said.numpy() * query.scale[:, None]
-            log_ratio[0, reads] = ratio.numpy().clip(-6, 4)
-            speaks[reads, 0] = True
-        if use[1] and self.anchor.features:
-            self._attend(pairs, anchor, mean[1], speaks[:, 1])
-        return Said(anchor, mean, log_ratio, speaks)
+        found = NetworkPredictions(
+            anchor, np.zeros(len(pairs), bool), anchor.mean.copy(), np.zeros_like(anchor.mean)
+        )
+        reads = [i for i, (p, _) in enumerate(pairs) if supported(p, anchor.regime[i])]
+        at_a_time = max(1, _VALUES_AT_A_TIME // anchor.mean.shape[1])
+        for start in range(0, len(reads), at_a_time):
+            self._read(found, pairs, reads[start : start + at_a_time])
+        unseen = [i for i, regime in enumerate(anchor.regime) if regime == "unseen"]
+        if unseen and self.anchor.features:
+            self._attend(found, pairs, unseen)
+        return found
 
-    def _attend(
-        self,
-        pairs: Sequence[tuple[Perturbation, str]],
-        anchor: AnchorPrediction,
-        mean: np.ndarray,
-        speaks: np.ndarray,
-    ) -> None:
-        """Write what attention says of targets never perturbed."""
+    def _read(self, found: NetworkPredictions, pairs: Sequence[Pair], rows: list[int]) -> None:
+        """Let the response network read some rows."""
+        query = make_query(
+            self.anchor, [pairs[i] for i in rows], found.anchor.rows(rows), self.scale
+        )
+        with torch.inference_mode():
+            mean, log_ratio = self.network(query.inputs)
+        found.mean[rows] = mean.numpy() * query.scale[:, None]
+        found.log_ratio[rows] = log_ratio.numpy().clip(-6, 4)
+        found.available[rows] = True
+
+    def _attend(self, found: NetworkPredictions, pairs: Sequence[Pair], rows: list[int]) -> None:
+        """Predict targets never perturbed from those like them."""
         by_context: dict[str, list[int]] = {}
-        for i, ((p, context), regime) in enumerate(zip(pairs, anchor.regime, strict=True)):
-            if regime == "unseen" and any(f.covers(p.targets[0]) for f in self.anchor.features):
-                by_context.setdefault(context, []).append(i)
+        for i in rows:
+            if self.anchor.covers(pairs[i][0].targets[0]):
+                by_context.setdefault(pairs[i][1], []).append(i)
         for context, mine in by_context.items():
             if context in self.attention.contexts:
                 targets = [pairs[i][0].targets[0] for i in mine]
                 base = self.anchor.shrunken_mean(context, self.scale)
-                mean[mine] = base + self.attention.predict(targets, context)
-                speaks[mine] = True
+                found.mean[mine] = base + self.attention.predict(targets, context)
+                found.available[mine] = True
+
+    @property
+    def regimes(self) -> list[str]:
+        """Regimes in which one of them may be available."""
+        attends = bool(self.anchor.features) and self.attention_possible
+        return [*SUPPORTED, *(["unseen"] if attends else [])]
+
+    @property
+    def attention_possible(self) -> bool:
+        """Whether enough targets were measured for attention, before it is learned."""
+        return bool(TargetAttention.measured(self.anchor))

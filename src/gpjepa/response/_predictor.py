@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
 
 from gpjepa.effects import (
+    ROLES,
     SCALES,
     AnchorPrediction,
     EffectAnchor,
     EffectTable,
+    Gate,
     Scale,
     control_halves,
+    fit_gate,
 )
 from gpjepa.nn import ResponseNetwork
 from gpjepa.perturbations import MissingFeatures, Perturbation, TargetFeatures
 
-from ._gate import Gate, fit_gate
-from ._networks import NETWORKS, PRIOR, Networks
+from ._networks import PRIOR, Networks, Pair
 from ._weights import load_network
 
 GateOption = Literal["auto", 0, 1]
-Pair = tuple[Perturbation, str]
 _N_FOLDS = 5
-_BLOCK = 200_000  # rows times genes that the networks are asked for at a time
+_BLOCK = 2_000_000  # rows times genes predicted at a time
 
 
 @dataclass(frozen=True)
 class ResponsePrediction(AnchorPrediction):
-    r"""Predicted mean effects: :math:`D = A + \sum_k g_k (N_k - A)`.
+    r"""Predicted mean effects: :math:`D = A + g (N - A)`.
 
     Attributes
     ----------
     anchor
         A, the anchor's prediction, shape (n_pairs, n_genes).
     gate
-        The networks' weights, summed, shape (n_pairs,).
+        g, the network's share, shape (n_pairs,).
     """
 
     anchor: np.ndarray
@@ -48,24 +49,25 @@ class ResponsePrediction(AnchorPrediction):
 class ResponsePredictor:
     r"""Mean effects from everything that a screen measured, with or without cells.
 
-    The anchor (:class:`gpjepa.effects.EffectAnchor`) predicts in closed form. Two networks add to
-    it: the *response network*, which was trained on simulated screens and is used as it is, reads what each expert of the
-    anchor says of combinations and new contexts; *attention* learns on the screen itself which
-    measured targets tell what one does that was never perturbed, from the features.
+    The anchor (:class:`gpjepa.effects.EffectAnchor`) predicts in closed form, and two networks add
+    to it. The *response network*, trained on simulated screens and used as it is, reads what each
+    expert of the anchor predicts of a pair of targets. *Attention*, learned on the screen itself,
+    predicts targets never perturbed from measured ones with similar features.
 
-    How much of them counts, the gate, is decided for each regime on the screen at hand: rows are
-    hidden as the regime hides them, all parts predict them, and the weights go from a
-    prior as far as they gain. For this the rows are compared with
-    other controls than those that the predictions know
-    (:func:`gpjepa.effects.control_halves`).
+    How much of a network counts, the gate, is decided for each regime on the screen at hand: rows
+    are hidden as the regime hides them, anchor and network predict them, and the gate is as large as
+    their gain justifies (:func:`gpjepa.effects.fit_gate`). The rows are compared with other controls
+    than those that the predictions know (:func:`gpjepa.effects.control_halves`). Of pairs whose
+    targets were both measured alone, and of which fewer than five can be hidden, half of the network
+    counts; in other regimes nothing does.
 
     Parameters
     ----------
     features
         Kinds of target features, for targets never perturbed.
     network
-        ``"pretrained"``, the response network that comes with the package; one of your own; or None for the
-        anchor alone, without attention too.
+        ``"pretrained"``, the response network that comes with the package; one of your own; or None
+        for the anchor alone, without attention too.
     missing_features
         As in :class:`gpjepa.effects.EffectAnchor`.
     seed
@@ -84,12 +86,16 @@ class ResponsePredictor:
         missing_features: MissingFeatures = "error",
         seed: int = 0,
     ) -> None:
-        if isinstance(network, str):
-            if network != "pretrained":
-                raise ValueError(
-                    f"network={network!r} is not known; give 'pretrained', None or a network."
-                )
+        if network == "pretrained":
             network = load_network()
+        elif not (network is None or isinstance(network, ResponseNetwork)):
+            raise ValueError(
+                f"network={network!r} is not known; give 'pretrained', None or a ResponseNetwork."
+            )
+        if network is not None and network.n_roles != len(ROLES):
+            raise ValueError(
+                f"The network reads {network.n_roles} kinds of experts; the anchor has {len(ROLES)}."
+            )
         self.network = None if network is None else network.eval()
         self.anchor_ = EffectAnchor(features, missing_features)
         self.seed = seed
@@ -102,23 +108,29 @@ class ResponsePredictor:
         return self
 
     def gates(
-        self, scale: Scale = "mean_log1p", *, progress: Callable[[], object] = lambda: None
+        self, scale: Scale | None = None, *, progress: Callable[[], object] = lambda: None
     ) -> dict[str, Gate]:
-        """The gate of each regime in which the networks may speak.
+        """The gate of each regime in which there is a network.
 
-        ``progress`` is called after each refit, some ten times.
+        Parameters
+        ----------
+        scale
+            Scale of the effects; the table's first by default.
+        progress
+            Called after each refit, at most ten times.
         """
+        scale = self._scale(scale)
         if self.network is None:
             return {}
         if scale not in self._gates:
-            self._gates[scale] = self._judged(scale, self.network, progress)
+            self._gates[scale] = self._judged(scale, progress)
         return self._gates[scale]
 
     def predict(
         self,
         perturbations: Sequence[Perturbation],
         contexts: Sequence[str],
-        scale: Scale = "mean_log1p",
+        scale: Scale | None = None,
         gate: GateOption = "auto",
     ) -> ResponsePrediction:
         """Predict the mean effect of each pair of perturbation and context.
@@ -128,9 +140,9 @@ class ResponsePredictor:
         perturbations, contexts
             The pairs.
         scale
-            Scale of the effects.
+            Scale of the effects; the table's first by default.
         gate
-            ``"auto"``, as judged on this screen; 0 for the anchor; 1 for the networks, equally.
+            ``"auto"``, as judged on this screen; 0 for the anchor; 1 for the network.
 
         Raises
         ------
@@ -139,27 +151,24 @@ class ResponsePredictor:
         """
         if gate not in ("auto", 0, 1):
             raise ValueError(f"gate={gate!r} is not known; choose 'auto', 0 or 1.")
+        scale = self._scale(scale)
         found = self.anchor_.predict(perturbations, contexts, scale)
-        share = np.zeros((len(found.regime), len(NETWORKS)))
-        if self.network is not None and gate != 0:
-            share = self._shares(found.regime, scale, gate)
+        share = self._shares(found.regime, scale, gate)
         mean, variance = found.mean.copy(), found.variance.copy()
-        asked = np.flatnonzero(share.any(1))
-        if self.network is not None and len(asked):
-            networks = self._networks_of(scale, self.network)
-            for some in self._blocks(asked):
-                pairs = [(perturbations[i], contexts[i]) for i in some]
-                said = networks.say(pairs, use=share[some].any(0))
-                weights = share[some] * said.speaks
-                if gate == 1:
-                    weights /= np.maximum(weights.sum(1, keepdims=True), 1)
-                added = said.mean - found.mean[some]
-                moved = found.mean[some] + np.einsum("nk,kng->ng", weights, added)
-                mean[some] = self._floored(moved, found.mean[some], pairs, scale)
-                variance[some] *= np.exp(np.einsum("nk,kng->ng", weights, said.log_ratio))
-                share[some] = weights
+        for rows in self._blocks(np.flatnonzero(share)):
+            pairs = [(perturbations[i], contexts[i]) for i in rows]
+            network = self._networks_of(scale).predict(pairs)
+            share[rows] *= network.available
+            g = share[rows, None]
+            moved = found.mean[rows] + g * (network.mean - found.mean[rows])
+            mean[rows] = self._floored(moved, found.mean[rows], pairs, scale)
+            variance[rows] *= np.exp(g * network.log_ratio)
         noise = np.minimum(found.noise, variance)
-        return ResponsePrediction(mean, variance, noise, found.regime, found.mean, share.sum(1))
+        return ResponsePrediction(mean, variance, noise, found.regime, found.mean, share)
+
+    def _scale(self, scale: Scale | None) -> Scale:
+        effects = self.anchor_.effects_
+        return effects.scales[0] if scale is None else effects.check_scale(scale)
 
     def _floored(
         self, mean: np.ndarray, anchor: np.ndarray, pairs: Sequence[Pair], scale: Scale
@@ -171,52 +180,80 @@ class ResponsePredictor:
         floor = np.stack([-table.control[scale][c] for _, c in pairs])
         return np.maximum(mean, np.minimum(floor, anchor))
 
-    def _networks_of(self, scale: Scale, network: ResponseNetwork) -> Networks:
+    def _networks_of(self, scale: Scale) -> Networks:
+        assert self.network is not None
         if scale not in self._networks:
-            self._networks[scale] = Networks(network, self.anchor_, scale, self.seed)
+            self._networks[scale] = Networks(self.network, self.anchor_, scale, self.seed)
         return self._networks[scale]
 
     def _shares(self, regimes: list[str], scale: Scale, gate: GateOption) -> np.ndarray:
-        """Weights of the networks, shape (n, n_networks)."""
+        if self.network is None or gate == 0 or not set(regimes) & set(PRIOR):
+            return np.zeros(len(regimes))
         if gate == 1:
-            each = {r: np.array(p) >= 0 for r, p in PRIOR.items()}
-        else:
-            each = {r: g.weights for r, g in self.gates(scale).items()}
-        nothing = np.zeros(len(NETWORKS))
-        return np.stack([each.get(r, nothing).astype(float) for r in regimes])
+            return np.array([float(r in PRIOR) for r in regimes])
+        gates = self.gates(scale)
+        return np.array([gates[r].gate if r in gates else 0.0 for r in regimes])
 
     def _blocks(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         at_a_time = max(1, _BLOCK // len(self.anchor_.effects_.genes))
         return (rows[i : i + at_a_time] for i in range(0, len(rows), at_a_time))
 
-    def _judged(
-        self, scale: Scale, network: ResponseNetwork, progress: Callable[[], object]
-    ) -> dict[str, Gate]:
+    def _judged(self, scale: Scale, progress: Callable[[], object]) -> dict[str, Gate]:
         """Gates, by predictions of all rows without them."""
         effects = self.anchor_.effects_
-        rows: dict[str, list[int]] = {regime: [] for regime in PRIOR}
-        anchors: dict[str, list[np.ndarray]] = {regime: [] for regime in PRIOR}
-        networks: dict[str, list[np.ndarray]] = {regime: [] for regime in PRIOR}
-        one, other = control_halves(effects, scale, np.random.default_rng(self.seed))
-        for _, hidden in self.anchor_.folds(_N_FOLDS):
-            rest = one.subset(~hidden)
-            if rest.rows:
-                anchor = EffectAnchor(self.anchor_.features, "mean").fit(rest)
-                judged = Networks(network, anchor, scale, self.seed)
-                for some in self._blocks(np.flatnonzero(hidden)):
-                    pairs = [(effects.rows[i][1], effects.rows[i][0]) for i in some]
-                    said = judged.say(pairs)
-                    for j, regime in enumerate(said.anchor.regime):
-                        if regime in rows:
-                            rows[regime].append(int(some[j]))
-                            anchors[regime].append(said.anchor.mean[j])
-                            networks[regime].append(said.mean[:, j])
+        halves = control_halves(effects, scale, self.seed)
+        possible = self._networks_of(scale).regimes
+        hidden_rows: dict[str, list[_Hidden]] = {regime: [] for regime in possible}
+        measured: dict[str, list[np.ndarray]] = {regime: [] for regime in possible}
+        for fold, (_, hidden) in enumerate(self.anchor_.folds(_N_FOLDS)):
+            # Each half is what is known in every other fold, and judged by in the others.
+            known, judged_by = halves[:: 1 if fold % 2 else -1]
+            for each in self._hidden(known.subset(~hidden), np.flatnonzero(hidden), scale):
+                if each.regime in hidden_rows:
+                    hidden_rows[each.regime].append(each)
+                    measured[each.regime].append(judged_by.effect[scale][each.row])
             progress()
         found = {}
-        for regime, prior in PRIOR.items():
-            if rows[regime]:
-                said_by = np.stack(networks[regime], 1), np.stack(anchors[regime])
-                found[regime] = fit_gate(*said_by, other, rows[regime], scale, np.array(prior))
-            else:
-                found[regime] = Gate(np.array(prior), 0, 0.0, 0.0)
+        for regime, mine in hidden_rows.items():
+            shape = len(mine), len(effects.genes)
+            network, anchor, effect = (
+                np.reshape(values, shape)
+                for values in (
+                    [each.network for each in mine],
+                    [each.anchor for each in mine],
+                    measured[regime],
+                )
+            )
+            table = halves[0].subset(np.array([each.row for each in mine], int))
+            table = replace(table, effect={scale: effect})
+            rows = range(len(mine))
+            found[regime] = fit_gate(network, anchor, table, rows, scale, PRIOR[regime])
         return found
+
+    def _hidden(self, known: EffectTable, rows: np.ndarray, scale: Scale) -> Iterator[_Hidden]:
+        """Predictions of some rows by what is known without them, where there is a network."""
+        if not known.rows:
+            return
+        assert self.network is not None
+        anchor = EffectAnchor(self.anchor_.features, "mean").fit(known)
+        networks = Networks(self.network, anchor, scale, self.seed)
+        all_rows = self.anchor_.effects_.rows
+        rows = np.array(
+            [i for i in rows if anchor.regime(all_rows[i][1], all_rows[i][0]) in PRIOR], int
+        )
+        for some in self._blocks(rows):
+            found = networks.predict([(all_rows[i][1], all_rows[i][0]) for i in some])
+            for j in np.flatnonzero(found.available):
+                yield _Hidden(
+                    int(some[j]), found.anchor.regime[j], found.anchor.mean[j], found.mean[j]
+                )
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """A row that was hidden, and its effects as predicted without it."""
+
+    row: int
+    regime: str
+    anchor: np.ndarray
+    network: np.ndarray

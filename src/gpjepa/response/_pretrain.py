@@ -31,7 +31,7 @@ _DROPPED_EXPERTS = 0.3
 
 
 def pretrain(
-    n_screens: int = 20_000,
+    n_screens: int = 12_000,
     n_epochs: int = 3,
     *,
     seed: int = 0,
@@ -59,14 +59,22 @@ def pretrain(
     progress
         Is told in words how far training is.
 
+    Notes
+    -----
+    Screens are drawn in processes that import the calling script: call it under
+    ``if __name__ == "__main__":`` there. 10,000 screens need about 1 GB.
+
     Returns
     -------
     ResponseNetwork
     """
     episodes = draw_episodes(n_screens, seed=seed, n_workers=n_workers, progress=progress)
-    torch.manual_seed(seed)
+    if len(episodes) < _PER_STEP:
+        raise ValueError(f"n_screens={n_screens}: too few to train on; give at least 100.")
     rng = np.random.default_rng(seed)
-    network = ResponseNetwork(len(ROLES), n_hidden)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResponseNetwork(len(ROLES), n_hidden)
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-3)
     n_steps = n_epochs * len(episodes) // _PER_STEP
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from gpjepa.effects import ROLES
 from gpjepa.nn import ResponseNetwork
 
+_SIZES = ("n_roles", "n_hidden", "n_expert")
 PRETRAINED = Path(__file__).parent / "pretrained.safetensors"
 
 
@@ -27,7 +29,8 @@ def save_network(network: ResponseNetwork, path: str | Path, made_by: str = "") 
         The command that made it.
     """
     path = Path(path)
-    held = {"n_hidden": network.n_hidden, "roles": list(ROLES), "made_by": made_by}
+    sizes = {name: getattr(network, name) for name in _SIZES}
+    held = {"sizes": sizes, "roles": list(ROLES), "made_by": made_by, "version": version("gpjepa")}
     new = path.with_name(path.name + ".new")
     save_file(network.state_dict(), new, {"gpjepa": json.dumps(held)})
     new.replace(path)
@@ -41,13 +44,16 @@ def load_network(path: str | Path = PRETRAINED) -> ResponseNetwork:
     ValueError
         If it is no response network, or reads other experts than this version of the package has.
     """
-    with safe_open(path, "pt") as file:
-        held = json.loads((file.metadata() or {}).get("gpjepa", "{}"))
+    try:
+        with safe_open(path, "pt") as file:
+            held = json.loads((file.metadata() or {}).get("gpjepa", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds no response network: {error}") from error
     if held.get("roles") != list(ROLES):
         raise ValueError(
             f"{path} holds no response network of this version: it reads other experts. Train it again "
             "with gpjepa.response.pretrain."
         )
-    network = ResponseNetwork(len(ROLES), held["n_hidden"])
+    network = ResponseNetwork(**held["sizes"])
     network.load_state_dict(load_file(path))
     return network.eval()

@@ -36,7 +36,11 @@ def method_source(name: str, script: Path | None = None) -> str:
 @cache
 def package_source(module: str) -> str:
     """Hash of the code of a module and of what it imports from its own package, at any depth."""
-    found = {name: _code(path.read_text()) for name, path in package_modules(module).items()}
+    modules = package_modules(module)
+    found = {name: _code(path.read_text()) for name, path in modules.items()}
+    # Networks that come with the package are read by the code beside them.
+    for folder in {path.parent for path in modules.values()}:
+        found |= {f.name: sha256(f.read_bytes()).hexdigest() for f in folder.glob("*.safetensors")}
     return sha256("".join(f"{n}\n{c}\n" for n, c in sorted(found.items())).encode()).hexdigest()
 
 
