@@ -74,7 +74,7 @@ def test_the_response_predictor_is_a_method(rng, tmp_path):
     given = config(path, ["response", *arms], features=[{"table": str(tmp_path / "kinds.csv")}])
     given["metrics"] = ["squared_error"]
     result = benchmark.run(given, tmp_path / "out", progress=False)
-    assert set(result.runs["status"]) == {"done"}
+    assert set(result.runs["status"]) == {"run"}
     error = result.table((), ["squared_error"]).set_index("method")["value"]
     assert error["gate 0"] == pytest.approx(error["anchor"])
     assert error["gate 1"] != pytest.approx(error["anchor"])
