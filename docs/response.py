@@ -8,11 +8,18 @@ import warnings
 from pathlib import Path
 
 import anndata as ad
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from gpjepa.datasets import simulate
-from gpjepa.effects import EffectTable, ShrunkenAdditive, effect_table, noise_corrected_error
+from gpjepa.effects import (
+    Additive,
+    EffectTable,
+    ShrunkenAdditive,
+    effect_table,
+    noise_corrected_error,
+)
 from gpjepa.perturbations import LabelReader, Perturbation
 from gpjepa.response import ResponsePredictor
 
@@ -56,10 +63,12 @@ class Errors:
 
 
 def predictions(train: EffectTable, wanted: list[Perturbation]) -> dict[str, np.ndarray]:
-    """Of the anchor, of both gates, and of a simple baseline."""
+    """Of the anchor, of both gates, and of simple baselines."""
     predictor, contexts = ResponsePredictor().fit(train), ["all"] * len(wanted)
     said = {name: predictor.predict(wanted, contexts, ON, g).mean for name, g in GATES.items()}
-    return said | {"shrunken additive": ShrunkenAdditive().fit(train).predict(wanted, contexts)}
+    for name, simple in (("shrunken additive", ShrunkenAdditive()), ("additive", Additive())):
+        said[name] = simple.fit(train).predict(wanted, contexts)
+    return said
 
 
 def of_simulated() -> pd.DataFrame:
@@ -137,7 +146,27 @@ def of_norman(data: Path) -> pd.DataFrame:
     return errors.table()
 
 
+def draw(found: pd.DataFrame, path: Path) -> None:
+    """Errors of the methods, a line for each kind of pairs."""
+    shown = {"shrunken additive": "lightgrey", "anchor": "0.5", "auto": "C0"}
+    rows = found.index[::-1]
+    fig, ax = plt.subplots(figsize=(7, 0.6 + 0.5 * len(rows)), layout="constrained")
+    ax.hlines(range(len(rows)), 0, 1, color="0.93", zorder=0)
+    for name, color in shown.items():
+        label = "predictor" if name == "auto" else name
+        ax.scatter(found.loc[rows, name], range(len(rows)), s=60, color=color, label=label)
+    ax.set(yticks=range(len(rows)), yticklabels=rows, xlim=(0, 1))
+    ax.set_xlabel("squared error, relative to predicting no change")
+    ax.legend(frameon=False, loc="lower right")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    fig.savefig(path, dpi=150)
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    print(of_simulated().to_markdown())
-    print(of_norman(Path(sys.argv[1])).to_markdown())
+    simulated, norman = of_simulated(), of_norman(Path(sys.argv[1]))
+    print(simulated.to_markdown())
+    print(norman.to_markdown())
+    there = simulated[~simulated.index.str.contains("nothing there")]
+    named = [there.rename("simulated: {}".format), norman.rename("Norman: {}".format)]
+    draw(pd.concat(named), Path(__file__).with_suffix(".png"))

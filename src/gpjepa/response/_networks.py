@@ -20,7 +20,9 @@ Pair = tuple[Perturbation, str]
 PRIOR = {"seen2": 0.5, "seen1": 0.0, "unseen": 0.0}
 """Gates of the regimes in which there is a network, where a screen cannot judge it. Attention
 predicts targets never perturbed, the response network the others."""
-_VALUES_AT_A_TIME = 20_000  # rows times genes; so few stay in the cache of a processor
+_VALUES_ASKED, _VALUES_READ = 500_000, 20_000
+"""Rows times genes that the experts are asked for, and that the network reads, at a time; so few stay
+in the cache of a processor."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Networks:
             anchor, np.zeros(len(pairs), bool), anchor.mean.copy(), np.zeros_like(anchor.mean)
         )
         reads = [i for i, (p, _) in enumerate(pairs) if supported(p, anchor.regime[i])]
-        at_a_time = max(1, _VALUES_AT_A_TIME // anchor.mean.shape[1])
+        at_a_time = max(1, _VALUES_ASKED // anchor.mean.shape[1])
         for start in range(0, len(reads), at_a_time):
             self._read(found, pairs, reads[start : start + at_a_time])
         unseen = [i for i, regime in enumerate(anchor.regime) if regime == "unseen"]
@@ -91,10 +93,13 @@ class Networks:
         query = make_query(
             self.anchor, [pairs[i] for i in rows], found.anchor.rows(rows), self.scale
         )
-        with torch.inference_mode():
-            mean, log_ratio = self.network(query.inputs)
-        found.mean[rows] = mean.numpy() * query.scale[:, None]
-        found.log_ratio[rows] = log_ratio.numpy().clip(-6, 4)
+        size = max(1, _VALUES_READ // query.anchor.mean.shape[1])
+        for start in range(0, len(rows), size):
+            some = slice(start, start + size)
+            with torch.inference_mode():
+                mean, log_ratio = self.network(query.inputs.rows(some))
+            found.mean[rows[some]] = mean.numpy() * query.scale[some, None]
+            found.log_ratio[rows[some]] = log_ratio.numpy().clip(-6, 4)
         found.available[rows] = True
 
     def _attend(self, found: NetworkPredictions, pairs: Sequence[Pair], rows: list[int]) -> None:

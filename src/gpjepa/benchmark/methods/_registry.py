@@ -172,6 +172,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     elif name in METHODS or name in ORACLES:
         known = METHODS.get(name)
         _check_call("", None if known is None else known.options, options)
+        if options.get("gate", "auto") not in ("auto", 0, 1):
+            raise ValueError(f"gate: {options['gate']!r} is none of 'auto', 0 and 1")
     else:
         _check_call("", imported(name), options)
 

@@ -27,7 +27,7 @@ class ResponseMethod(EffectMethod):
     """
 
     def __init__(self, features: Sequence[TargetFeatures], gate: GateOption = "auto") -> None:
-        super().__init__(self._said)
+        super().__init__(self._predicted)
         self.features, self.gate = features, gate
 
     def fit(self, train: ad.AnnData, split: Split) -> None:
@@ -35,7 +35,7 @@ class ResponseMethod(EffectMethod):
         super().fit(train, split)
         self._fitted = ResponsePredictor(self.features, missing_features="mean").fit(self.effects_)
 
-    def _said(
+    def _predicted(
         self, effects: EffectTable, wanted: list[Perturbation], contexts: list[str]
     ) -> Predicted:
         found = self._fitted.predict(wanted, contexts, effects.scales[0], self.gate)
