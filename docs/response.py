@@ -150,14 +150,14 @@ def draw(found: pd.DataFrame, path: Path) -> None:
     """Errors of the methods, a line for each kind of pairs."""
     shown = {"shrunken additive": "lightgrey", "anchor": "0.5", "auto": "C0"}
     rows = found.index[::-1]
-    fig, ax = plt.subplots(figsize=(7, 0.6 + 0.5 * len(rows)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
     ax.hlines(range(len(rows)), 0, 1, color="0.93", zorder=0)
     for name, color in shown.items():
         label = "predictor" if name == "auto" else name
         ax.scatter(found.loc[rows, name], range(len(rows)), s=60, color=color, label=label)
     ax.set(yticks=range(len(rows)), yticklabels=rows, xlim=(0, 1))
     ax.set_xlabel("squared error, relative to predicting no change")
-    ax.legend(frameon=False, loc="lower right")
+    fig.legend(frameon=False, loc="outside upper right", ncols=len(shown))
     ax.spines[["top", "right", "left"]].set_visible(False)
     fig.savefig(path, dpi=150)
 
