@@ -64,6 +64,7 @@ def test_wells_are_split_and_scored_by_their_replicates(rng, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_response_predictor_is_a_method(rng, tmp_path):
     """With its gates; the networks read tables without cells."""
     path = tmp_path / "wells.h5ad"

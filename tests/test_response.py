@@ -533,11 +533,12 @@ def test_arguments_are_checked(simulated):
 # Training
 
 
+@pytest.mark.slow
 def test_training_is_the_same_again_and_learns():
     """A little of it; a network starts as the anchor."""
     told = []
     one, two = (
-        pretrain(120, 2, n_hidden=8, lr=1e-2, n_workers=1, progress=told.append) for _ in range(2)
+        pretrain(50, 4, n_hidden=8, lr=1e-2, n_workers=1, progress=told.append) for _ in range(2)
     )
     for name, value in one.state_dict().items():
         torch.testing.assert_close(value, two.state_dict()[name], rtol=0, atol=0)
