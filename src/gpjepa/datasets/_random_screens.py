@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse as sp
 
 from gpjepa.effects import EffectTable
 from gpjepa.perturbations import Perturbation, TargetFeatures
@@ -354,14 +353,14 @@ class _Scene:
 
 
 class _Noise:
-    """Errors of profiles: of some variance per cell, and varying together between genes."""
+    """Errors of profiles, which vary together between genes."""
 
-    def __init__(self, rng: Rng, per_cell: np.ndarray) -> None:
-        self.rng, self.per_cell = rng, per_cell
+    def __init__(self, rng: Rng, n_genes: int) -> None:
+        self.rng = rng
         q = int(rng.integers(1, 6))
-        axes = rng.standard_t(3, (q, len(per_cell)))
+        axes = rng.standard_t(3, (q, n_genes))
         axes /= np.linalg.norm(axes, axis=0)
-        share = rng.beta(1, 3, len(per_cell)) if rng.random() < 0.7 else np.zeros(len(per_cell))
+        share = rng.beta(1, 3, n_genes) if rng.random() < 0.7 else np.zeros(n_genes)
         self._axes, self._own = axes * np.sqrt(share), np.sqrt(1 - share)
 
     def unit(self, n: int) -> np.ndarray:
@@ -402,7 +401,7 @@ def _measured(
     for c, rate in enumerate(effects.rate):
         mean = scene.depth * rate
         per_cell = (mean + overdispersion * mean**2) / (1 + mean) ** 2 + 1e-6
-        noise, name = _Noise(rng, per_cell), f"context {c}"
+        noise, name = _Noise(rng, n_genes), f"context {c}"
         of_control = per_cell / n_controls
         error = np.sqrt(of_control) * noise.unit(1)[0]
         control[name] = np.maximum(np.log1p(mean) + error, 0)
@@ -435,7 +434,7 @@ def _features(rng: Rng, shared: np.ndarray) -> Callable[[list[str]], tuple[Targe
     """Features of targets, from what their effects are made of: informative, weak, useless, none."""
     kind = rng.random()
     n = len(shared)
-    signal = sp.csr_matrix(shared).toarray()
+    signal = shared
     if signal.shape[1] > 64:
         signal = signal @ rng.normal(size=(signal.shape[1], 64)) / 8
     scale = max(signal.std(), 1e-9)

@@ -55,7 +55,7 @@ class AnchorPrediction:
     noise: np.ndarray
     regime: list[str]
 
-    def rows(self, chosen: Sequence[int]) -> AnchorPrediction:
+    def rows(self, chosen: Sequence[int] | np.ndarray) -> AnchorPrediction:
         """Some of the predictions."""
         values = (self.mean[chosen], self.variance[chosen], self.noise[chosen])
         return AnchorPrediction(*values, [self.regime[i] for i in chosen])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-N_PER_EXPERT, N_PER_GENE, N_PER_ROW = 4, 5, 6
+_PER_EXPERT, _PER_ROW = 4, 6  # scalars that come with an expert, and with a row
 _OF_EXPERTS, _OF_GENES, _OF_ROWS = 5, 7, 5
 
 
@@ -77,12 +77,12 @@ class ResponseNetwork(nn.Module):
         self.n_roles, self.n_hidden, self.n_expert = n_roles, n_hidden, n_expert
         h = n_hidden
         self.role = nn.Embedding(n_roles, n_expert)
-        self.of_expert = nn.Linear(_OF_EXPERTS + N_PER_EXPERT, n_expert)
+        self.of_expert = nn.Linear(_OF_EXPERTS + _PER_EXPERT, n_expert)
         self.of_gene = nn.Sequential(
             nn.Linear(2 * n_expert + _OF_GENES, h), nn.GELU(), nn.Linear(h, h), nn.GELU()
         )
         self.of_row = nn.Sequential(
-            nn.Linear(3 * h + _OF_ROWS + N_PER_ROW, h), nn.GELU(), nn.Linear(h, h), nn.GELU()
+            nn.Linear(3 * h + _OF_ROWS + _PER_ROW, h), nn.GELU(), nn.Linear(h, h), nn.GELU()
         )
         self.in_row = nn.Sequential(nn.Linear(2 * h, h), nn.GELU())
         self.weigh, self.weigh_whole = (_Weigher(n_expert, h) for _ in range(2))

@@ -27,12 +27,10 @@ in the cache of a processor."""
 
 @dataclass(frozen=True)
 class NetworkPredictions:
-    """What the networks predict of some pairs, beside the anchor.
+    """What the networks predict of some pairs.
 
     Attributes
     ----------
-    anchor
-        The anchor's predictions.
     available
         Of which pairs a network predicts something, shape (n,).
     mean
@@ -41,7 +39,6 @@ class NetworkPredictions:
         Log of the variance over the anchor's, of the same shape.
     """
 
-    anchor: AnchorPrediction
     available: np.ndarray
     mean: np.ndarray
     log_ratio: np.ndarray
@@ -72,27 +69,29 @@ class Networks:
         """Learned when it is first needed."""
         return TargetAttention(self.anchor, self.scale, seed=self.seed)
 
-    def predict(self, pairs: Sequence[Pair]) -> NetworkPredictions:
-        """Predict some pairs."""
-        perturbations, contexts = [p for p, _ in pairs], [c for _, c in pairs]
-        anchor = self.anchor.predict(perturbations, contexts, self.scale)
+    def predict(self, pairs: Sequence[Pair], anchor: AnchorPrediction) -> NetworkPredictions:
+        """Predict some pairs, of which the anchor has made its predictions."""
         found = NetworkPredictions(
-            anchor, np.zeros(len(pairs), bool), anchor.mean.copy(), np.zeros_like(anchor.mean)
+            np.zeros(len(pairs), bool), anchor.mean.copy(), np.zeros_like(anchor.mean)
         )
         reads = [i for i, (p, _) in enumerate(pairs) if supported(p, anchor.regime[i])]
         at_a_time = max(1, _VALUES_ASKED // anchor.mean.shape[1])
         for start in range(0, len(reads), at_a_time):
-            self._read(found, pairs, reads[start : start + at_a_time])
+            self._read(found, pairs, anchor, reads[start : start + at_a_time])
         unseen = [i for i, regime in enumerate(anchor.regime) if regime == "unseen"]
         if unseen and self.anchor.features:
             self._attend(found, pairs, unseen)
         return found
 
-    def _read(self, found: NetworkPredictions, pairs: Sequence[Pair], rows: list[int]) -> None:
+    def _read(
+        self,
+        found: NetworkPredictions,
+        pairs: Sequence[Pair],
+        anchor: AnchorPrediction,
+        rows: list[int],
+    ) -> None:
         """Let the response network read some rows."""
-        query = make_query(
-            self.anchor, [pairs[i] for i in rows], found.anchor.rows(rows), self.scale
-        )
+        query = make_query(self.anchor, [pairs[i] for i in rows], anchor.rows(rows), self.scale)
         size = max(1, _VALUES_READ // query.anchor.mean.shape[1])
         for start in range(0, len(rows), size):
             some = slice(start, start + size)
@@ -118,10 +117,5 @@ class Networks:
     @property
     def regimes(self) -> list[str]:
         """Regimes in which one of them may be available."""
-        attends = bool(self.anchor.features) and self.attention_possible
+        attends = self.anchor.features and TargetAttention.measured(self.anchor)
         return [*SUPPORTED, *(["unseen"] if attends else [])]
-
-    @property
-    def attention_possible(self) -> bool:
-        """Whether enough targets were measured for attention, before it is learned."""
-        return bool(TargetAttention.measured(self.anchor))

@@ -157,7 +157,7 @@ class ResponsePredictor:
         mean, variance = found.mean.copy(), found.variance.copy()
         for rows in self._blocks(np.flatnonzero(share)):
             pairs = [(perturbations[i], contexts[i]) for i in rows]
-            network = self._networks_of(scale).predict(pairs)
+            network = self._networks_of(scale).predict(pairs, found.rows(rows))
             share[rows] *= network.available
             g = share[rows, None]
             moved = found.mean[rows] + g * (network.mean - found.mean[rows])
@@ -242,11 +242,11 @@ class ResponsePredictor:
             [i for i in rows if anchor.regime(all_rows[i][1], all_rows[i][0]) in PRIOR], int
         )
         for some in self._blocks(rows):
-            found = networks.predict([(all_rows[i][1], all_rows[i][0]) for i in some])
+            pairs = [(all_rows[i][1], all_rows[i][0]) for i in some]
+            said = anchor.predict([p for p, _ in pairs], [c for _, c in pairs], scale)
+            found = networks.predict(pairs, said)
             for j in np.flatnonzero(found.available):
-                yield _Hidden(
-                    int(some[j]), found.anchor.regime[j], found.anchor.mean[j], found.mean[j]
-                )
+                yield _Hidden(int(some[j]), said.regime[j], said.mean[j], found.mean[j])
 
 
 @dataclass(frozen=True)
