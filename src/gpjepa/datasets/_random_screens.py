@@ -9,7 +9,7 @@ controls in all effects of a context.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,11 +35,14 @@ class RandomScreen:
         True effects of the same rows, shape (n_rows, n_genes).
     features
         Features of the targets: informative, weak, useless or none.
+    laws
+        Which of ``LAWS`` the combinations follow, in any context; none in networks.
     """
 
     effects: EffectTable
     truth: np.ndarray
     features: tuple[TargetFeatures, ...]
+    laws: frozenset[str]
 
 
 def random_screen(rng: Rng) -> RandomScreen:
@@ -258,22 +261,25 @@ LAWS: Mapping[str, Law] = {
 """How the effects of two perturbations combine."""
 
 
-def _combined(rng: Rng, singles: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Effects of pairs by a law, or by two of them, and what is special to each."""
+def _combined(
+    rng: Rng, singles: np.ndarray, pairs: np.ndarray
+) -> tuple[np.ndarray, frozenset[str]]:
+    """Effects of pairs by a law, or by two of them, and what is special to each; and the laws."""
     a, b, common = singles[pairs[:, 0]], singles[pairs[:, 1]], singles.mean(0)
-    laws = list(LAWS.values())
-    found = laws[rng.integers(len(laws))](rng, a, b, common)
+    names = list(LAWS)
+    law = other = names[rng.integers(len(names))]
+    found = LAWS[law](rng, a, b, common)
     if rng.random() < 0.5:
         share = rng.random()
-        other = laws[rng.integers(len(laws))](rng, a, b, common)
-        found = share * found + (1 - share) * other
+        other = names[rng.integers(len(names))]
+        found = share * found + (1 - share) * LAWS[other](rng, a, b, common)
     size = np.abs(a) + np.abs(b)
     found = found + 0.7 * _log_uniform(rng, 0.02, 0.5) * size * rng.normal(size=size.shape)
     if rng.random() < 0.4:  # something that no single shows
         strength = rng.normal(size=(len(a), 1)) * _log_uniform(rng, 0.02, 0.4)
         new = rng.standard_t(3, a.shape[1]) * (rng.random(a.shape[1]) < 0.3)
         found = found + strength * np.sqrt((size**2).mean()) * new
-    return found
+    return found, frozenset({law, other})
 
 
 # Contexts, and what is measured
@@ -286,9 +292,10 @@ class _Effects:
     rate: np.ndarray
     singles: np.ndarray
     pairs: np.ndarray
+    laws: frozenset[str]
 
     def scaled(self, factor: float) -> _Effects:
-        return _Effects(self.rate, factor * self.singles, factor * self.pairs)
+        return replace(self, singles=factor * self.singles, pairs=factor * self.pairs)
 
 
 @dataclass(frozen=True)
@@ -313,7 +320,7 @@ class _Scene:
         spread = _log_uniform(rng, 0.05, 1) if n > 1 else 0.0
         apart = _log_uniform(rng, 0.05, 1.5) if n > 1 else 0.0
         direct = rng.uniform(1, 5) * rng.choice([1, -1]) * rng.uniform(0.5, 1.2, len(log_fold))
-        found = []
+        found, laws = [], frozenset[str]()
         for _ in range(n):
             rate = self.rate * np.exp(spread * rng.normal(size=len(self.rate)))
             strength = np.exp(0.5 * apart * rng.normal(size=(len(log_fold), 1)))
@@ -324,13 +331,15 @@ class _Scene:
                 both = of_pairs * (np.sqrt(np.prod(strength[pairs], axis=1)) if n > 1 else 1.0)
                 both = self._pairs_with_direct(both, mine, pairs)
                 found.append((rate, self._seen(mine, rate), self._seen(both, rate)))
-            elif multiplicative:
-                both = _combined(rng, mine, pairs)
+                continue
+            both, used = _combined(rng, mine, pairs)
+            laws |= used
+            if multiplicative:
                 found.append((rate, self._seen(mine, rate), self._seen(both, rate)))
             else:
-                both = np.maximum(_combined(rng, mine, pairs), -self.level(rate))
-                found.append((rate, np.maximum(mine, -self.level(rate)), both))
-        return _Effects(*(np.stack(each) for each in zip(*found, strict=True)))
+                floor = -self.level(rate)
+                found.append((rate, np.maximum(mine, floor), np.maximum(both, floor)))
+        return _Effects(*(np.stack(each) for each in zip(*found, strict=True)), laws)
 
     def _seen(self, log_fold: np.ndarray, rate: np.ndarray) -> np.ndarray:
         return self.level(rate * np.exp(np.clip(log_fold, -6, 6))) - self.level(rate)
@@ -427,7 +436,7 @@ def _measured(
         {SCALE: control_variance},
         draws={SCALE: draws},
     )
-    return RandomScreen(table, np.concatenate(truth)[order], features(targets))
+    return RandomScreen(table, np.concatenate(truth)[order], features(targets), effects.laws)
 
 
 def _features(rng: Rng, shared: np.ndarray) -> Callable[[list[str]], tuple[TargetFeatures, ...]]:

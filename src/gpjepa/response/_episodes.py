@@ -30,24 +30,27 @@ class Episode:
         The anchor's, shape (n_rows, n_genes).
     counts
         Genes that are scored: all but those targeted, shape (n_rows, n_genes).
+    laws
+        Laws of combination in the screen.
     """
 
     inputs: ResponseInputs
     truth: torch.Tensor
     variance: torch.Tensor
     counts: torch.Tensor
+    laws: frozenset[str] = frozenset()
 
     def genes(self, chosen: torch.Tensor) -> Episode:
         """Of some genes only."""
         rest = (each[:, chosen] for each in (self.truth, self.variance, self.counts))
-        return Episode(self.inputs.genes(chosen), *rest)
+        return Episode(self.inputs.genes(chosen), *rest, self.laws)
 
     def to(self, dtype: torch.dtype) -> Episode:
         """With floating-point numbers of another precision."""
         inputs = [getattr(self.inputs, f.name) for f in fields(self.inputs)]
         values = [v.to(dtype) if v.is_floating_point() else v for v in inputs]
         truth, variance = self.truth.to(dtype), self.variance.to(dtype)
-        return Episode(ResponseInputs(*values), truth, variance, self.counts)
+        return Episode(ResponseInputs(*values), truth, variance, self.counts, self.laws)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over the genes that are scored, shape (n_rows,)."""
@@ -78,6 +81,7 @@ def draw_episode(screen: RandomScreen, rng: np.random.Generator) -> Episode | No
         torch.from_numpy((screen.truth[asked] / scale).astype(np.float32)),
         torch.from_numpy((query.anchor.variance / scale**2).astype(np.float32)),
         torch.from_numpy(~screen.effects.targeted(asked)),
+        screen.laws,
     )
 
 

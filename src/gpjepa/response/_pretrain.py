@@ -71,6 +71,19 @@ def pretrain(
     episodes = draw_episodes(n_screens, seed=seed, n_workers=n_workers, progress=progress)
     if len(episodes) < _PER_STEP:
         raise ValueError(f"n_screens={n_screens}: too few to train on; give at least 100.")
+    return train_network(episodes, n_epochs, seed=seed, n_hidden=n_hidden, lr=lr, progress=progress)
+
+
+def train_network(
+    episodes: list[Episode],
+    n_epochs: int = 3,
+    *,
+    seed: int = 0,
+    n_hidden: int = 48,
+    lr: float = 2e-3,
+    progress: Callable[[str], object] = print,
+) -> ResponseNetwork:
+    """Train a response network from nothing on episodes, as :func:`pretrain` does."""
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
