@@ -504,7 +504,7 @@ def test_a_published_table_needs_no_scale(rng):
     assert predictor.predict([read("T4+T5")], ["all"]).mean.shape == (1, 30)
     assert predictor.predict([], []).mean.shape == (0, 30)
     with pytest.raises(ValueError, match="scale='mean_log1p' is not known"):
-        predictor.gates("mean_log1p")
+        predictor.predict([read("T4+T5")], ["all"], "mean_log1p")
 
 
 def test_nothing_is_predicted_below_no_expression(simulated):

@@ -205,8 +205,8 @@ def train(
     label = shlex.quote(str(model.get_perturbation_representation().index[0]))
     output.say(f"Wrote {out}/. Next: gpjepa predict {out} {label} --out cells.h5ad")
     assert model.response_ is not None
-    held_out = model.response_.held_out
-    errors = None if held_out.errors is None else records(held_out.relative().reset_index())
+    judged = model.response_.judged
+    errors = None if judged.errors.empty else records(judged.relative().reset_index())
     output.result({"out": out, "summary": model.summary(), "errors": errors})
 
 

@@ -339,7 +339,8 @@ class _Scene:
             else:
                 floor = -self.level(rate)
                 found.append((rate, np.maximum(mine, floor), np.maximum(both, floor)))
-        return _Effects(*(np.stack(each) for each in zip(*found, strict=True)), laws)
+        rates, singles, of_all = (np.stack(each) for each in zip(*found, strict=True))
+        return _Effects(rates, singles, of_all, laws)
 
     def _seen(self, log_fold: np.ndarray, rate: np.ndarray) -> np.ndarray:
         return self.level(rate * np.exp(np.clip(log_fold, -6, 6))) - self.level(rate)

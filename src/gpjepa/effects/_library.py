@@ -9,21 +9,16 @@ from gpjepa.perturbations import Perturbation
 
 
 def library_shifts(
-    library: np.ndarray,
-    perturbations: Sequence[Perturbation],
-    contexts: Sequence[str],
-    keep: np.ndarray | None = None,
+    library: np.ndarray, perturbations: Sequence[Perturbation], contexts: Sequence[str]
 ) -> dict[Perturbation, float]:
     """Shift of the mean log library size of each perturbation against its context's controls.
 
     Contexts are averaged, and each shift is shrunk by the positive-part factor 1 - variance/shift².
-    ``keep`` is a mask of the cells that count; contexts without control cells among them do not.
     """
-    where = np.arange(len(library)) if keep is None else np.flatnonzero(keep)
-    log_library = np.log(library[where])
+    log_library = np.log(library)
     groups: dict[tuple[str, Perturbation], list[float]] = defaultdict(list)
-    for i, size in zip(where.tolist(), log_library, strict=True):
-        groups[contexts[i], perturbations[i]].append(size)
+    for size, context, perturbation in zip(log_library, contexts, perturbations, strict=True):
+        groups[context, perturbation].append(size)
     pooled = np.std(log_library)
     shifts = defaultdict(list)
     for (context, perturbation), sizes in groups.items():

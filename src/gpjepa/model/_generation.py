@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import scipy.sparse as sp
 
 from gpjepa.effects import PER, library_shift
+from gpjepa.perturbations import Perturbation
 
 from . import _random
 from ._cells import Cells
-from ._response import MeanEffects
 from ._results import PredictedCells, PredictedEffect
 from ._states import States
 
@@ -23,7 +23,7 @@ _KEPT = 20_000_000  # the same, of all contexts together
 
 @dataclass(frozen=True)
 class _Rates:
-    """What is known of the rates of some control cells, all of shape (n_cells, n_genes).
+    """What is known of the rates of some control cells, both of shape (n_cells, n_genes).
 
     A negative binomial is a Poisson whose rate is a gamma variable with shape θ and rate θ/μ; given
     the cell's own count k it is again gamma, with shape θ + k and rate θ/μ + 1. Genes that the data
@@ -31,13 +31,10 @@ class _Rates:
 
     Attributes
     ----------
-    share
-        Share of each gene in the counts, decoded from the state.
     own, shape
         Mean rate per 10,000 by the state and the cell's own counts, and shape of the gamma variable.
     """
 
-    share: np.ndarray
     own: np.ndarray
     shape: np.ndarray
 
@@ -71,6 +68,12 @@ class ControlCells:
         self._correction = np.maximum(rate / PER, 1e-9) / (total / len(cells))
         self.rates = lru_cache(maxsize=1)(self._rates_of)
 
+    @cached_property
+    def mean_rate(self) -> np.ndarray:
+        """Mean of the cells' own rates, shape (n_genes,)."""
+        total = sum(self.rates(part.start, part.stop).own.sum(0) for part in self.parts)
+        return total / len(self.cells)
+
     def _share(self, part: slice) -> np.ndarray:
         share = self.states.decode(self.state[part], self.cells.batch[part]).astype(float)
         return np.maximum(share, 1e-12)
@@ -81,67 +84,38 @@ class ControlCells:
         theta = self.states.dispersion
         shape = theta + self.cells.counts[part].toarray()
         rate = shape / (theta / (share * self._correction * library) + self.cells.visible)
-        return _Rates(share, rate * (PER / library), shape)
+        return _Rates(rate * (PER / library), shape)
 
 
 class Generation:
     """Cells of perturbations.
 
     Each predicted cell is a control cell with other rates: what its own counts say of its rates
-    beyond its state is kept, the network's response of its state and the mean effect are added, and
-    counts are drawn anew.
+    beyond its state is kept, all rates of a gene are multiplied so that their mean is the predicted
+    one, and counts are drawn anew.
 
     Parameters
     ----------
-    effects
-        Mean effects, of which the network moves states.
+    library_shifts
+        How perturbations change the mean log library size.
     seed
         Seed of the draws.
     return_mean
         Give expected counts instead of sampled ones.
     """
 
-    def __init__(self, effects: MeanEffects, seed: int, return_mean: bool) -> None:
-        self.effects, self.seed, self.return_mean = effects, seed, return_mean
+    def __init__(
+        self, library_shifts: Mapping[Perturbation, float], seed: int, return_mean: bool
+    ) -> None:
+        self.library_shifts, self.seed, self.return_mean = library_shifts, seed, return_mean
 
     def cells(self, effect: PredictedEffect, control: ControlCells) -> Iterator[PredictedCells]:
         """The predicted cells of one perturbation, a part of the control cells at a time."""
-        parts = control.parts
-        moved = self._moved(effect, control)
-        each = (self._expected(effect, control, part, moved) for part in parts)
-        if len(parts) == 1:
-            (only,) = each
-            total, again = only.sum(0), iter([only])
-        else:
-            total = sum(x.sum(0) for x in each)
-            again = (self._expected(effect, control, part, moved) for part in parts)
-        scale = effect.target_rate / np.maximum(total / len(control.cells), 1e-12)
-        for part, expected in zip(parts, again, strict=True):
-            expected *= scale
-            yield self._drawn(effect, control, part, expected, moved[part])
-
-    def _moved(self, effect: PredictedEffect, control: ControlCells) -> np.ndarray:
-        noise = None
-        if effect.gate:
-            noise = _random.normal(
-                control.cells.names, control.draws, control.state.shape[1], *self._stream(effect)
-            )
-        return self.effects.network.moved(
-            control.state, effect.perturbation, effect.anchor["mean_log1p"], effect.gate, noise
-        )
-
-    def _stream(self, effect: PredictedEffect) -> tuple[int, str]:
-        return self.seed, str(effect.perturbation)
-
-    def _expected(
-        self, effect: PredictedEffect, control: ControlCells, part: slice, moved: np.ndarray
-    ) -> np.ndarray:
-        """Rates per 10,000 before they are given the predicted mean."""
-        rates = control.rates(part.start, part.stop)
-        if not effect.gate:
-            return rates.own.copy()  # without the network, cells keep their own rates
-        share = self.effects.network.states.decode(moved[part], control.cells.batch[part])
-        return rates.own * (share / rates.share)
+        scale = effect.target_rate / np.maximum(control.mean_rate, 1e-12)
+        moved = control.states.moved(control.state, effect.effect["mean_log1p"])
+        for part in control.parts:
+            rates = control.rates(part.start, part.stop)
+            yield self._drawn(effect, control, part, rates.own * scale, moved[part])
 
     def _drawn(
         self,
@@ -153,13 +127,12 @@ class Generation:
     ) -> PredictedCells:
         cells, draws = control.cells, control.draws[part]
         names, perturbation = cells.names[part], effect.perturbation
-        shifts = self.effects.network.library_shifts
-        library = cells.library[part] * np.exp(library_shift(shifts, perturbation))
+        library = cells.library[part] * np.exp(library_shift(self.library_shifts, perturbation))
         counts = expected * (library / PER)[:, None]
         if not self.return_mean:
             shape = control.rates(part.start, part.stop).shape
             counts = _random.gamma_poisson(
-                shape, counts / shape, names, draws, *self._stream(effect)
+                shape, counts / shape, names, draws, self.seed, str(perturbation)
             )
         labels = cells.labels if perturbation.is_control else None
         return PredictedCells(

@@ -21,7 +21,15 @@ from sklearn.exceptions import NotFittedError
 from gpjepa import plotting
 from gpjepa._checks import check_anndata, check_columns, unchanged_on_error
 from gpjepa._files import written_whole
-from gpjepa.effects import EffectAnchor, Explanation, Scale, check_scale, denoise, enrichment
+from gpjepa.effects import (
+    SCALES,
+    EffectAnchor,
+    Explanation,
+    Scale,
+    check_scale,
+    denoise,
+    enrichment,
+)
 from gpjepa.perturbations import (
     MissingFeatures,
     Perturbation,
@@ -29,6 +37,7 @@ from gpjepa.perturbations import (
     Vocabulary,
     choose_features,
 )
+from gpjepa.response import GateOption, ResponsePredictor
 from gpjepa.splits import MIN_UNITS
 
 from . import _pretrained, _random
@@ -37,15 +46,23 @@ from ._cells import Cells, as_trained, positions
 from ._data import Data
 from ._generation import ControlCells, Generation
 from ._module import MATCHINGS, GPJEPAModule
-from ._network import Network
+from ._populations import actions
 from ._progress import quiet
-from ._response import GateOption, MeanEffects, Response
-from ._results import LAYERS, PredictedCells, Results, checked_file, effect_frame, interaction_frame
+from ._response import Asked, Response, predicted_effects
+from ._results import (
+    LAYERS,
+    PredictedEffect,
+    Results,
+    checked_file,
+    effect_frame,
+    interaction_frame,
+)
 from ._running import Checkpoints, TrainingOptions
 from ._setup import check_cells, check_groups, make_fields
 from ._stage_a import PretrainPlan
 from ._stages_bc import ActionPlan
 from ._states import States
+from ._summary import in_words
 from ._training import (
     ActionOptions,
     ActionTraining,
@@ -63,14 +80,14 @@ class GPJEPA(BaseModelClass):
 
     A joint-embedding predictive architecture for perturbations: an encoder that predicts the
     embedding of hidden genes (stage A), a predictor in which the perturbation is the action
-    (stage B), and a negative-binomial decoder (stage C), on top of a closed-form anchor
-    (:class:`gpjepa.effects.EffectAnchor`). The mean effect is
+    (stage B), and a negative-binomial decoder (stage C). Mean effects come from a closed-form anchor
+    and networks that add to it (:class:`gpjepa.response.ResponsePredictor`):
 
-    .. math:: d = A + g_r\,(N - A),
+    .. math:: D = A + g_r\,(N - A),
 
-    with the anchor *A*, the mean effect *N* of the network's decoded cells, and a gate
-    :math:`g_r` between 0 and 1, above 0 only where held-out perturbations of the regime show that the
-    network helps (:func:`gpjepa.effects.fit_gate`).
+    with the anchor *A*, the network *N* of the regime, and a gate :math:`g_r` between 0 and 1: as
+    large as measured perturbations, hidden as the regime hides them, show that the network helps.
+    Predicted cells are control cells with that mean effect.
 
     Parameters
     ----------
@@ -95,6 +112,9 @@ class GPJEPA(BaseModelClass):
         (:func:`gpjepa.perturbations.human_genes`), if at least half of the perturbed targets are
         among them. Or your own (:class:`gpjepa.perturbations.TargetFeatures`, one kind or several).
         None: targets never perturbed all take the shrunken mean effect.
+    response
+        What adds to the anchor: ``"pretrained"``, the response network that comes with the package,
+        and attention learned on the screen; or None, the anchor alone.
     missing_features
         A target never perturbed that no features know is refused (``"error"``), or takes the
         shrunken mean effect (``"mean"``). By default ``"mean"`` with ``"auto"`` features, and
@@ -134,6 +154,7 @@ class GPJEPA(BaseModelClass):
         | TargetFeatures
         | Sequence[TargetFeatures]
         | None = "auto",
+        response: Literal["pretrained"] | None = "pretrained",
         missing_features: MissingFeatures | None = None,
         targets: Sequence[str] = (),
         pretrained: str | Path | None = None,
@@ -165,10 +186,10 @@ class GPJEPA(BaseModelClass):
         self._data = Data(self.registry_, type(self).setup_anndata)
         perturbed = [t for p in self._data.spellings for t in p.targets]
         features, missing = choose_features(target_features, missing_features, perturbed)
-        self.new_anchor = partial(EffectAnchor, features, missing)
-        self.vocabulary = Vocabulary(
-            perturbed, [*map(str, self.genes), *targets], self.new_anchor().features
-        )
+        self._new_predictor = partial(ResponsePredictor, features, missing_features=missing)
+        self._network = response
+        self._features = self._new_predictor(response).anchor_.features
+        self.vocabulary = Vocabulary(perturbed, [*map(str, self.genes), *targets], self._features)
         self.module = GPJEPAModule(
             len(self.genes),
             len(self.vocabulary.perturbed),
@@ -187,7 +208,7 @@ class GPJEPA(BaseModelClass):
         self.gene_share_ = np.ones(len(self.genes)) / len(self.genes)
         self.history_: History | None
         self.pretrained_: dict[str, Any] = {}
-        self._anchor: EffectAnchor | None = None
+        self._predictor: ResponsePredictor | None = None
         if source is not None:
             self.pretrained_ = _pretrained.take_over(
                 self.module, self.genes, source.module, source.genes, str(pretrained)
@@ -377,7 +398,7 @@ class GPJEPA(BaseModelClass):
             share = standardise(self.module, data.cells, data.inside)
             history, _ = stage.run(max_epochs, options, options.callbacks)
         # What was learned of perturbations was learned of other states.
-        self.response_ = self._anchor = None
+        self.response_ = self._predictor = None
         self.gene_share_, self.history_ = share, history
         self.is_pretrained_ = self.is_trained_ = True
 
@@ -398,11 +419,12 @@ class GPJEPA(BaseModelClass):
         resume: bool = False,
         **trainer_kwargs: Any,
     ) -> None:
-        """Fit the anchor, then the encoder (stage A), then predictor and decoder (stages B, C).
+        """Fit mean effects, then the encoder (stage A), then predictor and decoder (stages B, C).
 
-        A share of the perturbations is held out from the network (fewer than fifteen: a context,
-        else cells) for early stopping and for the gate; the anchor that predictions use is fitted
-        on everything. Ctrl-C ends training early and leaves a model that predicts.
+        Mean effects are fitted on everything; how much of the networks counts is judged by hiding
+        measured perturbations in turn. A share of the perturbations (fewer than fifteen: a context,
+        else cells) is held out from stages A to C for early stopping. Ctrl-C in one of these ends
+        training early and leaves a model that predicts.
 
         Parameters
         ----------
@@ -469,17 +491,17 @@ class GPJEPA(BaseModelClass):
         share, history, interrupted = self.gene_share_, dict(self.history_ or {}), False
         with self._restored_on_error():
             options = options.begin(self.module, pretrained)
-            action = ActionTraining(self.module, data, self.new_anchor, self.vocabulary)
+            predictor = self._new_predictor(self._network)
+            action = ActionTraining(self.module, data, self._features, self.vocabulary)
+            response = action.response(predictor, options.shown)
             if stage_a is not None or not history:  # the decoder is not standardised yet
                 share = standardise(self.module, data.cells, data.inside)
             if stage_a is not None:
                 found, interrupted = stage_a.run(pretrain_epochs, options)
                 history = found or history
-            response, found = action.run(
-                action_options, options, options.callbacks, skip=interrupted
-            )
+            found = action.run(action_options, options, options.callbacks, skip=interrupted)
         history = {k: v for k, v in history.items() if k.startswith("pretrain")}
-        self.response_, self._anchor = response, None
+        self.response_, self._predictor = response, predictor
         self.gene_share_, self.history_ = share, history | found
         self.is_pretrained_ = self.is_trained_ = True
 
@@ -522,7 +544,7 @@ class GPJEPA(BaseModelClass):
             return None
         features = [
             (f.name, f"{_random.key(*f.targets, f.take(f.targets).sum()):032x}")
-            for f in self.new_anchor().features
+            for f in self._features
         ]
         asked = {"model": self._model_summary_string, "target_features": features, **what}
         # Callbacks and loggers are other objects in another process.
@@ -543,23 +565,20 @@ class GPJEPA(BaseModelClass):
             raise
 
     def summary(self) -> str:
-        """What training held out, how well it was predicted, and what to expect of predictions.
+        """How well measured effects were predicted when hidden, and what to expect of predictions.
 
-        Errors are those of the mean effect, freed of sampling noise, against control cells that
-        training has not seen, and without the targeted genes. The gate was set on the same
-        perturbations, so that the first number is a little too good; ``gpjepa.benchmark`` measures
-        perturbations that nothing was chosen on.
+        Errors are those of the mean effect, freed of sampling noise, without the targeted genes, and
+        as if predictions knew half of the controls and were judged by the others
+        (:func:`gpjepa.effects.control_halves`). The gates were set on the same perturbations, so that
+        the first number is a little too good; ``gpjepa.benchmark`` measures perturbations that
+        nothing was chosen on.
 
         Returns
         -------
         str
             Four lines; the last says what targets never perturbed are predicted from.
         """
-        if self.response_ is None:
-            raise NotFittedError(
-                "The model is not trained on perturbations yet: call train() first."
-            )
-        return f"{self.response_.held_out.text()}\n{self._about_features()}"
+        return f"{in_words(self._mean_effects.judge())}\n{self._about_features()}"
 
     def _about_features(self) -> str:
         """What targets never perturbed are predicted from."""
@@ -589,25 +608,24 @@ class GPJEPA(BaseModelClass):
     @property
     def anchor(self) -> EffectAnchor:
         """The closed-form predictor of mean effects, fitted on the training cells."""
+        return self._mean_effects.anchor_
+
+    @property
+    def _mean_effects(self) -> ResponsePredictor:
         if self.response_ is None:
             # Also an AttributeError, or scvi-tools could not save a model that is only pretrained.
             raise NotFittedError(
                 "The model is not trained on perturbations yet: call train() first."
             )
-        if self._anchor is None:
-            self._anchor = self.new_anchor().fit(self.response_.effects)
-        return self._anchor
+        if self._predictor is None:
+            found = self.response_
+            self._predictor = self._new_predictor(found.network).fit(found.effects, found.judged)
+        return self._predictor
 
-    def _mean_effects(self, states: States | None = None) -> MeanEffects:
-        anchor, response = self.anchor, self.response_
-        assert response is not None
-        network = Network(
-            states or States(self.module),
-            self.vocabulary,
-            response.reference,
-            response.library_shifts,
-        )
-        return MeanEffects(anchor, network, response)
+    def _effects(
+        self, asked: Sequence[Asked], gate: GateOption, scales: Sequence[Scale] = SCALES
+    ) -> list[PredictedEffect]:
+        return predicted_effects(self._mean_effects, asked, gate, scales)
 
     def _parse(
         self, perturbations: str | Perturbation | Sequence[str | Perturbation]
@@ -676,7 +694,7 @@ class GPJEPA(BaseModelClass):
         wanted = self._parse(perturbations)
         chosen = self._contexts(contexts, self.anchor.effects_.contexts)
         pairs = [(p, label, c) for p, label in wanted.items() for c in chosen]
-        effects = self._mean_effects().of_all(pairs, gate)
+        effects = self._effects(pairs, gate, [scale])
         return effect_frame(effects, self.genes, scale)
 
     def explain(
@@ -769,12 +787,11 @@ class GPJEPA(BaseModelClass):
         _check_gate(gate)
         wanted = self._parse(perturbations)
         chosen = self._contexts(contexts, self.anchor.effects_.contexts)
-        effects = self._mean_effects()
         frames = []
         for p, label in wanted.items():
             for c in chosen:
                 found = self.anchor.predict_interactions([p], [c], scale)
-                parts = effects.of_all([(part, label, c) for part in (p, *p.singles)], gate)
+                parts = self._effects([(q, label, c) for q in (p, *p.singles)], gate, [scale])
                 frames.append(interaction_frame(found, parts, self.genes, scale))
         return pd.concat(frames, ignore_index=True)
 
@@ -828,8 +845,8 @@ class GPJEPA(BaseModelClass):
         """Predict the cells that a perturbation makes of control cells.
 
         Each predicted cell is a control cell with other rates: what its own counts say of its
-        rates beyond its state (the gamma posterior behind the negative binomial) is kept, the
-        network's response of its state and the mean effect are added, and counts are drawn anew.
+        rates beyond its state (the gamma posterior behind the negative binomial) is kept, all rates
+        of a gene are multiplied so that their mean is the predicted one, and counts are drawn anew.
 
         Parameters
         ----------
@@ -854,7 +871,7 @@ class GPJEPA(BaseModelClass):
         seed
             Seed; the same seed gives the same cells, in whatever order cells and genes come.
         gate
-            ``"auto"``, 0 (control cells moved by the anchor) or 1 (the network).
+            As in :meth:`predict_effects`.
 
         Returns
         -------
@@ -882,8 +899,8 @@ class GPJEPA(BaseModelClass):
         path = None if out is None else checked_file(out)
         if layers is not None and (isinstance(layers, str) or not {*layers} <= {*LAYERS}):
             raise ValueError(f"layers={layers!r}: expected a list of some of {list(LAYERS)}.")
-        effects = self._mean_effects(States(self.module, batch_size).in_double())
-        controls = self._control_cells(adata, context, n_samples, seed, effects)
+        states = States(self.module, batch_size).in_double()
+        controls = self._control_cells(adata, context, n_samples, seed, states)
         n_cells = len(wanted) * sum(len(c.cells) for c in controls.values())
         if layers is None:
             layers = LAYERS if n_cells * len(self.genes) * len(LAYERS) <= _MANY else ()
@@ -905,7 +922,10 @@ class GPJEPA(BaseModelClass):
             layers,
         )
         pairs = [(p, label, c) for p, label in wanted.items() for c in controls]
-        parts = _generated(Generation(effects, seed, return_mean), effects, pairs, controls, gate)
+        assert self.response_ is not None
+        generation = Generation(self.response_.library_shifts, seed, return_mean)
+        effects = self._effects(pairs, gate)
+        parts = (cells for e in effects for cells in generation.cells(e, controls[e.context]))
         return results.in_memory(parts) if path is None else results.on_disk(parts, path)
 
     def _control_cells(
@@ -914,7 +934,7 @@ class GPJEPA(BaseModelClass):
         context: str | Sequence[str] | None,
         n_samples: int | None,
         seed: int,
-        effects: MeanEffects,
+        states: States,
     ) -> dict[str, ControlCells]:
         """Control cells of each wanted context."""
         cells = self._query_cells(adata, decodes=True)
@@ -939,9 +959,7 @@ class GPJEPA(BaseModelClass):
             mine = cells.take(np.array(at[c]))
             where, draws = _random.choose(mine.names, n_samples, seed)
             rate = np.expm1(self.anchor.effects_.control["log1p_mean"][c].astype(float))
-            found[c] = ControlCells(
-                effects.network.states, mine.take(where), draws, rate, len(chosen)
-            )
+            found[c] = ControlCells(states, mine.take(where), draws, rate, len(chosen))
         return found
 
     # Measured cells
@@ -1082,7 +1100,7 @@ class GPJEPA(BaseModelClass):
             One row per perturbation, shape (n_perturbations, n_action).
         """
         perturbations = self.anchor.effects_.perturbations
-        embedding = self._mean_effects().network.action(perturbations).cpu().numpy()
+        embedding = actions(self.module, self.vocabulary, perturbations).cpu().numpy()
         return pd.DataFrame(embedding, index=[self._data.label(p) for p in perturbations])
 
     def _check_states(self, *, decodes: bool = False) -> None:
@@ -1193,18 +1211,6 @@ class GPJEPA(BaseModelClass):
             )
         model._data.visible = visible
         return model
-
-
-def _generated(
-    generation: Generation,
-    effects: MeanEffects,
-    pairs: Sequence[tuple[Perturbation, str, str]],
-    controls: Mapping[str, ControlCells],
-    gate: GateOption,
-) -> Iterator[PredictedCells]:
-    """Cells of each perturbation in each context, as they come."""
-    for effect in effects.of_all(pairs, gate):
-        yield from generation.cells(effect, controls[effect.context])
 
 
 def _written(value: Any) -> str:

@@ -147,7 +147,6 @@ class GPJEPAModule(BaseModuleClass):
         tensors: dict[str, torch.Tensor],
         action: torch.Tensor,
         shift: torch.Tensor,
-        missed: torch.Tensor,
         *,
         matching: str,
         weights: dict[str, float],
@@ -161,13 +160,10 @@ class GPJEPAModule(BaseModuleClass):
             library sizes and batches.
         action, shift
             Action embedding and latent anchor of each row, shape (n_rows, ·).
-        missed
-            Mean effect of each row minus its out-of-fold anchor, on the scale ``log1p_mean``, shape
-            (n_rows, n_genes).
         matching
             How control and perturbed cells are compared: see :meth:`gpjepa.GPJEPA.train`.
         weights
-            Weights of ``vicreg``, ``nb``, ``kl`` and ``effect``; 0 is off.
+            Weights of ``vicreg``, ``nb`` and ``kl``; 0 is off.
         """
         n = len(tensors["latent"]) // 2
         per_row = n // len(action)
@@ -197,28 +193,15 @@ class GPJEPAModule(BaseModuleClass):
         nb = negative_binomial_nll(counts, share * library.unsqueeze(1), self.decoder.dispersion)
         nb = nb.mean() / self.n_genes
         spread = vicreg(z, spread=target.std(0).mean()) if weights["vicreg"] else kl * 0
-        effect = self._effect_loss(prior, base + shift, batch[n:], missed)
         loss = predict + sum(
-            weights[name] * part
-            for name, part in (("vicreg", spread), ("nb", nb), ("kl", kl), ("effect", effect))
+            weights[name] * part for name, part in (("vicreg", spread), ("nb", nb), ("kl", kl))
         )
         return {
             "loss": loss,
             "predict": predict.detach(),
             "kl": kl.detach(),
             "nb": nb.detach(),
-            "effect": effect.detach(),
         }
-
-    def _effect_loss(
-        self, prior: torch.Tensor, moved: torch.Tensor, batch: torch.Tensor, missed: torch.Tensor
-    ) -> torch.Tensor:
-        """Squared error of what the residual adds to the decoded mean effect of each row."""
-        after, before = (
-            (PER * self.decoder(z, batch).unflatten(0, (len(missed), -1)).mean(1)).log1p()
-            for z in (prior, moved)
-        )
-        return (after - before - missed).square().sum(1).mean()
 
     @staticmethod
     def _prior_loss(

@@ -13,8 +13,9 @@ from typing import Any
 import lightning.pytorch as pl
 from tqdm.auto import tqdm
 
-ANCHOR, STAGE_A, STAGES_BC = (
-    "Anchor: closed form", "Stage A: cell states", "Stages B and C: response"
+MEAN_EFFECTS, STAGE_A, ANCHOR, STAGES_BC = (
+    "Mean effects: hidden in turn", "Stage A: cell states", "Anchor: out of fold",
+    "Stages B and C: populations",
 )  # fmt: skip
 
 

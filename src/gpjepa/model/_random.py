@@ -36,15 +36,6 @@ def choose(names: np.ndarray, n: int | None, seed: int) -> tuple[np.ndarray, np.
     return np.array([i for i, _ in picked]), np.array([draw for _, draw in picked])
 
 
-def normal(names: np.ndarray, draws: np.ndarray, n: int, *parts: object) -> np.ndarray:
-    """Standard normal noise of each cell, shape (n_cells, n)."""
-    rows = [
-        stream("state", *parts, name, draw).standard_normal(n, dtype=np.float32)
-        for name, draw in zip(names, draws, strict=True)
-    ]
-    return np.stack(rows)
-
-
 def gamma_poisson(
     shape: np.ndarray, scale: np.ndarray, names: np.ndarray, draws: np.ndarray, *parts: object
 ) -> np.ndarray:

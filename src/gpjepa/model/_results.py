@@ -21,7 +21,7 @@ from gpjepa._files import written_whole
 from gpjepa.effects import AnchorPrediction, Scale
 from gpjepa.perturbations import Perturbation
 
-from ._held_out import REGIMES
+from ._summary import REGIMES
 
 logger = logging.getLogger(__name__)
 

@@ -83,6 +83,12 @@ class States:
         return states.numpy()
 
     @torch.inference_mode()
+    def moved(self, state: np.ndarray, effect: np.ndarray) -> np.ndarray:
+        """States moved by the image of a mean effect on ``mean_log1p``, shape (n_cells, n_latent)."""
+        like = self.module.anchor_map
+        return state + (torch.from_numpy(effect).to(like) @ like).cpu().numpy()
+
+    @torch.inference_mode()
     def decode(self, state: np.ndarray, batch: np.ndarray) -> np.ndarray:
         """Share of each gene in the library size, shape (n_cells, n_genes)."""
         like = self.module.anchor_map

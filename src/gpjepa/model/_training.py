@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,18 +21,18 @@ from gpjepa.effects import (
     gene_loadings,
 )
 from gpjepa.nn import ComponentEncoder, ResidualEncoder
-from gpjepa.perturbations import Perturbation, Vocabulary
+from gpjepa.perturbations import Perturbation, TargetFeatures, Vocabulary
+from gpjepa.response import ResponsePredictor
 from gpjepa.splits import MIN_UNITS
 
 from . import _random
 from ._batches import Batches, EpochSampler, RandomBatches, RowBatches
 from ._cells import Cells
 from ._components import fit_components, worth_keeping
-from ._held_out import HeldOut
 from ._module import GPJEPAModule
 from ._moments import moments
-from ._network import Network, Reference, target_indices
-from ._progress import ANCHOR, STAGE_A, STAGES_BC, Stage
+from ._populations import Populations, Reference, target_indices
+from ._progress import ANCHOR, MEAN_EFFECTS, STAGE_A, STAGES_BC, Stage
 from ._response import Response
 from ._running import TrainingOptions
 from ._stage_a import PretrainPlan
@@ -42,7 +42,7 @@ from ._training_cells import TrainingCells
 
 logger = logging.getLogger(__name__)
 
-_N_REFERENCE = 256  # control cells of a context behind the network's mean effect
+_N_REFERENCE = 64  # control cells of a context behind the error of each epoch
 _N_MAP = 2_000  # cells behind the latent image of the anchor
 _CELLS_PER_ROW = 32
 _BATCHES_PER_EPOCH = 25
@@ -180,7 +180,7 @@ class ActionOptions:
 
 
 class ActionTraining:
-    """The closed form, then stages B and C; what is decided on the held-out rows.
+    """Mean effects, then stages B and C; their epoch is chosen on the held-out rows.
 
     Parameters
     ----------
@@ -188,8 +188,8 @@ class ActionTraining:
         The module; its predictor and decoder are trained.
     data
         Cells of training.
-    new_anchor
-        Makes an anchor that is not fitted.
+    features
+        Kinds of target features.
     vocabulary
         Targets by their place in the perturbation encoder.
     """
@@ -198,7 +198,7 @@ class ActionTraining:
         self,
         module: GPJEPAModule,
         data: TrainingCells,
-        new_anchor: Callable[[], EffectAnchor],
+        features: Sequence[TargetFeatures],
         vocabulary: Vocabulary,
     ) -> None:
         self.module, self.data, self.vocabulary = module, data, vocabulary
@@ -206,12 +206,11 @@ class ActionTraining:
         held_rows = data.held_rows
         self.inside = self.effects.subset(np.zeros(len(self.effects.rows), bool))
         self.inside = self.inside if inside is None else inside
-        self.features = new_anchor().features
+        self.features = features
         warn_of_coverage(self.features, self.effects)
         # What is held out is judged where it has control cells of its own.
-        cells_only = data.holdout.kind == "cells"
-        self.independent = not cells_only and outside is not None and len(outside.rows) > 0
-        held = outside if self.independent or cells_only else self.effects
+        judged = outside is not None and len(outside.rows) > 0
+        held = outside if judged or data.holdout.kind == "cells" else self.effects
         rows = [] if held is None else [i for i, row in enumerate(held.rows) if row in held_rows]
         self.outside = self.inside if held is None or not rows else held.subset(np.array(rows))
 
@@ -222,25 +221,16 @@ class ActionTraining:
         callbacks: Sequence[pl.Callback] = (),
         *,
         skip: bool = False,
-    ) -> tuple[Response, History]:
-        """Train, and put together what was found; ``skip`` leaves the network untrained."""
+    ) -> History:
+        """Train stages B and C; ``skip`` leaves them untrained."""
         state = States(self.module).encode(self.data.cells)
         self._prepare_module(state)
-        reference, reason = self._reference(state), self.data.holdout.reason
-        response = Response(
-            self.effects,
-            reference,
-            self.data.library_shifts(),
-            self.inside.regimes,
-            {},
-            HeldOut(reason, None, {}),
-        )
         rows = self._rows()
         if skip or not rows:
-            return response, {}
+            return {}
         # What the anchor would have said had the held-out rows never been measured.
         anchor = EffectAnchor(self.features, "mean").fit(self.inside)
-        watch = self.watch(anchor, reference)
+        watch = self.watch(anchor, self._reference(state))
         plan = self._plan(rows, anchor, watch, options, training.shown)
         batches = self._batches(rows, state, options.batch_size)
         if options.patience is not None:
@@ -250,18 +240,17 @@ class ActionTraining:
             callbacks = [*callbacks, stop]
         epochs = 40 if options.max_epochs is None else options.max_epochs
         training.run(STAGES_BC, plan, batches, epochs, callbacks)
-        if plan.judged and self.independent:
-            response = self._judged(plan, response)
         plan.load_best()
-        return response, plan.history
+        return plan.history
 
-    def _judged(self, plan: ActionPlan, response: Response) -> Response:
-        """The response with gates, and with errors where what is held out has controls of its own."""
-        network = plan.cross_fitted("mean_log1p")
-        gate = plan.watch.gates(network)
-        gates = {regime: found.gate for regime, found in gate.items()}
-        errors = plan.watch.errors(network, gates, self.inside)
-        return replace(response, gate=gate, held_out=HeldOut(response.held_out.what, errors, gates))
+    def response(self, predictor: ResponsePredictor, shown: bool) -> Response:
+        """Mean effects: the closed form, and how much of the networks counts."""
+        predictor.fit(self.effects)
+        bar = Stage(MEAN_EFFECTS, predictor.n_refits, shown)
+        judged = predictor.judge(progress=bar.advance)
+        bar.close()
+        shifts = self.data.library_shifts()
+        return Response(self.effects, shifts, predictor.network, judged)
 
     def _rows(self) -> list[tuple[str, Perturbation]]:
         """Rows that are trained on.
@@ -297,15 +286,14 @@ class ActionTraining:
             mine = controls[contexts == context]
             chosen, _ = _random.choose(cells.names[mine], min(_N_REFERENCE, len(mine)), 0)
             mine = mine[chosen]
-            found[context] = Reference(state[mine], cells.library[mine], cells.batch[mine])
+            found[context] = Reference(state[mine], cells.batch[mine])
         return found
 
     def watch(self, anchor: EffectAnchor, reference: dict[str, Reference]) -> Watch:
-        """The held-out rows, as the network will be judged by them."""
-        shifts = self.data.library_shifts(~self.data.out)
-        network = Network(States(self.module), self.vocabulary, reference, shifts)
+        """The held-out rows, by which the epoch is chosen."""
+        populations = Populations(States(self.module), self.vocabulary, reference)
         pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
-        return Watch(network, self.outside, {s: anchor.predict(*pairs, s) for s in SCALES})
+        return Watch(populations, self.outside, {s: anchor.predict(*pairs, s) for s in SCALES})
 
     def _plan(
         self,
@@ -316,8 +304,9 @@ class ActionTraining:
         shown: bool,
     ) -> ActionPlan:
         targets, doses = target_indices([p for _, p in rows], self.vocabulary)
-        bar = Stage(ANCHOR, len(SCALES) * anchor.n_folds, shown)
-        left_out = {s: anchor.out_of_fold(s, progress=bar.advance) for s in SCALES}
+        anchor_map = self.module.anchor_map
+        bar = Stage(ANCHOR, anchor.n_folds, shown)
+        left_out = anchor.out_of_fold("mean_log1p", progress=bar.advance)
         bar.close()
 
         def padded(effect: np.ndarray) -> torch.Tensor:
@@ -326,15 +315,12 @@ class ActionTraining:
             every[: len(effect)] = torch.from_numpy(effect)
             return every
 
-        anchor_map = self.module.anchor_map
-        shift = padded(left_out["mean_log1p"]).to(anchor_map.device) @ anchor_map
-        missed = padded(self.inside.effect["log1p_mean"] - left_out["log1p_mean"])
+        shift = padded(left_out).to(anchor_map.device) @ anchor_map
         return ActionPlan(
             self.module,
             targets,
             doses,
             shift,
-            missed,
             watch,
             matching=options.matching,
             **options.plan,

@@ -147,7 +147,7 @@ class TrainingCells:
             "names and labels": f"{_random.key(*self.genes, *sorted(labels)):032x}",
         }
 
-    def library_shifts(self, keep: np.ndarray | None = None) -> dict[Perturbation, float]:
-        """Of all cells, or of some."""
+    def library_shifts(self) -> dict[Perturbation, float]:
+        """Of all cells."""
         cells = self.cells
-        return library_shifts(cells.library, cells.each_perturbation, cells.contexts, keep)
+        return library_shifts(cells.library, cells.each_perturbation, cells.contexts)

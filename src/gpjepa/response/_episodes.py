@@ -42,8 +42,8 @@ class Episode:
 
     def genes(self, chosen: torch.Tensor) -> Episode:
         """Of some genes only."""
-        rest = (each[:, chosen] for each in (self.truth, self.variance, self.counts))
-        return Episode(self.inputs.genes(chosen), *rest, self.laws)
+        truth, variance, counts = (x[:, chosen] for x in (self.truth, self.variance, self.counts))
+        return Episode(self.inputs.genes(chosen), truth, variance, counts, self.laws)
 
     def to(self, dtype: torch.dtype) -> Episode:
         """With floating-point numbers of another precision."""

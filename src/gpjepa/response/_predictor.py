@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
@@ -16,17 +16,15 @@ from gpjepa.effects import (
     EffectTable,
     Gate,
     Scale,
-    control_halves,
-    fit_gate,
 )
 from gpjepa.nn import ResponseNetwork
 from gpjepa.perturbations import MissingFeatures, Perturbation, TargetFeatures
 
+from ._judge import Judged, folds, judge
 from ._networks import PRIOR, Networks, Pair
 from ._weights import load_network
 
 GateOption = Literal["auto", 0, 1]
-_N_FOLDS = 5
 _BLOCK = 2_000_000  # rows times genes predicted at a time
 
 
@@ -100,31 +98,43 @@ class ResponsePredictor:
         self.anchor_ = EffectAnchor(features, missing_features)
         self.seed = seed
 
-    def fit(self, effects: EffectTable) -> Self:
-        """Fit the anchor; networks and gates of a scale when they are first needed."""
-        self.anchor_.fit(effects)
-        self._networks: dict[Scale, Networks] = {}
-        self._gates: dict[Scale, dict[str, Gate]] = {}
-        return self
-
-    def gates(
-        self, scale: Scale | None = None, *, progress: Callable[[], object] = lambda: None
-    ) -> dict[str, Gate]:
-        """The gate of each regime in which there is a network.
+    def fit(self, effects: EffectTable, judged: Judged | None = None) -> Self:
+        """Fit the anchor; what is learned and judged on the screen follows when it is first needed.
 
         Parameters
         ----------
-        scale
-            Scale of the effects; the table's first by default.
-        progress
-            Called after each refit, at most ten times.
+        effects
+            Measured effects.
+        judged
+            What :meth:`judge` found on the same effects before.
         """
-        scale = self._scale(scale)
-        if self.network is None:
-            return {}
-        if scale not in self._gates:
-            self._gates[scale] = self._judged(scale, progress)
-        return self._gates[scale]
+        self.anchor_.fit(effects)
+        self._networks: dict[Scale, Networks] = {}
+        self._judged = judged
+        return self
+
+    def judge(self, *, progress: Callable[[], object] = lambda: None) -> Judged:
+        """Hide measured rows in turn, predict them from the others, and set the gates.
+
+        On the first scale of the effects; the gates hold for the others too.
+
+        Parameters
+        ----------
+        progress
+            Called after each of ``n_refits``.
+        """
+        if self._judged is None:
+            self._judged = judge(self.anchor_, self.network, self.seed, progress)
+        return self._judged
+
+    @property
+    def n_refits(self) -> int:
+        """How often :meth:`judge` fits anew, at most fifteen times."""
+        return len(folds(self.anchor_))
+
+    def gates(self) -> Mapping[str, Gate]:
+        """The gate of each regime in which there is a network (:meth:`judge`)."""
+        return self.judge().gates if self.network is not None else {}
 
     def predict(
         self,
@@ -153,7 +163,7 @@ class ResponsePredictor:
             raise ValueError(f"gate={gate!r} is not known; choose 'auto', 0 or 1.")
         scale = self._scale(scale)
         found = self.anchor_.predict(perturbations, contexts, scale)
-        share = self._shares(found.regime, scale, gate)
+        share = self._shares(found.regime, gate)
         mean, variance = found.mean.copy(), found.variance.copy()
         for rows in self._blocks(np.flatnonzero(share)):
             pairs = [(perturbations[i], contexts[i]) for i in rows]
@@ -186,74 +196,14 @@ class ResponsePredictor:
             self._networks[scale] = Networks(self.network, self.anchor_, scale, self.seed)
         return self._networks[scale]
 
-    def _shares(self, regimes: list[str], scale: Scale, gate: GateOption) -> np.ndarray:
+    def _shares(self, regimes: list[str], gate: GateOption) -> np.ndarray:
         if self.network is None or gate == 0 or not set(regimes) & set(PRIOR):
             return np.zeros(len(regimes))
         if gate == 1:
             return np.array([float(r in PRIOR) for r in regimes])
-        gates = self.gates(scale)
+        gates = self.gates()
         return np.array([gates[r].gate if r in gates else 0.0 for r in regimes])
 
     def _blocks(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         at_a_time = max(1, _BLOCK // len(self.anchor_.effects_.genes))
         return (rows[i : i + at_a_time] for i in range(0, len(rows), at_a_time))
-
-    def _judged(self, scale: Scale, progress: Callable[[], object]) -> dict[str, Gate]:
-        """Gates, by predictions of all rows without them."""
-        effects = self.anchor_.effects_
-        halves = control_halves(effects, scale, self.seed)
-        possible = self._networks_of(scale).regimes
-        hidden_rows: dict[str, list[_Hidden]] = {regime: [] for regime in possible}
-        measured: dict[str, list[np.ndarray]] = {regime: [] for regime in possible}
-        for fold, (_, hidden) in enumerate(self.anchor_.folds(_N_FOLDS)):
-            # Each half is what is known in every other fold, and judged by in the others.
-            known, judged_by = halves[:: 1 if fold % 2 else -1]
-            for each in self._hidden(known.subset(~hidden), np.flatnonzero(hidden), scale):
-                if each.regime in hidden_rows:
-                    hidden_rows[each.regime].append(each)
-                    measured[each.regime].append(judged_by.effect[scale][each.row])
-            progress()
-        found = {}
-        for regime, mine in hidden_rows.items():
-            shape = len(mine), len(effects.genes)
-            network, anchor, effect = (
-                np.reshape(values, shape)
-                for values in (
-                    [each.network for each in mine],
-                    [each.anchor for each in mine],
-                    measured[regime],
-                )
-            )
-            table = halves[0].subset(np.array([each.row for each in mine], int))
-            table = replace(table, effect={scale: effect})
-            rows = range(len(mine))
-            found[regime] = fit_gate(network, anchor, table, rows, scale, PRIOR[regime])
-        return found
-
-    def _hidden(self, known: EffectTable, rows: np.ndarray, scale: Scale) -> Iterator[_Hidden]:
-        """Predictions of some rows by what is known without them, where there is a network."""
-        if not known.rows:
-            return
-        assert self.network is not None
-        anchor = EffectAnchor(self.anchor_.features, "mean").fit(known)
-        networks = Networks(self.network, anchor, scale, self.seed)
-        all_rows = self.anchor_.effects_.rows
-        rows = np.array(
-            [i for i in rows if anchor.regime(all_rows[i][1], all_rows[i][0]) in PRIOR], int
-        )
-        for some in self._blocks(rows):
-            pairs = [(all_rows[i][1], all_rows[i][0]) for i in some]
-            said = anchor.predict([p for p, _ in pairs], [c for _, c in pairs], scale)
-            found = networks.predict(pairs, said)
-            for j in np.flatnonzero(found.available):
-                yield _Hidden(int(some[j]), said.regime[j], said.mean[j], found.mean[j])
-
-
-@dataclass(frozen=True)
-class _Hidden:
-    """A row that was hidden, and its effects as predicted without it."""
-
-    row: int
-    regime: str
-    anchor: np.ndarray
-    network: np.ndarray
