@@ -1,4 +1,4 @@
-"""How training runs and where results go: order, gates, checkpoints, files, devices."""
+"""How training runs and where results go: order, hold-outs, checkpoints, files, devices."""
 
 import os
 import shutil
@@ -18,9 +18,8 @@ from sklearn.exceptions import NotFittedError
 
 import gpjepa
 from gpjepa import GPJEPA
-from gpjepa.effects import CellSums, EffectAnchor, Gate, effect_table
-from gpjepa.model import ActionPlan
-from gpjepa.model._network import Network
+from gpjepa.effects import CellSums, EffectAnchor, effect_table
+from gpjepa.model._populations import actions
 from gpjepa.model._states import States
 from gpjepa.model._training import ActionTraining
 from gpjepa.model._training_cells import TrainingCells
@@ -41,33 +40,28 @@ def untrained(adata, seed=0, **setup):
     return GPJEPA(adata, n_latent=8, n_hidden=16)
 
 
-# The gate
+# What is held out, and what is judged
 
 
-def test_a_context_with_few_controls_shuts_no_gate_elsewhere(simulated):
+def test_a_context_with_few_controls_is_judged_too(simulated):
     control = (simulated.obs["perturbation"] == "control").to_numpy()
     there = (simulated.obs["context"] == "context1").to_numpy()
     few = np.flatnonzero(control & there)[3:]
     adata = simulated[np.setdiff1d(np.arange(simulated.n_obs), few)]
     fitted = train_quickly(adata, context_key="context", train={"max_epochs": 1})
-    assert fitted.response_.gate
-    assert "not judged in 'context1': fewer than 4 control cells" in fitted.summary()
-    data = TrainingCells(fitted._training_cells(), fitted.genes)
-    judged = [c for c, _ in data.held_rows if c != "context1"]
-    assert len(fitted.response_.held_out.errors) == len(judged)
+    judged = fitted.response_.judged
+    assert judged.gates["seen2"].n_units >= 5
+    assert np.isfinite(judged.errors.drop(columns="regime").to_numpy()).all()
 
 
-def test_a_held_out_context_has_a_gate():
+def test_a_context_is_held_out_where_perturbations_are_few():
     screen = gpjepa.datasets.simulate(
         1_200, 40, n_targets=6, n_combinations=0, n_contexts=3, seed=1
     )
     fitted = train_quickly(screen, context_key="context", train={"max_epochs": 1})
     data = TrainingCells(fitted._training_cells(), fitted.genes)
     assert data.holdout.kind == "contexts"
-    (regime,) = fitted.response_.gate
-    assert regime == "new context"
-    assert fitted.response_.gate[regime].n_units == 6
-    assert (fitted.response_.held_out.errors.index == "new context").all()
+    assert set(fitted.response_.judged.errors["regime"]) == {"new context", "unseen"}
     # Perturbed cells of the context are out, and half of its controls.
     there, control = np.array(data.cells.contexts) == data.holdout.units[0], data.cells.is_control
     assert data.out[there & ~control].all()
@@ -75,50 +69,16 @@ def test_a_held_out_context_has_a_gate():
     assert not data.out[~there].any()
 
 
-def test_the_gate_is_that_of_what_the_network_was_trained_on(model, monkeypatch):
-    """The anchor knows held-out targets; on these the network was never trained."""
-    effects = model._mean_effects()
-    known, trained = effects.anchor.effects_.regimes, effects.response.trained
-    hidden = sorted(known.alone - trained.alone)
-    other = sorted(trained.alone)[0]
-    asked = gpjepa.perturbations.Perturbation.of([hidden[0], other])
-    assert known.of(asked, "context0") == "seen2"
-    gates = {r: Gate(1.0, 9, 0.0, 0.0, 0.0) for r in ("seen2", "unseen", "seen0")}
-    gates["seen1"] = Gate(0.25, 9, 0.0, 0.0, 0.0)
-    monkeypatch.setitem(effects.response.__dict__, "gate", gates)
-    assert trained.of(asked, "context0") == "seen1"
-    assert effects.gate(asked, "context0") == 0.25
-    both = gpjepa.perturbations.Perturbation.of(sorted(trained.alone)[-2:])
-    assert known.of(both, "context0") == trained.of(both, "context0") == "seen2"
-    assert effects.gate(both, "context0") == 1.0
-    assert effects.gate(asked, "context0", 1) == 1.0
-
-
-def test_the_epoch_behind_a_unit_is_the_best_of_the_others():
-    plan = ActionPlan.__new__(ActionPlan)
-    rng = np.random.default_rng(0)
-    judged = rng.gamma(1.0, size=(9, 5))
-    plan.judged = [torch.from_numpy(epoch) for epoch in judged]
-    assert plan.best == judged.sum(1).argmin()
-    for unit, chosen in enumerate(plan.chosen):
-        assert chosen == np.delete(judged, unit, 1).sum(1).argmin()
-    plan.judged[3][1] = torch.inf
-    assert plan.best != 3
-    assert 3 not in plan.chosen[:1] + plan.chosen[2:]
-    plan.judged = [torch.tensor([x], dtype=torch.float64) for x in (3.0, 1.0, 2.0)]
-    assert plan.chosen == [plan.best] == [1]  # a single unit has no others
-
-
 def test_the_epoch_that_is_kept_is_the_best_one(simulated):
     fitted = train_quickly(simulated, train={"max_epochs": 6, "plan_kwargs": {"lr": 0.02}})
     data = TrainingCells(fitted._training_cells(), fitted.genes)
-    stage = ActionTraining(fitted.module, data, fitted.new_anchor, fitted.vocabulary)
+    stage = ActionTraining(fitted.module, data, (), fitted.vocabulary)
     anchor = EffectAnchor((), "mean").fit(stage.inside)
-    watch = stage.watch(anchor, fitted.response_.reference)
+    watch = stage.watch(anchor, States(fitted.module).encode(data.cells))
     wrong, base = watch.squares(range(len(watch.measured.rows)))
     errors = fitted.history["holdout_error"].to_numpy(float).ravel()
     assert errors.argmin() < len(errors) - 1  # or the test could not fail
-    assert wrong.sum() / base.sum() == pytest.approx(errors.min(), rel=1e-4)
+    assert wrong / base == pytest.approx(errors.min(), rel=1e-4)
 
 
 def test_few_controls_of_held_out_cells_are_not_what_is_trained_on():
@@ -129,28 +89,9 @@ def test_few_controls_of_held_out_cells_are_not_what_is_trained_on():
         screen[np.setdiff1d(np.arange(200), control[9:])], train={"max_epochs": 1}
     )
     data = TrainingCells(fitted._training_cells(), fitted.genes)
-    stage = ActionTraining(fitted.module, data, fitted.new_anchor, fitted.vocabulary)
+    stage = ActionTraining(fitted.module, data, (), fitted.vocabulary)
     assert data.holdout.kind == "cells"
     assert stage.outside is stage.inside
-
-
-def test_the_network_predicts_what_its_loss_is_of(model, simulated):
-    """Both decode mean states: no noise that the loss does not see."""
-    effects = model._mean_effects()
-    network, (context, reference) = effects.network, next(iter(model.response_.reference.items()))
-    asked = effects.anchor.effects_.perturbations[0]
-    anchor = effects.anchor.predict([asked], [context], "mean_log1p").mean[0]
-    module = model.module
-    with torch.no_grad():
-        base, batch = torch.from_numpy(reference.state), torch.from_numpy(reference.batch)
-        moved = base + torch.from_numpy(anchor) @ module.anchor_map
-        action = network.action([asked]).expand(len(base), -1)
-        residual, _ = module.transition(base, action, moved - base)
-        nothing = torch.zeros(1, len(model.genes))
-        loss = module._effect_loss(moved + residual, moved, batch, nothing)
-    found = network.effect(asked, context, anchor, ["log1p_mean"])["log1p_mean"]
-    assert float(loss) > 0
-    np.testing.assert_allclose((found.astype(float) ** 2).sum(), float(loss), rtol=1e-4)
 
 
 # Order and repetition
@@ -196,14 +137,13 @@ def test_a_second_training_that_fails_leaves_the_model_as_it_was(small):
     pd.testing.assert_frame_equal(fitted.predict_effects(label, gate=1), before)
 
 
-def test_a_second_training_that_is_interrupted_has_gates_of_its_own(simulated):
+def test_a_second_training_that_is_interrupted_predicts_the_same_mean_effects(simulated):
     fitted = train_quickly(simulated)
     first = fitted.response_
     with pytest.warns(UserWarning, match="interrupted"):
         fitted.train(50, callbacks=[_Stop()], **QUIET)
     assert fitted.response_ is not first
-    assert set(fitted.response_.gate) == set(first.gate)
-    assert fitted.response_.gate != first.gate
+    assert fitted.response_.judged.gates == first.judged.gates
     assert len(fitted.history["train_loss"]) == 1
 
 
@@ -385,11 +325,9 @@ def test_training_goes_on_after_it_was_interrupted(simulated, tmp_path):
         fitted.train(**options, checkpoint_dir=kept, resume=True)
         for key, curve in whole.history.items():
             np.testing.assert_allclose(fitted.history[key], curve, rtol=1e-4, err_msg=key)
-        for regime, gate in whole.response_.gate.items():
-            assert fitted.response_.gate[regime].gate == pytest.approx(gate.gate, abs=1e-3)
-        pd.testing.assert_frame_equal(
-            fitted.response_.held_out.errors, whole.response_.held_out.errors, rtol=1e-3
-        )
+        judged, expected = fitted.response_.judged, whole.response_.judged
+        assert judged.gates == expected.gates
+        pd.testing.assert_frame_equal(judged.errors, expected.errors)
         assert not (kept / "action.ckpt").exists()  # the last epoch says that it is the last
     again = untrained(simulated, seed=6, context_key="context")
     again.train(**options, checkpoint_dir=tmp_path, resume=True)
@@ -562,28 +500,26 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(simulated):
     fitted = train_quickly(simulated, train={"accelerator": "cpu"})
     label = fitted.anchor.effects_.perturbations[0]
     states, effects = fitted.get_latent_representation(), fitted.predict_effects(label, gate=1)
-    network = Network(States(fitted.module), fitted.vocabulary, fitted.response_.reference, {})
     fitted.to_device("cuda:0")
     np.testing.assert_allclose(fitted.get_latent_representation(), states, atol=1e-4)
     found = fitted.predict_effects(label, gate=1)
     np.testing.assert_allclose(found["effect"], effects["effect"], atol=1e-4)
-    assert network.action([label]).device.type == "cuda"
+    assert actions(fitted.module, fitted.vocabulary, [label]).device.type == "cuda"
     # Losses that no random numbers are in, of one mini-batch.
     cells = fitted._training_cells()
     batch = cells.tensors(np.arange(64)) | {"latent": torch.from_numpy(states[:64])}
-    shift, missed = torch.ones(1, 16), torch.ones(1, simulated.n_vars)
+    shift = torch.ones(1, 16)
     found = {}
     for device in ("cpu", "cuda"):
         module = fitted.module.to(device)
         given = (
             {k: v.to(device) for k, v in batch.items()},
-            network.action([label]),
+            actions(module, fitted.vocabulary, [label]),
             shift.to(device),
-            missed.to(device),
         )
-        weights = {"vicreg": 0.0, "nb": 0.0, "kl": 1.0, "effect": 1.0}
+        weights = {"vicreg": 0.0, "nb": 0.0, "kl": 1.0}
         losses = module.action_loss(*given, matching="prototype", weights=weights)
-        found[device] = {k: float(losses[k]) for k in ("predict", "kl", "effect")}
+        found[device] = {k: float(losses[k]) for k in ("predict", "kl")}
     assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-4)
     on_gpu = train_quickly(simulated, train={"accelerator": "gpu"})
     assert on_gpu.module.anchor_map.device.type == "cuda"

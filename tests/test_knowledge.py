@@ -100,7 +100,7 @@ def test_a_gene_by_another_of_its_names_is_refused():
 
 def test_a_model_knows_human_genes_by_itself(named, tmp_path):
     model = train_quickly(named, context_key="context")
-    assert [f.name for f in model.new_anchor().features] == KINDS
+    assert [f.name for f in model.anchor.features] == KINDS
     table = model.predict_effects(["NRAS", "IFNAR1"], "context0")
     assert set(table["regime"]) == {"unseen"}
     about = model.summary().splitlines()[3]
@@ -121,7 +121,7 @@ def test_a_model_knows_human_genes_by_itself(named, tmp_path):
 
 def test_without_features_all_take_the_mean(model):
     """The names of the simulated screen are no genes."""
-    assert model.new_anchor().features == ()
+    assert model.anchor.features == ()
     assert model.summary().splitlines()[3].endswith("no target features are used.")
 
 

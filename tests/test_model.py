@@ -16,12 +16,9 @@ from sklearn.exceptions import NotFittedError
 
 import gpjepa
 from gpjepa import GPJEPA
-from gpjepa.effects import EffectAnchor, effect_table
 from gpjepa.model._plan import Plan
 from gpjepa.model._states import States
-from gpjepa.model._training import ActionTraining
-from gpjepa.model._training_cells import TrainingCells
-from gpjepa.perturbations import Perturbation, TargetFeatures, UnknownTargetError
+from gpjepa.perturbations import TargetFeatures, UnknownTargetError
 from gpjepa.splits import hold_out
 
 
@@ -320,7 +317,7 @@ def test_history_and_hold_out(model):
         model.history
     )
     assert len(model.history["train_loss"]) == 3
-    assert set(model.response_.gate) <= {"seen2", "seen1", "seen0", "unseen", "in combinations"}
+    assert set(model.response_.judged.gates) == {"seen2", "seen1"}
     rows = list(model.anchor.effects_.rows)
     assert hold_out(rows).kind == "perturbations"
 
@@ -345,71 +342,6 @@ def test_history_has_the_means_over_the_cells_of_an_epoch(simulated, monkeypatch
     assert set(epochs[0, :, 1]) == {98, 300}  # two are held out
     means = [np.average(epoch[:, 0], weights=epoch[:, 1]) for epoch in epochs]
     assert fitted.history["pretrain_predict"].to_numpy(float).ravel() == pytest.approx(means)
-
-
-def _stage(fitted):
-    """What the network is trained on, and what it is judged by."""
-    data = TrainingCells(fitted._training_cells(), fitted.genes)
-    stage = ActionTraining(fitted.module, data, fitted.new_anchor, fitted.vocabulary)
-    anchor = EffectAnchor((), "mean").fit(stage.inside)
-    return stage, stage.watch(anchor, fitted.response_.reference)
-
-
-@pytest.mark.parametrize("helps", [True, False])
-def test_the_gate_opens_only_where_the_network_helps_on_five_units(model, helps):
-    _, watch = _stage(model)
-    truth = watch.measured.effect["mean_log1p"]
-    network = truth if helps else truth + 9
-    gates = watch.gates(network)
-    assert gates
-    regimes = {}
-    for (_, p), regime in zip(
-        watch.measured.rows, watch.predicted["mean_log1p"].regime, strict=True
-    ):
-        regimes.setdefault(regime, set()).add(p.targets)
-    assert max(map(len, regimes.values())) >= 5 > min(map(len, regimes.values()))
-    for regime, gate in gates.items():
-        assert (gate.gate > 0.5) == (helps and len(regimes[regime]) >= 5)
-
-
-def test_the_gate_is_judged_by_controls_that_the_network_has_not_seen(model):
-    stage, _ = _stage(model)
-    cells, members = stage.data.cells, stage.data.members()
-    inside, outside = (t.control["mean_log1p"] for t in (stage.inside, stage.outside))
-    control = cells.is_control
-    for context in inside:
-        mine = control & (np.array(cells.contexts) == context)
-        seen = np.isin(np.arange(len(mine)), members[context, Perturbation()])
-        halves = [
-            effect_table(
-                cells.counts,
-                cells.library,
-                cells.perturbations,
-                cells.contexts,
-                model.genes,
-                half,
-            ).control["mean_log1p"][context]
-            for half in (mine & seen, mine & ~seen)
-        ]
-        np.testing.assert_array_equal(inside[context], halves[0])
-        np.testing.assert_array_equal(outside[context], halves[1])
-
-
-def test_the_gate_does_not_count_targeted_genes(model):
-    _, watch = _stage(model)
-    network = watch.predicted["mean_log1p"].mean.copy()
-    for i, (_, p) in enumerate(watch.measured.rows):
-        network[i, np.isin(model.genes, p.targets)] += 100
-    for gate in watch.gates(network).values():
-        assert gate.error_network == pytest.approx(gate.error_anchor)
-
-
-def test_the_gate_knows_no_library_sizes_of_held_out_cells(model):
-    stage, watch = _stage(model)
-    holdout = stage.data.holdout
-    assert holdout.kind == "perturbations"
-    assert not set(holdout.units) & set(watch.network.library_shifts)
-    assert set(holdout.units) <= set(model.response_.library_shifts)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -463,12 +395,23 @@ def test_a_library_size_of_the_whole_cell_is_used(simulated):
     assert control.sum() == pytest.approx(2_500, rel=0.05)
 
 
-def test_the_gate_can_be_set_and_is_0_without_evidence(model, simulated, held_out):
+def test_the_gate_can_be_set_and_is_the_prior_without_evidence(model, simulated, held_out):
     with pytest.raises(ValueError, match="gate=0.5"):
         model.predict_effects(held_out, gate=0.5)
-    few = simulated[simulated.obs["perturbation"].isin(["control", held_out])]
+    few = simulated[simulated.obs["perturbation"].isin(["control", *held_out.split("+")])]
     fitted = train_quickly(few)
-    assert not fitted.response_.gate
+    assert fitted.response_.judged.errors.empty and "no estimate yet" in fitted.summary()
+    cells = fitted.predict_perturbation(few, held_out)
+    assert cells.uns["gpjepa"]["effects"]["gate"].tolist() == [0.5]
+
+
+def test_without_a_response_network_the_anchor_predicts(simulated, held_out):
+    fitted = train_quickly(simulated, train={"max_epochs": 1}, model={"response": None})
+    found = fitted.predict_effects(held_out, gate=1)
+    np.testing.assert_array_equal(found["effect"], found["anchor"])
+    assert "network" not in fitted.summary().split("What to expect")[1]
+    with pytest.raises(ValueError, match="network='large' is not known"):
+        GPJEPA(fitted.adata, response="large")
 
 
 def test_interrupted_training_leaves_a_model_that_predicts(tiny, tmp_path):
@@ -829,12 +772,11 @@ def test_features_that_cover_no_training_target_are_told(simulated):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_few_control_cells_train(simulated, n):
-    """Too few to spare half of them for the gate, which stays shut."""
+    """Too few to spare half of them for what is held out."""
     control = np.flatnonzero(simulated.obs["perturbation"] == "control")
     keep = np.ones(simulated.n_obs, bool)
     keep[control[n:]] = False
     fitted = train_quickly(simulated[keep], train={"max_epochs": 1})
-    assert not fitted.response_.gate
     assert len(fitted.predict_effects("TF001", gate=1)) == simulated.n_vars
 
 

@@ -106,7 +106,8 @@ class Combinations:
         ]
         means = self._means(estimates)
         said = np.array([means[s, context] for s, k in alone if k])
-        return self._experts(perturbation, context, parts, known, said, out)
+        [others] = self._of_others([perturbation], context, out)
+        return self._experts(context, [*parts, *others], known, said)
 
     def _fit(self, examples: list[tuple[int, Sums]], prior: dict[str, float]) -> Stack:
         """Weights of the experts; of too few examples, those of the prior."""
@@ -225,6 +226,14 @@ class Combinations:
         never = [(p, c) for p, c in pairs if (c, p) not in self.measured.row]
         alone = self.singles.estimates([(s, c) for p, c in never for s in p.singles])
         means = self._means(alone)
+        by_context: dict[str, list[Perturbation]] = {}
+        for p, c in never:
+            by_context.setdefault(c, []).append(p)
+        others = {
+            (p, c): each
+            for c, mine in by_context.items()
+            for p, each in zip(mine, self._of_others(mine, c), strict=True)
+        }
         found = []
         for perturbation, context in pairs:
             known = [self.singles.known(s, context) for s in perturbation.singles]
@@ -234,7 +243,8 @@ class Combinations:
             else:
                 parts = [alone[s, context] for s in perturbation.singles]
                 said = np.stack([means[s, context] for s in perturbation.singles])
-                sums = self._experts(perturbation, context, parts, known, said, [])
+                parts += others[perturbation, context]
+                sums = self._experts(context, parts, known, said)
             found.append((sums, known))
         return found
 
@@ -304,20 +314,14 @@ class Combinations:
         return dict(zip(alone, self.measured.mean(sums), strict=True))
 
     def _experts(
-        self,
-        perturbation: Perturbation,
-        context: str,
-        parts: list[Estimate],
-        known: list[bool],
-        said: np.ndarray,
-        out: list[int],
+        self, context: str, parts: list[Estimate], known: list[bool], said: np.ndarray
     ) -> Sums:
         """What experts say of a combination, as sums of what is said of its targets and of others.
 
-        ``parts`` are the estimates of the targets, ``said`` the effects of those that are known.
+        ``parts`` are the estimates of the targets, then the mean of the combinations and the process;
+        ``said`` the effects of the targets that are known.
         """
-        n, mine = len(parts), np.array(known, float)
-        parts = [*parts, *self._of_others(perturbation, context, out)]
+        n, mine = len(known), np.array(known, float)
         unit = np.eye(n + 3)
         whole, last = unit[:n].sum(0), [unit[n], unit[n + 1]]
         if not any(known):
@@ -328,19 +332,19 @@ class Combinations:
         larger = unit[int(np.argmax((said**2).sum(1)))]
         if not self._saturates:
             return Sums(parts, np.stack([whole, larger, *last])[:, :-1], BOTH[:-1])
-        parts.append(self._saturation(said, context))
+        parts = [*parts, self._saturation(said, context)]
         return Sums(parts, np.stack([whole, larger, *last, whole + unit[n + 2]]), BOTH)
 
     def _of_others(
-        self, perturbation: Perturbation, context: str, out: list[int]
-    ) -> tuple[Estimate, Estimate]:
-        """The mean of the combinations, and the process, without some rows."""
-        mean, process = self.singles.of_process(perturbation, context, out)
+        self, perturbations: Sequence[Perturbation], context: str, out: Sequence[int] = ()
+    ) -> list[tuple[Estimate, Estimate]]:
+        """The mean of the combinations, and the process, of each, without some rows."""
+        mean, process = self.singles.of_process(perturbations, context, out)
         if not self.measured.combined.get(context) and self.measured.combined:
             groups = list(self.measured.combined)
-            means = [self.singles.of_process(perturbation, c, [])[0] for c in groups]
+            means = [self.singles.of_process([], c)[0] for c in groups]
             mean = total([m.times(1 / len(groups)) for m in means])
-        return mean, process
+        return [(mean, each) for each in process]
 
     def _saturation(self, said: np.ndarray, context: str) -> Estimate:
         """A saturating sum of singles minus their plain sum.

@@ -224,6 +224,8 @@ class Denoiser:
         self.rows = {context: np.array(mine) for context, mine in rows.items()}
         self._genes: dict[str, tuple[np.ndarray, float]] = {}
         self._products: dict[str, np.ndarray] = {}
+        self._controls: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._undetectable: dict[str, float] = {}
         self._whole: dict[str, tuple[Denoised, np.ndarray]] = {}
         self._without: dict[tuple[str, tuple[int, ...]], Denoised] = {}
 
@@ -361,9 +363,11 @@ class Denoiser:
 
         Shapes (n_rows, n_strata) and (n_strata,).
         """
-        measured = self.measured
-        variance = measured.variance[len(measured.values) :] @ self.of_genes(context)[0]
-        return measured.of_rows(self.rows[context]), variance
+        if context not in self._controls:
+            measured = self.measured
+            variance = measured.variance[len(measured.values) :] @ self.of_genes(context)[0]
+            self._controls[context] = measured.of_rows(self.rows[context]), variance
+        return self._controls[context]
 
     def noise(self, context: str, at: np.ndarray) -> np.ndarray:
         """C of the rows at some places of a context, shape (n, n)."""
@@ -382,10 +386,12 @@ class Denoiser:
 
     def undetectable(self, context: str) -> float:
         """Weighted squared size below which an effect is lost in the noise of a measured one."""
-        h, genes = self.of_genes(context)
-        of_controls, variance = self.controls(context)
-        noise = self._own(self.rows[context], h) + of_controls**2 @ variance
-        return float(np.sqrt(2 / genes) * noise.mean())
+        if context not in self._undetectable:
+            h, genes = self.of_genes(context)
+            of_controls, variance = self.controls(context)
+            noise = self._own(self.rows[context], h) + of_controls**2 @ variance
+            self._undetectable[context] = float(np.sqrt(2 / genes) * noise.mean())
+        return self._undetectable[context]
 
     def of_genes(self, context: str) -> tuple[np.ndarray, float]:
         """Weights of the genes, and for how many independent ones they stand."""

@@ -100,7 +100,7 @@ def fit_gate(
     if pseudo:  # which are right about the prior
         gained, changed = gained + pseudo * prior * gate, changed + pseudo * gate**2
     kept = kept_share(gained, changed, shared.variance)
-    return Gate(kept * gate, n, error_anchor, error_network, gated(others))
+    return Gate(float(kept * gate), n, error_anchor, error_network, gated(others))
 
 
 def _slope(along: float, square: float) -> float:

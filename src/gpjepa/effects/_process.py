@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -18,6 +19,7 @@ _FIT_ROWS = 300
 """Rows of a context on which variances are fitted."""
 _RANGE = (-12.0, 4.0)  # of the logarithm of variances, over the mean size of effects
 _NOTHING = 1e-4
+_MOST_KEPT = 2_000  # measured targets of which all covariances are kept
 
 
 class Process:
@@ -55,6 +57,7 @@ class Process:
         several = any(len(p.targets) > 1 for ps in self._perturbations.values() for p in ps)
         self._combinations = several
         self.variances = self._fit()
+        self._onto: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._inverses: dict[str, np.ndarray] = {}
         self._on_controls: dict[str, np.ndarray] = {}
 
@@ -77,14 +80,32 @@ class Process:
         """Of what different perturbations share, shape (n_left, n_right)."""
         one, targets = _incidence(left)
         other, others = _incidence(right)
+        found = one @ (other @ self._kernel(targets, others).T).T
+        if self._combinations:
+            found += self.variances[-2] * np.outer(one.sum(1).A1 > 1, other.sum(1).A1 > 1)
+        return found
+
+    def _kernel(self, targets: Sequence[str], others: Sequence[str]) -> np.ndarray:
+        """Covariance of what targets do, shape (n_targets, n_others)."""
         kernel = np.zeros((len(targets), len(others)))
         for variance, part in zip(self.variances, self._of_targets(targets, others), strict=False):
             if variance:
                 kernel += variance * part
-        found = one @ (other @ kernel.T).T
-        if self._combinations:
-            found += self.variances[-2] * np.outer(one.sum(1).A1 > 1, other.sum(1).A1 > 1)
-        return found
+        return kernel
+
+    @cached_property
+    def _kept(self) -> tuple[dict[str, int], np.ndarray]:
+        """Places of the measured targets, and the covariance of what they do, of not too many."""
+        targets = sorted({t for ps in self._perturbations.values() for p in ps for t in p.targets})
+        targets = targets if len(targets) <= _MOST_KEPT else []
+        return {t: i for i, t in enumerate(targets)}, self._kernel(targets, targets)
+
+    def _kept_places(self, perturbations: Sequence[Perturbation]) -> list[list[int]] | None:
+        """Places of the targets of each, if all are known."""
+        at = self._kept[0]
+        if not all(t in at for p in perturbations for t in p.targets):
+            return None
+        return [[at[t] for t in p.targets] for p in perturbations]
 
     def _parts(self, context: str, rows: np.ndarray) -> list[np.ndarray]:
         """Covariances of all parts of the effects at some places of a context."""
@@ -128,7 +149,26 @@ class Process:
 
     def near(self, perturbations: Sequence[Perturbation], context: str) -> np.ndarray:
         """Covariance of perturbations that were not measured with those that were, (n, n_rows)."""
-        return self._covariance(perturbations, self._perturbations[context])
+        measured = self._perturbations[context]
+        places = self._kept_places(perturbations)
+        if places is None:
+            return self._covariance(perturbations, measured)
+        if context not in self._onto:
+            other, targets = _incidence(measured)
+            kernel = self._kept[1][:, [self._kept[0][t] for t in targets]]
+            shared = self.variances[-2] if self._combinations else 0.0
+            self._onto[context] = (other @ kernel.T).T, shared * (other.sum(1).A1 > 1)
+        onto, of_combinations = self._onto[context]
+        found = [onto[at].sum(0) + (len(at) > 1) * of_combinations for at in places]
+        return np.reshape(found, (len(places), len(measured)))
+
+    def _own(self, perturbations: Sequence[Perturbation]) -> np.ndarray:
+        """Variance of what perturbations share with others, shape (n,)."""
+        places = self._kept_places(perturbations)
+        if places is None:
+            return np.diag(self._covariance(perturbations, perturbations))
+        kernel, shared = self._kept[1], self.variances[-2] if self._combinations else 0.0
+        return np.array([kernel[np.ix_(at, at)].sum() + (len(at) > 1) * shared for at in places])
 
     def left(
         self, perturbations: Sequence[Perturbation], context: str, weights: np.ndarray
@@ -152,7 +192,7 @@ class Process:
         whole = np.zeros(len(perturbations))
         for block in blocks(len(perturbations)):
             mine = perturbations[block.start : block.stop]
-            whole[block] = np.diag(self._covariance(mine, mine))
+            whole[block] = self._own(mine)
         known = (weights * self.near(perturbations, context)).sum(1)
         # Effects smaller than what the noise of a measured one may hide are not seen.
         least = self.denoiser.undetectable(context)

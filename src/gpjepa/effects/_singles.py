@@ -173,21 +173,24 @@ class Singles:
         return {c: denoised[row] for c, row in zip(others, rows, strict=True)}
 
     def of_process(
-        self, perturbation: Perturbation, context: str, without: Sequence[int]
-    ) -> tuple[Estimate, Estimate]:
-        """The mean of the combinations of a context, and what the process predicts in it."""
-        mean, process, left = self.unseen.of_combination(perturbation, context, without)
-        said = Estimate((Share("", PROCESS, 1.0, process),))
-        if left:
-            size = self.spread @ self.denoiser.of_genes(context)[0]
-            said = said.less_sure(SPREAD, left / max(size, 1e-300))
+        self, perturbations: Sequence[Perturbation], context: str, without: Sequence[int] = ()
+    ) -> tuple[Estimate, list[Estimate]]:
+        """The mean of the combinations of a context, and what the process predicts in it.
+
+        As if some rows had not been measured; without any, of perturbations that were not.
+        """
+        mean, process, left = self.unseen.of_combinations(perturbations, context, without)
+        said = [Estimate((Share("", PROCESS, 1.0, weights),)) for weights in process]
+        if left.any():
+            size = max(float(self.spread @ self.denoiser.of_genes(context)[0]), 1e-300)
+            said = [e.less_sure(SPREAD, x / size) for e, x in zip(said, left, strict=True)]
         return Estimate((Share("", COMBINED, 1.0, mean),)), said
 
     def _of_combinations(
         self, single: Perturbation, context: str, without: Sequence[int]
     ) -> Estimate:
         """A target that was measured in combinations only."""
-        said = self.of_process(single, context, without)[1]
+        [said] = self.of_process([single], context, without)[1]
         [share] = said.shares
         return replace(said, shares=(replace(share, part=str(single)),))
 

@@ -160,26 +160,31 @@ class UnseenTargets(WeightedBaseline):
             found.append(self.process.without(perturbation, context, places))
         return self._denoised(context, np.stack(found), rows)
 
-    def of_combination(
-        self, perturbation: Perturbation, context: str, out: Sequence[int]
-    ) -> tuple[Weights, Weights, float]:
+    def of_combinations(
+        self, perturbations: Sequence[Perturbation], context: str, out: Sequence[int]
+    ) -> tuple[Weights, list[Weights], np.ndarray]:
         """Mean of the combinations, and the process, as if some rows had not been measured.
 
-        And the variance that the process leaves, summed with the gene weights.
+        And the variances that the process leaves, summed with the gene weights.
         """
+        n, process = len(perturbations), self._of_combinations
         if context not in self._units:
-            return NOTHING, NOTHING, 0.0
+            return NOTHING, [NOTHING] * n, np.zeros(n)
         places = self._places(context, out)
         mean = np.zeros(len(self.denoiser.rows[context]))
         mean[self._places(context, self.measured_.combined.get(context, []))] = 1
         mean[places] = 0
         mean /= max(mean.sum(), 1)
-        process = self._of_combinations.without(perturbation, context, places)
         [one] = self._denoised(context, mean[None], out)
+        if len(out):
+            weights = np.stack([process.without(p, context, places) for p in perturbations])
+        else:
+            weights = process.weights(perturbations, context)
         # What is special to its targets is part of what a combination does.
-        other = self.denoiser.through(context, process, out, special=True)
-        _, left = self._of_combinations.left([perturbation], context, process[None])
-        return one, Weights.of(other, rows=self.denoiser.rows[context]), float(left[0])
+        others = self.denoiser.through(context, weights, out, special=True)
+        rows = self.denoiser.rows[context]
+        left = process.left(perturbations, context, weights)[1]
+        return one, [Weights.of(other, rows=rows) for other in others], left
 
     def rows_with(self, context: str, targets: Sequence[str]) -> list[int]:
         """Rows of a context with one of some targets, or that are a unit of such a name."""

@@ -230,7 +230,7 @@ class ActionTraining:
             return {}
         # What the anchor would have said had the held-out rows never been measured.
         anchor = EffectAnchor(self.features, "mean").fit(self.inside)
-        watch = self.watch(anchor, self._reference(state))
+        watch = self.watch(anchor, state)
         plan = self._plan(rows, anchor, watch, options, training.shown)
         batches = self._batches(rows, state, options.batch_size)
         if options.patience is not None:
@@ -289,8 +289,9 @@ class ActionTraining:
             found[context] = Reference(state[mine], cells.batch[mine])
         return found
 
-    def watch(self, anchor: EffectAnchor, reference: dict[str, Reference]) -> Watch:
+    def watch(self, anchor: EffectAnchor, state: np.ndarray) -> Watch:
         """The held-out rows, by which the epoch is chosen."""
+        reference = self._reference(state)
         populations = Populations(States(self.module), self.vocabulary, reference)
         pairs = [p for _, p in self.outside.rows], [c for c, _ in self.outside.rows]
         return Watch(populations, self.outside, {s: anchor.predict(*pairs, s) for s in SCALES})
