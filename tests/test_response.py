@@ -20,11 +20,13 @@ from gpjepa.effects import (
 )
 from gpjepa.nn import ResponseNetwork
 from gpjepa.perturbations import Perturbation, TargetFeatures
-from gpjepa.response import ResponsePredictor, load_network, pretrain, save_network
+from gpjepa.response import ResponsePredictor, _judge, _tuned, load_network, pretrain, save_network
 from gpjepa.response._attention import TargetAttention
 from gpjepa.response._episodes import draw_episode
 from gpjepa.response._inputs import make_query
+from gpjepa.response._judge import folds
 from gpjepa.response._pretrain import episode_loss
+from gpjepa.response._tuned import enough_pairs
 from gpjepa.response._weights import PRETRAINED
 
 ON = "mean_log1p"
@@ -493,8 +495,8 @@ def test_targets_that_no_feature_covers_are_the_anchor_s(rng):
 def test_of_three_targets_the_network_was_not_trained_on_any(simulated):
     table, _ = simulated
     alone = [p.targets[0] for _, p in table.rows if len(p.targets) == 1]
-    found = ResponsePredictor().fit(table).predict([Perturbation.of(alone[:3])], ["c"], gate=1)
-    assert not found.gate.any()
+    predictor = ResponsePredictor(network=load_network()).fit(table)
+    assert not predictor.predict([Perturbation.of(alone[:3])], ["c"], gate=1).gate.any()
 
 
 def test_a_published_table_needs_no_scale(rng):
@@ -530,7 +532,70 @@ def test_arguments_are_checked(simulated):
         predictor.predict([simulated[0].rows[0][1]], ["elsewhere"])
 
 
-# Training
+# Training on the screen
+
+
+def saturating(n_pairs, seed=0):
+    """A screen of which the pairs saturate, as no expert of the anchor does without controls."""
+    rng = np.random.default_rng(seed)
+    names = [f"T{i:02d}" for i in range(14)]
+    singles = rng.normal(size=(14, 150)) * (rng.random((14, 150)) < 0.5)
+    pairs = [(i, j) for i in range(14) for j in range(i)]
+    pairs = [pairs[k] for k in rng.permutation(len(pairs))]
+    truth = {
+        Perturbation.of([names[i], names[j]]): np.tanh(singles[i] + singles[j]) for i, j in pairs
+    }
+    measured = dict(zip(names, singles, strict=True))
+    measured |= {str(p): truth[p] for p in list(truth)[:n_pairs]}
+    noisy = {("c", label): e + rng.normal(0, 0.1, e.shape) for label, e in measured.items()}
+    return table_of(noisy, noise=0.01), {p: e for p, e in truth.items() if str(p) not in measured}
+
+
+@pytest.mark.parametrize("network", ["pretrained", pytest.param("scratch", marks=pytest.mark.slow)])
+def test_the_network_learns_from_the_pairs_of_the_screen(network):
+    table, rest = saturating(40)
+    asked, truth = list(rest), np.stack(list(rest.values()))
+    predictor = ResponsePredictor(network=network).fit(table)
+    found = predictor.predict(asked, ["c"] * len(asked), gate=1)
+    as_it_is = predictor.network
+    before = (
+        ResponsePredictor(network=as_it_is).fit(table).predict(asked, ["c"] * len(asked), gate=1)
+    )
+    error, unlearned, of_anchor = (
+        ((x - truth) ** 2).sum() for x in (found.mean, before.mean, found.anchor)
+    )
+    assert error < 0.9 * unlearned and error < 0.9 * of_anchor
+    gates = predictor.gates()
+    assert gates["seen2"].gate > 0.5 and gates["seen2"].error_network < gates["seen2"].error_anchor
+
+
+def test_of_few_pairs_the_network_is_used_as_it_is():
+    predictor = ResponsePredictor().fit(saturating(19)[0])
+    assert predictor.judge().network is predictor.network
+    assert enough_pairs(saturating(20)[0])
+
+
+def test_no_row_is_predicted_by_a_network_that_was_trained_on_it(monkeypatch):
+    seen, tune = [], _judge.tuned
+
+    def spy(network, hidden, seed):
+        seen.append({int(i) for each in hidden for i in each.rows})
+        return tune(network, hidden, seed)
+
+    monkeypatch.setattr(_judge, "tuned", spy)
+    monkeypatch.setattr(_tuned, "_N_STEPS", 2)
+    table, _ = saturating(22)
+    predictor = ResponsePredictor().fit(table)
+    predictor.judge()
+    hidden = [set(np.flatnonzero(h).tolist()) for h in folds(predictor.anchor_)]
+    assert len(seen) == len(hidden) + 1  # and the one that predicts new pairs
+    for rows, out in zip(seen, hidden, strict=False):
+        assert rows and not rows & out
+    pairs = {i for i, (_, p) in enumerate(table.rows) if len(p.targets) > 1}
+    assert seen[-1] == pairs
+
+
+# Training across screens
 
 
 @pytest.mark.slow

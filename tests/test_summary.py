@@ -15,7 +15,7 @@ def judged(gates=None, **rows):
     """Errors by regime: of GP-JEPA and of no change."""
     columns = ["regime", *METHODS, "no change"]
     found = [[r, *[e] * 5, b] for r, pairs in rows.items() for e, b in pairs]
-    return Judged(gates or {}, pd.DataFrame(found, columns=columns))
+    return Judged(gates or {}, pd.DataFrame(found, columns=columns), None)
 
 
 def test_a_summary_says_how_well_what_was_hidden_is_predicted_and_what_to_expect():

@@ -114,7 +114,8 @@ class GPJEPA(BaseModelClass):
         None: targets never perturbed all take the shrunken mean effect.
     response
         What adds to the anchor: ``"pretrained"``, the response network that comes with the package,
-        and attention learned on the screen; or None, the anchor alone.
+        trained further on the screen, and attention; ``"scratch"``, the same without what came with
+        the package; or None, the anchor alone.
     missing_features
         A target never perturbed that no features know is refused (``"error"``), or takes the
         shrunken mean effect (``"mean"``). By default ``"mean"`` with ``"auto"`` features, and
@@ -154,7 +155,7 @@ class GPJEPA(BaseModelClass):
         | TargetFeatures
         | Sequence[TargetFeatures]
         | None = "auto",
-        response: Literal["pretrained"] | None = "pretrained",
+        response: Literal["pretrained", "scratch"] | None = "pretrained",
         missing_features: MissingFeatures | None = None,
         targets: Sequence[str] = (),
         pretrained: str | Path | None = None,
@@ -619,7 +620,8 @@ class GPJEPA(BaseModelClass):
             )
         if self._predictor is None:
             found = self.response_
-            self._predictor = self._new_predictor(found.network).fit(found.effects, found.judged)
+            predictor = self._new_predictor(found.judged.network)
+            self._predictor = predictor.fit(found.effects, found.judged)
         return self._predictor
 
     def _effects(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpjepa.effects import SCALES, EffectTable, Scale
-from gpjepa.nn import ResponseNetwork
 from gpjepa.perturbations import Perturbation
 from gpjepa.response import GateOption, Judged, ResponsePredictor
 
@@ -28,15 +27,12 @@ class Response:
         Measured effects of all training cells.
     library_shifts
         How perturbations change the mean log library size.
-    network
-        The response network; None for the anchor alone.
     judged
-        Gates and errors, from measured effects that were hidden in turn.
+        Gates, errors and the response network, from measured effects that were hidden in turn.
     """
 
     effects: EffectTable
     library_shifts: Mapping[Perturbation, float]
-    network: ResponseNetwork | None
     judged: Judged
 
 

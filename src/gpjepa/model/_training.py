@@ -250,7 +250,7 @@ class ActionTraining:
         judged = predictor.judge(progress=bar.advance)
         bar.close()
         shifts = self.data.library_shifts()
-        return Response(self.effects, shifts, predictor.network, judged)
+        return Response(self.effects, shifts, judged)
 
     def _rows(self) -> list[tuple[str, Perturbation]]:
         """Rows that are trained on.

@@ -45,6 +45,11 @@ class Episode:
         truth, variance, counts = (x[:, chosen] for x in (self.truth, self.variance, self.counts))
         return Episode(self.inputs.genes(chosen), truth, variance, counts, self.laws)
 
+    def rows(self, chosen: torch.Tensor) -> Episode:
+        """Of some rows only."""
+        truth, variance, counts = (x[chosen] for x in (self.truth, self.variance, self.counts))
+        return Episode(self.inputs.rows(chosen), truth, variance, counts, self.laws)
+
     def to(self, dtype: torch.dtype) -> Episode:
         """With floating-point numbers of another precision."""
         inputs = [getattr(self.inputs, f.name) for f in fields(self.inputs)]

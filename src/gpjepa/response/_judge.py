@@ -21,6 +21,7 @@ from gpjepa.effects import (
 from gpjepa.nn import ResponseNetwork
 
 from ._networks import PRIOR, Networks
+from ._tuned import HiddenPairs, tuned
 
 METHODS = ("GP-JEPA", "anchor", "network", "additive", "mean effect")
 NO_CHANGE = "no change"
@@ -41,10 +42,13 @@ class Judged:
         Noise-corrected squared errors of ``METHODS`` and of no change on the scale that was judged,
         one row for each time that a measured row was hidden, with the column ``regime``. ``network``
         is the anchor's where there is none.
+    network
+        The response network, trained on the pairs of the screen if there are enough of them.
     """
 
     gates: Mapping[str, Gate]
     errors: pd.DataFrame
+    network: ResponseNetwork | None
 
     def relative(self) -> pd.DataFrame:
         """Errors over that of no change, per regime and over all; NaN without a measurable effect."""
@@ -69,10 +73,13 @@ def folds(anchor: EffectAnchor) -> list[np.ndarray]:
 def judge(
     anchor: EffectAnchor,
     network: ResponseNetwork | None,
+    tunes: bool,
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
 ) -> Judged:
     """Hide rows of the table in turn, fit everything anew on the others, and predict them.
+
+    Where the network is trained on the screen (``tunes``), it is so without the rows that it predicts.
 
     Predictions know one half of the controls' noise and are judged by the other
     (:func:`gpjepa.effects.control_halves`); the halves are swapped from fold to fold.
@@ -81,11 +88,19 @@ def judge(
     [on, *_] = effects.scales
     halves = control_halves(effects, on, seed)
     found: list[_Hidden] = []
-    for fold, hidden in enumerate(folds(anchor)):
-        known, judged_by = halves[:: 1 if fold % 2 else -1]
-        fitted = EffectAnchor(anchor.features, "mean").fit(known.subset(~hidden))
-        found += _predicted(fitted, network, seed, judged_by, np.flatnonzero(hidden))
+    each_fold = [
+        _Fold(anchor, hidden, *halves[:: 1 if fold % 2 else -1])
+        for fold, hidden in enumerate(folds(anchor))
+    ]
+    pairs = [HiddenPairs.of(f.anchor, f.judged_by, f.rows) for f in each_fold if tunes]
+    for fold in each_fold:
+        mine = network
+        if network is not None and tunes:
+            mine = tuned(network, [p.without(fold.rows) for p in pairs], seed)
+        found += _predicted(fold, mine, seed)
         progress()
+    if network is not None and tunes:
+        network = tuned(network, pairs, seed)
     gates = {}
     possible = Networks(network, anchor, on, seed).regimes if network is not None else []
     for regime in possible:
@@ -96,7 +111,27 @@ def judge(
         table = replace(halves[0].subset(rows), effect={on: measured})
         gates[regime] = fit_gate(with_network, without, table, range(len(rows)), on, PRIOR[regime])
     errors = [each.errors(gates) for each in found]
-    return Judged(gates, pd.concat(errors, ignore_index=True) if errors else _NO_ERRORS)
+    return Judged(gates, pd.concat(errors, ignore_index=True) if errors else _NO_ERRORS, network)
+
+
+class _Fold:
+    """What is known while some rows are hidden.
+
+    Parameters
+    ----------
+    anchor
+        That of the whole table.
+    hidden
+        Mask of the hidden rows.
+    known, judged_by
+        The table with either half of the controls.
+    """
+
+    def __init__(
+        self, anchor: EffectAnchor, hidden: np.ndarray, known: EffectTable, judged_by: EffectTable
+    ) -> None:
+        self.anchor = EffectAnchor(anchor.features, "mean").fit(known.subset(~hidden))
+        self.judged_by, self.rows = judged_by, np.flatnonzero(hidden)
 
 
 @dataclass(frozen=True)
@@ -154,14 +189,9 @@ class _Hidden:
         return pd.DataFrame({"regime": self.regime, **errors})
 
 
-def _predicted(
-    anchor: EffectAnchor,
-    network: ResponseNetwork | None,
-    seed: int,
-    judged_by: EffectTable,
-    rows: np.ndarray,
-) -> Iterator[_Hidden]:
+def _predicted(fold: _Fold, network: ResponseNetwork | None, seed: int) -> Iterator[_Hidden]:
     """Predictions of rows by what is known without them."""
+    anchor, judged_by, rows = fold.anchor, fold.judged_by, fold.rows
     [on] = judged_by.scales
     networks = None if network is None else Networks(network, anchor, on, seed)
     simple = {"additive": Additive(on), "mean effect": MeanEffect(on)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
+import torch
 
 from gpjepa.effects import (
     ROLES,
@@ -22,6 +23,7 @@ from gpjepa.perturbations import MissingFeatures, Perturbation, TargetFeatures
 
 from ._judge import Judged, folds, judge
 from ._networks import PRIOR, Networks, Pair
+from ._tuned import enough_pairs
 from ._weights import load_network
 
 GateOption = Literal["auto", 0, 1]
@@ -48,8 +50,8 @@ class ResponsePredictor:
     r"""Mean effects from everything that a screen measured, with or without cells.
 
     The anchor (:class:`gpjepa.effects.EffectAnchor`) predicts in closed form, and two networks add
-    to it. The *response network*, trained on simulated screens and used as it is, reads what each
-    expert of the anchor predicts of a pair of targets. *Attention*, learned on the screen itself,
+    to it. The *response network*, trained on simulated screens and then on the screen's own pairs,
+    reads what each expert of the anchor predicts of a pair of targets. *Attention*, learned on the screen itself,
     predicts targets never perturbed from measured ones with similar features.
 
     How much of a network counts, the gate, is decided for each regime on the screen at hand: rows
@@ -64,8 +66,9 @@ class ResponsePredictor:
     features
         Kinds of target features, for targets never perturbed.
     network
-        ``"pretrained"``, the response network that comes with the package; one of your own; or None
-        for the anchor alone, without attention too.
+        ``"pretrained"``, the response network that comes with the package, trained further where 20
+        pairs of targets or more were measured; ``"scratch"``, one that is trained on these alone; one
+        of your own, used as it is; or None for the anchor alone, without attention too.
     missing_features
         As in :class:`gpjepa.effects.EffectAnchor`.
     seed
@@ -80,15 +83,21 @@ class ResponsePredictor:
     def __init__(
         self,
         features: TargetFeatures | Sequence[TargetFeatures] = (),
-        network: Literal["pretrained"] | ResponseNetwork | None = "pretrained",
+        network: Literal["pretrained", "scratch"] | ResponseNetwork | None = "pretrained",
         missing_features: MissingFeatures = "error",
         seed: int = 0,
     ) -> None:
+        self._may_tune = isinstance(network, str)
         if network == "pretrained":
             network = load_network()
+        elif network == "scratch":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                network = ResponseNetwork(len(ROLES))
         elif not (network is None or isinstance(network, ResponseNetwork)):
             raise ValueError(
-                f"network={network!r} is not known; give 'pretrained', None or a ResponseNetwork."
+                f"network={network!r} is not known; give 'pretrained', 'scratch', None or a "
+                "ResponseNetwork."
             )
         if network is not None and network.n_roles != len(ROLES):
             raise ValueError(
@@ -124,8 +133,12 @@ class ResponsePredictor:
             Called after each of ``n_refits``.
         """
         if self._judged is None:
-            self._judged = judge(self.anchor_, self.network, self.seed, progress)
+            self._judged = judge(self.anchor_, self.network, self._tunes, self.seed, progress)
         return self._judged
+
+    @property
+    def _tunes(self) -> bool:
+        return self._may_tune and enough_pairs(self.anchor_.effects_)
 
     @property
     def n_refits(self) -> int:
@@ -191,9 +204,10 @@ class ResponsePredictor:
         return np.maximum(mean, np.minimum(floor, anchor))
 
     def _networks_of(self, scale: Scale) -> Networks:
-        assert self.network is not None
         if scale not in self._networks:
-            self._networks[scale] = Networks(self.network, self.anchor_, scale, self.seed)
+            network = self.judge().network if self._tunes else self.network
+            assert network is not None
+            self._networks[scale] = Networks(network, self.anchor_, scale, self.seed)
         return self._networks[scale]
 
     def _shares(self, regimes: list[str], gate: GateOption) -> np.ndarray:
