@@ -1193,6 +1193,8 @@ class GPJEPA(BaseModelClass):
         try:
             with quiet("scvi.data._download"):
                 registry = cls.load_registry(str(dir_path), prefix)
+        except (AttributeError, ModuleNotFoundError) as error:
+            raise ValueError(_earlier(dir_path)) from error
         except Exception as error:
             raise ValueError(
                 f"{file} cannot be read as a model: it is truncated or of another kind "
@@ -1207,12 +1209,16 @@ class GPJEPA(BaseModelClass):
         with quiet("scvi.data._download"):
             model = super().load(str(dir_path), adata, prefix=prefix, **kwargs)
         if hasattr(model, "effects_"):
-            raise ValueError(
-                f"{dir_path} was saved by an earlier development version, whose models this one "
-                "cannot read. Train the model again."
-            )
+            raise ValueError(_earlier(dir_path))
         model._data.visible = visible
         return model
+
+
+def _earlier(path: str) -> str:
+    return (
+        f"{path} was saved by an earlier development version, whose models this one cannot read. "
+        "Train the model again."
+    )
 
 
 def _written(value: Any) -> str:
