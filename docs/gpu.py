@@ -95,7 +95,7 @@ def run(adata: ad.AnnData, accelerator: str, scvi_epochs: int) -> None:
         other = scvi.model.SCVI(adata)
         with measured(f"scVI, {scvi_epochs} epochs", above):
             other.train(scvi_epochs, accelerator=accelerator, enable_progress_bar=False)
-    gates = {regime: round(gate.gate, 2) for regime, gate in model.response_.gate.items()}
+    gates = {regime: round(gate.gate, 2) for regime, gate in model.response_.judged.gates.items()}
     print(f"\nepochs: {epochs}; gates: {gates}")
 
 

@@ -72,7 +72,7 @@ def of_screen(seed: int) -> list[dict]:
         kinds |= {"JEPA's gene vectors": [jepa], "principal loadings": [components], "none": []}
         wanted = [p for p, o in zip(rows, out, strict=True) if o]
         for name, features in kinds.items():
-            predictor = ResponsePredictor(features).fit(table.subset(~out))
+            predictor = ResponsePredictor(features, missing_features="mean").fit(table.subset(~out))
             for gate in ("auto", 0, 1):
                 said = predictor.predict(wanted, ["all"] * len(wanted), ON, gate).mean
                 error = float((((said - true[out]) * scored[out]) ** 2).sum())

@@ -103,7 +103,7 @@ def test_train_goes_on_from_checkpoints_and_predicts_to_a_store(cells, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.zarr", "kept", "model", "n"]
 
 
-def test_train_says_what_was_held_out(cells, tmp_path):
+def test_train_says_how_well_it_predicts_what_was_hidden(cells, tmp_path):
     model = tmp_path / "model"
     quick = ["--max-epochs", "1", "--pretrain-epochs", "1"]
     result = run(app, ["train", str(cells), "--out", str(model), *quick])
@@ -111,14 +111,15 @@ def test_train_says_what_was_held_out(cells, tmp_path):
     lines = result.stdout.splitlines()
     loaded = gpjepa.GPJEPA.load(model, adata=False)
     assert lines[:4] == loaded.summary().splitlines()
-    assert lines[0].startswith("Held out: ")
+    assert lines[0].startswith("Measured effects were hidden in turn")
     assert lines[4].startswith("Words: the anchor is")
     assert lines[5].startswith(f"Wrote {model}/. Next: gpjepa predict {model} ")
     noise = [line for line in result.stderr.splitlines() if line]
     assert [re.sub(r" \(.*", "", line) for line in noise] == [
+        "Mean effects: hidden in turn",
         "Stage A: cell states",
-        "Anchor: closed form",
-        "Stages B and C: response",
+        "Anchor: out of fold",
+        "Stages B and C: populations",
     ]
 
 

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import combinations
 
 import anndata as ad
 import numpy as np
@@ -24,6 +25,7 @@ from gpjepa.effects import (
     ShrunkenAdditive,
     Transfer,
     UnseenTargets,
+    _process,
     coexpression_features,
     effect_features,
     effect_table,
@@ -1329,3 +1331,33 @@ def test_few_controls_have_noise_too(rng):
         shown = table.control_variance["mean_log1p"]["c"]
         found = table.variance_on_control("mean_log1p", 0, np.ones((1, 10)))
         np.testing.assert_allclose(found, shown.sum(), rtol=1e-5)
+
+
+# Many pairs at once
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_pairs_predicted_together_are_those_predicted_one_at_a_time(rng, kept, monkeypatch):
+    """Also where the covariances of so many targets are not kept, and from other contexts."""
+    if not kept:
+        monkeypatch.setattr(_process, "_MOST_KEPT", 3)
+    names = [f"T{i}" for i in range(8)]
+    effects = {(c, t): rng.normal(size=40) for c in "xy" for t in names}
+    effects |= {("x", f"{a}+{b}"): rng.normal(size=40) for a, b in combinations(names[:5], 2)}
+    table = table_of(effects, noise=0.05, contexts="xy")
+    asked = [read(f"{a}+{b}") for a, b in combinations(names, 2)]
+    for context in "xy":
+        anchor = EffectAnchor((), "mean").fit(table)
+        together = anchor.predict(asked, [context] * len(asked), "mean_log1p")
+        for i, p in enumerate(asked):
+            alone = anchor.predict([p], [context], "mean_log1p")
+            np.testing.assert_allclose(together.mean[i], alone.mean[0], atol=1e-6)
+            np.testing.assert_allclose(together.variance[i], alone.variance[0], rtol=1e-5)
+
+
+def test_sums_of_absurd_effects_saturate_to_numbers():
+    effects = {("c", t): np.full(10, 400.0) for t in "AB"}
+    found = (
+        EffectAnchor().fit(table_of(effects, noise=0.1)).predict([read("A+B")], ["c"], "mean_log1p")
+    )
+    assert np.isfinite(found.mean).all() and np.isfinite(found.variance).all()

@@ -405,12 +405,30 @@ def test_the_gate_can_be_set_and_is_the_prior_without_evidence(model, simulated,
     assert cells.uns["gpjepa"]["effects"]["gate"].tolist() == [0.5]
 
 
+@pytest.mark.slow
+def test_a_network_trained_on_the_screen_is_saved_with_the_model(tmp_path):
+    """In two contexts, with pairs enough to train on."""
+    adata = gpjepa.datasets.simulate(
+        3_000, 60, n_targets=12, n_combinations=24, n_contexts=2, seed=3
+    )
+    fitted = train_quickly(adata, context_key="context", train={"max_epochs": 1})
+    asked = [str(p) for p in fitted.anchor.effects_.perturbations if len(p.targets) == 1]
+    asked = [f"{a}+{b}" for a, b in zip(asked, asked[1:], strict=False)]
+    before = fitted.predict_effects(asked, gate=1)
+    assert not np.allclose(before["effect"], before["anchor"])
+    fitted.save(tmp_path / "model")
+    again = GPJEPA.load(tmp_path / "model", adata=False)
+    pd.testing.assert_frame_equal(again.predict_effects(asked, gate=1), before)
+    pd.testing.assert_frame_equal(again.predict_effects(asked), fitted.predict_effects(asked))
+    assert again.summary() == fitted.summary()
+
+
 def test_without_a_response_network_the_anchor_predicts(simulated, held_out):
     fitted = train_quickly(simulated, train={"max_epochs": 1}, model={"response": None})
     found = fitted.predict_effects(held_out, gate=1)
     np.testing.assert_array_equal(found["effect"], found["anchor"])
     assert "network" not in fitted.summary().split("What to expect")[1]
-    with pytest.raises(ValueError, match="network='large' is not known"):
+    with pytest.raises(ValueError, match="response='large' is not known"):
         GPJEPA(fitted.adata, response="large")
 
 

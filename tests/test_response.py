@@ -26,7 +26,7 @@ from gpjepa.response._episodes import draw_episode
 from gpjepa.response._inputs import make_query
 from gpjepa.response._judge import folds
 from gpjepa.response._pretrain import episode_loss
-from gpjepa.response._tuned import enough_pairs
+from gpjepa.response._tuned import HiddenPairs, enough_pairs
 from gpjepa.response._weights import PRETRAINED
 
 ON = "mean_log1p"
@@ -535,6 +535,57 @@ def test_arguments_are_checked(simulated):
 # Training on the screen
 
 
+def test_training_leaves_rows_out():
+    """What is measured of them changes nothing."""
+    predictor = ResponsePredictor().fit(saturating(20)[0])
+    judge = _judge.Judge(predictor.anchor_, predictor.network, tunes=True)
+    fold = next(judge._each_fold(lambda: None))
+    hidden = list(HiddenPairs.of(fold.anchor, fold.judged_by, fold.rows))
+    [pairs] = hidden
+    truth = pairs.episode.truth.clone()
+    truth[:2] = 99
+    changed = replace(pairs, episode=replace(pairs.episode, truth=truth))
+    one, other, wrong = (
+        _tuned.tuned(predictor.network, [each], without)
+        for each, without in ((pairs, pairs.rows[:2]), (changed, pairs.rows[:2]), (changed, ()))
+    )
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=0, atol=0)
+    assert not torch.equal(wrong.own.weight, one.own.weight)
+
+
+def pairs_in(contexts, singles=True):
+    """Many pairs in one context or several, or no target alone."""
+    table, _ = saturating(24)
+    effects = table.effect[ON]
+    measured = {
+        (c, str(p)): effects[i]
+        for c in contexts
+        for i, (_, p) in enumerate(table.rows)
+        if singles or len(p.targets) > 1
+    }
+    return table_of(measured, noise=0.01, contexts=contexts)
+
+
+@pytest.mark.parametrize(("contexts", "singles"), [("ab", True), ("a", False)])
+def test_pairs_of_several_contexts_or_without_singles_are_judged(contexts, singles, monkeypatch):
+    monkeypatch.setattr(_tuned, "_N_STEPS", 2)
+    table = pairs_in(contexts, singles)
+    predictor = ResponsePredictor().fit(table)
+    judged = predictor.judge()
+    assert np.isfinite(judged.errors.drop(columns="regime").to_numpy(float)).all()
+    # Where no target was measured alone, the network reads nothing that it could be trained on.
+    assert (judged.network is predictor.network) == (not singles)
+
+
+def test_from_scratch_there_is_no_network_of_few_pairs():
+    table, rest = saturating(6)
+    predictor = ResponsePredictor(network="scratch").fit(table)
+    found = predictor.predict(list(rest), ["c"] * len(rest), gate=1)
+    np.testing.assert_array_equal(found.mean, found.anchor)
+    assert not found.gate.any() and not predictor.gates()
+
+
 def saturating(n_pairs, seed=0):
     """A screen of which the pairs saturate, as no expert of the anchor does without controls."""
     rng = np.random.default_rng(seed)
@@ -578,9 +629,9 @@ def test_of_few_pairs_the_network_is_used_as_it_is():
 def test_no_row_is_predicted_by_a_network_that_was_trained_on_it(monkeypatch):
     seen, tune = [], _judge.tuned
 
-    def spy(network, hidden, seed):
-        seen.append({int(i) for each in hidden for i in each.rows})
-        return tune(network, hidden, seed)
+    def spy(network, hidden, without, seed):
+        seen.append({int(i) for each in hidden for i in each.rows} - {int(i) for i in without})
+        return tune(network, hidden, without, seed)
 
     monkeypatch.setattr(_judge, "tuned", spy)
     monkeypatch.setattr(_tuned, "_N_STEPS", 2)

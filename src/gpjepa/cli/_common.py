@@ -33,9 +33,9 @@ Encoder = Annotated[
     typer.Option(help="Kind of encoder of cell states."),
 ]
 WORDS = (
-    "Words: the anchor is the closed-form part, in which simple baselines (experts) are weighted; the "
-    "network corrects it as far as the gate is open. Stage A learns cell states, stages B and C "
-    "responses and counts. All: https://gpjepa.readthedocs.io/en/latest/glossary.html"
+    "Words: the anchor is the closed-form part, in which simple baselines (experts) are weighted; "
+    "networks add to it as far as the gate is open. Stage A learns cell states, stages B and C "
+    "populations and counts. All: https://gpjepa.readthedocs.io/en/latest/glossary.html"
 )
 Accelerator = Annotated[str, typer.Option(help="Where to compute: auto, cpu, gpu or mps.")]
 

@@ -33,6 +33,7 @@ _PRIOR_INTERACTION = 0.1
 doubles (``published`` L2 of Ahlmann-Eltze 2025: additive 2.42, no change 5.82, sampling noise
 taken off) it is 0.08."""
 
+_MOST_LOG_RATE = 300.0  # of which the exponential is a number
 _LEAST_INTERACTION = 0.01
 # Experts on combinations, by how many of their targets were measured alone.
 BOTH = ("sum of the singles", "larger single", COMBINED, PROCESS, "saturating sum")
@@ -354,7 +355,7 @@ class Combinations:
         """
         control = self.effects.control[self.measured.scale][context].astype(float)
         before = np.expm1(control)
-        after = np.expm1(np.maximum(control + said, 0))
+        after = np.expm1(np.clip(control + said, 0, _MOST_LOG_RATE))
         gained = np.maximum(after - before, 0).sum(0)
         kept = np.prod(np.minimum(after / np.maximum(before, 1e-12), 1), axis=0)
         saturating = np.log1p(before * kept + gained) - control

@@ -81,9 +81,7 @@ class Process:
         one, targets = _incidence(left)
         other, others = _incidence(right)
         found = one @ (other @ self._kernel(targets, others).T).T
-        if self._combinations:
-            found += self.variances[-2] * np.outer(one.sum(1).A1 > 1, other.sum(1).A1 > 1)
-        return found
+        return found + self._shared * np.outer(one.sum(1).A1 > 1, other.sum(1).A1 > 1)
 
     def _kernel(self, targets: Sequence[str], others: Sequence[str]) -> np.ndarray:
         """Covariance of what targets do, shape (n_targets, n_others)."""
@@ -94,18 +92,22 @@ class Process:
         return kernel
 
     @cached_property
-    def _kept(self) -> tuple[dict[str, int], np.ndarray]:
-        """Places of the measured targets, and the covariance of what they do, of not too many."""
+    def _kept(self) -> tuple[dict[str, int], np.ndarray] | None:
+        """Places of the measured targets, and the covariance of what they do; of too many, none."""
         targets = sorted({t for ps in self._perturbations.values() for p in ps for t in p.targets})
-        targets = targets if len(targets) <= _MOST_KEPT else []
+        if len(targets) > _MOST_KEPT:
+            return None
         return {t: i for i, t in enumerate(targets)}, self._kernel(targets, targets)
 
-    def _kept_places(self, perturbations: Sequence[Perturbation]) -> list[list[int]] | None:
-        """Places of the targets of each, if all are known."""
-        at = self._kept[0]
-        if not all(t in at for p in perturbations for t in p.targets):
+    def _of_known(
+        self, perturbations: Sequence[Perturbation]
+    ) -> tuple[dict[str, int], np.ndarray, list[list[int]]] | None:
+        """What is kept, and places of the targets of each; None if one of them is not."""
+        if self._kept is None or not all(
+            t in self._kept[0] for p in perturbations for t in p.targets
+        ):
             return None
-        return [[at[t] for t in p.targets] for p in perturbations]
+        return *self._kept, [[self._kept[0][t] for t in p.targets] for p in perturbations]
 
     def _parts(self, context: str, rows: np.ndarray) -> list[np.ndarray]:
         """Covariances of all parts of the effects at some places of a context."""
@@ -150,25 +152,31 @@ class Process:
     def near(self, perturbations: Sequence[Perturbation], context: str) -> np.ndarray:
         """Covariance of perturbations that were not measured with those that were, (n, n_rows)."""
         measured = self._perturbations[context]
-        places = self._kept_places(perturbations)
-        if places is None:
+        known = self._of_known(perturbations)
+        if known is None:
             return self._covariance(perturbations, measured)
+        at, kernel, places = known
         if context not in self._onto:
             other, targets = _incidence(measured)
-            kernel = self._kept[1][:, [self._kept[0][t] for t in targets]]
-            shared = self.variances[-2] if self._combinations else 0.0
-            self._onto[context] = (other @ kernel.T).T, shared * (other.sum(1).A1 > 1)
+            onto = (other @ kernel[:, [at[t] for t in targets]].T).T
+            self._onto[context] = onto, self._shared * (other.sum(1).A1 > 1)
         onto, of_combinations = self._onto[context]
-        found = [onto[at].sum(0) + (len(at) > 1) * of_combinations for at in places]
+        found = [onto[of].sum(0) + (len(of) > 1) * of_combinations for of in places]
         return np.reshape(found, (len(places), len(measured)))
 
     def _own(self, perturbations: Sequence[Perturbation]) -> np.ndarray:
         """Variance of what perturbations share with others, shape (n,)."""
-        places = self._kept_places(perturbations)
-        if places is None:
+        known = self._of_known(perturbations)
+        if known is None:
             return np.diag(self._covariance(perturbations, perturbations))
-        kernel, shared = self._kept[1], self.variances[-2] if self._combinations else 0.0
-        return np.array([kernel[np.ix_(at, at)].sum() + (len(at) > 1) * shared for at in places])
+        _, kernel, places = known
+        found = [kernel[np.ix_(of, of)].sum() + (len(of) > 1) * self._shared for of in places]
+        return np.array(found)
+
+    @property
+    def _shared(self) -> float:
+        """Variance of what combinations share."""
+        return float(self.variances[-2]) if self._combinations else 0.0
 
     def left(
         self, perturbations: Sequence[Perturbation], context: str, weights: np.ndarray

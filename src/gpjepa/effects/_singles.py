@@ -177,7 +177,8 @@ class Singles:
     ) -> tuple[Estimate, list[Estimate]]:
         """The mean of the combinations of a context, and what the process predicts in it.
 
-        As if some rows had not been measured; without any, of perturbations that were not.
+        As if some rows had not been measured; if none are left out, the perturbations must not be
+        among those measured.
         """
         mean, process, left = self.unseen.of_combinations(perturbations, context, without)
         said = [Estimate((Share("", PROCESS, 1.0, weights),)) for weights in process]

@@ -68,6 +68,7 @@ from ._training import (
     ActionTraining,
     History,
     Pretraining,
+    mean_effects,
     standardise,
 )
 from ._training_cells import TrainingCells
@@ -114,8 +115,8 @@ class GPJEPA(BaseModelClass):
         None: targets never perturbed all take the shrunken mean effect.
     response
         What adds to the anchor: ``"pretrained"``, the response network that comes with the package,
-        trained further on the screen, and attention; ``"scratch"``, the same without what came with
-        the package; or None, the anchor alone.
+        trained further on the screen where 20 pairs of targets were measured, and attention;
+        ``"scratch"``, the same without what came with the package; or None, the anchor alone.
     missing_features
         A target never perturbed that no features know is refused (``"error"``), or takes the
         shrunken mean effect (``"mean"``). By default ``"mean"`` with ``"auto"`` features, and
@@ -162,6 +163,10 @@ class GPJEPA(BaseModelClass):
     ) -> None:
         if isinstance(targets, str):
             raise TypeError(f"targets={targets!r} is one name; give a list of names.")
+        if response not in ("pretrained", "scratch", None):
+            raise ValueError(
+                f"response={response!r} is not known; choose 'pretrained', 'scratch' or None."
+            )
         if encoder == "components" and not components:
             raise ValueError("encoder='components' needs components=True.")
         for name, size in (("n_latent", n_latent), ("n_hidden", n_hidden)):
@@ -189,7 +194,7 @@ class GPJEPA(BaseModelClass):
         features, missing = choose_features(target_features, missing_features, perturbed)
         self._new_predictor = partial(ResponsePredictor, features, missing_features=missing)
         self._network = response
-        self._features = self._new_predictor(response).anchor_.features
+        self._features = EffectAnchor(features, missing).features
         self.vocabulary = Vocabulary(perturbed, [*map(str, self.genes), *targets], self._features)
         self.module = GPJEPAModule(
             len(self.genes),
@@ -424,8 +429,8 @@ class GPJEPA(BaseModelClass):
 
         Mean effects are fitted on everything; how much of the networks counts is judged by hiding
         measured perturbations in turn. A share of the perturbations (fewer than fifteen: a context,
-        else cells) is held out from stages A to C for early stopping. Ctrl-C in one of these ends
-        training early and leaves a model that predicts.
+        else cells) is held out from stages A to C for early stopping. Ctrl-C during these ends
+        training early and leaves a model that predicts; before, it leaves the model as it was.
 
         Parameters
         ----------
@@ -494,7 +499,7 @@ class GPJEPA(BaseModelClass):
             options = options.begin(self.module, pretrained)
             predictor = self._new_predictor(self._network)
             action = ActionTraining(self.module, data, self._features, self.vocabulary)
-            response = action.response(predictor, options.shown)
+            response = mean_effects(predictor, action.effects, data, options.shown)
             if stage_a is not None or not history:  # the decoder is not standardised yet
                 share = standardise(self.module, data.cells, data.inside)
             if stage_a is not None:
@@ -778,7 +783,8 @@ class GPJEPA(BaseModelClass):
         pandas.DataFrame
             One row per combination × context × gene: ``perturbation, context, gene, interaction,
             sd, lower, upper, additive, regime``; ``additive`` is the sum of the predicted effects
-            of the singles, ``lower`` and ``upper`` a 95% interval of the interaction.
+            of the singles, ``lower`` and ``upper`` a 95% interval of the interaction, as wide as that
+            of the anchor's.
 
         Raises
         ------
@@ -789,12 +795,21 @@ class GPJEPA(BaseModelClass):
         _check_gate(gate)
         wanted = self._parse(perturbations)
         chosen = self._contexts(contexts, self.anchor.effects_.contexts)
-        frames = []
-        for p, label in wanted.items():
-            for c in chosen:
-                found = self.anchor.predict_interactions([p], [c], scale)
-                parts = self._effects([(q, label, c) for q in (p, *p.singles)], gate, [scale])
-                frames.append(interaction_frame(found, parts, self.genes, scale))
+        pairs = [(p, label, c) for p, label in wanted.items() for c in chosen]
+        found = self.anchor.predict_interactions(
+            [p for p, _, _ in pairs], [c for _, _, c in pairs], scale
+        )
+        asked = [(q, label, c) for p, label, c in pairs for q in (p, *p.singles)]
+        parts = iter(self._effects(asked, gate, [scale]))
+        frames = [
+            interaction_frame(
+                found.rows(np.array([i])),
+                [next(parts) for _ in range(1 + len(p.targets))],
+                self.genes,
+                scale,
+            )
+            for i, (p, _, _) in enumerate(pairs)
+        ]
         return pd.concat(frames, ignore_index=True)
 
     def predict_enrichment(
@@ -1193,9 +1208,9 @@ class GPJEPA(BaseModelClass):
         try:
             with quiet("scvi.data._download"):
                 registry = cls.load_registry(str(dir_path), prefix)
-        except (AttributeError, ModuleNotFoundError) as error:
-            raise ValueError(_earlier(dir_path)) from error
         except Exception as error:
+            if isinstance(error, AttributeError | ImportError) and "gpjepa" in str(error):
+                raise ValueError(_earlier(dir_path)) from error
             raise ValueError(
                 f"{file} cannot be read as a model: it is truncated or of another kind "
                 f"({type(error).__name__}: {error})."

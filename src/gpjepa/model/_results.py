@@ -33,7 +33,7 @@ _MOST_RANKED = 200  # perturbations in uns["rank_genes_groups"]: HDF5's tables h
 
 @dataclass(frozen=True)
 class PredictedEffect:
-    """Mean effect of one perturbation in one context, on both scales.
+    """Mean effect of one perturbation in one context.
 
     Attributes
     ----------

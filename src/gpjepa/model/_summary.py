@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from gpjepa.response import METHODS, Judged
+from gpjepa.splits import MIN_UNITS
 
 REGIMES = {
     "seen2": "combinations of targets that were all measured alone",
@@ -30,7 +31,8 @@ def in_words(judged: Judged) -> str:
         return (
             "Too few perturbations were measured to hide some and predict them from the rest.\n"
             "There is therefore no estimate yet of how well new perturbations are predicted.\n"
-            "To have one, measure at least five perturbations, or the same ones in two contexts."
+            "To have one, measure at least five perturbations, or the same ones in two contexts. Of "
+            "pairs whose targets were both measured alone, half of the network counts by default."
         )
     relative = judged.relative()
     shown = ", ".join(f"{m} {_number(relative.loc['all', m])}" for m in METHODS)
@@ -47,8 +49,11 @@ def _expected(judged: Judged, relative: pd.DataFrame) -> str:
     for regime in relative.index[relative.index != "all"]:
         error = float(relative.loc[regime, "GP-JEPA"])
         n = int((judged.errors["regime"] == regime).sum())
-        network = judged.gates[regime].gate if regime in judged.gates else 0
-        share = f", {network:.0%} of the network" if network else ""
+        gate = judged.gates.get(regime)
+        share = ""
+        if gate is not None and gate.gate:
+            default = " by default" if gate.n_units < MIN_UNITS else ""
+            share = f", {gate.gate:.0%} of the network{default}"
         by_verdict[_verdict(error)].append(
             f"{REGIMES.get(regime, regime)} ({_number(error)}, {n} hidden{share})"
         )

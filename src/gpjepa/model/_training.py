@@ -1,4 +1,4 @@
-"""Training: what is held out, stage A, the closed form, stages B and C."""
+"""Training: mean effects, stage A, stages B and C."""
 
 from __future__ import annotations
 
@@ -179,8 +179,19 @@ class ActionOptions:
     plan: dict[str, Any]
 
 
+def mean_effects(
+    predictor: ResponsePredictor, effects: EffectTable, data: TrainingCells, shown: bool
+) -> Response:
+    """The closed form, and how much of the networks counts."""
+    predictor.fit(effects)
+    bar = Stage(MEAN_EFFECTS, predictor.n_refits, shown)
+    judged = predictor.judge(progress=bar.advance)
+    bar.close()
+    return Response(effects, data.library_shifts(), judged)
+
+
 class ActionTraining:
-    """Mean effects, then stages B and C; their epoch is chosen on the held-out rows.
+    """Stages B and C; their epoch is chosen on the held-out rows.
 
     Parameters
     ----------
@@ -242,15 +253,6 @@ class ActionTraining:
         training.run(STAGES_BC, plan, batches, epochs, callbacks)
         plan.load_best()
         return plan.history
-
-    def response(self, predictor: ResponsePredictor, shown: bool) -> Response:
-        """Mean effects: the closed form, and how much of the networks counts."""
-        predictor.fit(self.effects)
-        bar = Stage(MEAN_EFFECTS, predictor.n_refits, shown)
-        judged = predictor.judge(progress=bar.advance)
-        bar.close()
-        shifts = self.data.library_shifts()
-        return Response(self.effects, shifts, judged)
 
     def _rows(self) -> list[tuple[str, Perturbation]]:
         """Rows that are trained on.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ class TrainingCells:
         self.order = np.argsort(cells.names, kind="stable")
         if cells.perturbations is None:
             self.rows: list[Row] = []
-            self.holdout = Holdout("cells", (), "a fiftieth of the cells")
+            self.holdout = Holdout("cells", ())  # a fiftieth of them
             out = self._ranks(cells.contexts) % 50 == 49
             self.out = out & (len(cells) >= _LEAST_WATCHED)
             return
@@ -64,10 +63,6 @@ class TrainingCells:
         few = sorted(c for c in judged if controls[c] < _LEAST_CONTROLS)
         spared = np.isin(np.array(cells.contexts, dtype=object), sorted(judged - set(few)))
         self.out = self.out | (cells.is_control & spared & (rank % 2 == 1))
-        if few:
-            reason = f"{self.holdout.reason} (not judged in {', '.join(map(repr, few))}: "
-            reason += f"fewer than {_LEAST_CONTROLS} control cells)"
-            self.holdout = replace(self.holdout, reason=reason)
 
     def _ranks(self, groups: Sequence[Any]) -> np.ndarray:
         """Place of each cell among those of its group, by name."""

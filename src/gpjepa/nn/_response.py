@@ -88,9 +88,17 @@ class ResponseNetwork(nn.Module):
         self.weigh, self.weigh_whole = (_Weigher(n_expert, h) for _ in range(2))
         self.own = nn.Linear(h, 3)  # weight of the anchor, free part, log variance
         self.own_whole = nn.Linear(h, 2)
-        for last in (self.weigh.out, self.weigh_whole.out, self.own, self.own_whole):
+        for last in self._last():
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is as it was at the start, where it is the anchor."""
+        return not any(last.weight.any() or last.bias.any() for last in self._last())
+
+    def _last(self) -> tuple[nn.Linear, ...]:
+        return self.weigh.out, self.weigh_whole.out, self.own, self.own_whole
 
     def forward(self, x: ResponseInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean effects, and the log of their variance over the anchor's, shape (n_rows, n_genes)."""

@@ -69,7 +69,8 @@ def make_query(
     for own, perturbation in zip(targeted, perturbations, strict=True):
         own[[genes[t] for t in perturbation.targets if t in genes]] = 1
     controls = [
-        np.stack([of[on][c] for c in contexts]) for of in (table.control, table.control_variance)
+        np.reshape([of[on][c] for c in contexts], predicted.mean.shape)
+        for of in (table.control, table.control_variance)
     ]
     lengths = [predicted.mean, np.sqrt(predicted.variance), controls[0], np.sqrt(controls[1])]
     per_gene = np.stack([*(each / scale[:, None] for each in lengths), targeted], -1)

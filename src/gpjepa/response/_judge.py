@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from gpjepa.effects import (
+    ROLES,
     Additive,
     EffectAnchor,
     EffectTable,
@@ -20,14 +21,13 @@ from gpjepa.effects import (
 )
 from gpjepa.nn import ResponseNetwork
 
-from ._networks import PRIOR, Networks
-from ._tuned import HiddenPairs, tuned
+from ._networks import PRIOR, Networks, in_blocks
+from ._tuned import HiddenPairs, enough_pairs, tuned
 
 METHODS = ("GP-JEPA", "anchor", "network", "additive", "mean effect")
 NO_CHANGE = "no change"
 _NO_ERRORS = pd.DataFrame(columns=["regime", *METHODS, NO_CHANGE])
 _N_FOLDS = 5
-_BLOCK = 2_000_000  # rows times genes predicted at a time
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,14 @@ class Judged:
         is the anchor's where there is none.
     network
         The response network, trained on the pairs of the screen if there are enough of them.
+    roles
+        What it knows experts by.
     """
 
     gates: Mapping[str, Gate]
     errors: pd.DataFrame
     network: ResponseNetwork | None
+    roles: tuple[str, ...] = ROLES
 
     def relative(self) -> pd.DataFrame:
         """Errors over that of no change, per regime and over all; NaN without a measurable effect."""
@@ -70,147 +73,174 @@ def folds(anchor: EffectAnchor) -> list[np.ndarray]:
     return list(distinct.values())
 
 
-def judge(
-    anchor: EffectAnchor,
-    network: ResponseNetwork | None,
-    tunes: bool,
-    seed: int = 0,
-    progress: Callable[[], object] = lambda: None,
-) -> Judged:
-    """Hide rows of the table in turn, fit everything anew on the others, and predict them.
-
-    Where the network is trained on the screen (``tunes``), it is so without the rows that it predicts.
+class Judge:
+    """Hides rows of a table in turn, fits everything anew on the others, and predicts them.
 
     Predictions know one half of the controls' noise and are judged by the other
     (:func:`gpjepa.effects.control_halves`); the halves are swapped from fold to fold.
-    """
-    effects = anchor.effects_
-    [on, *_] = effects.scales
-    halves = control_halves(effects, on, seed)
-    found: list[_Hidden] = []
-    each_fold = [
-        _Fold(anchor, hidden, *halves[:: 1 if fold % 2 else -1])
-        for fold, hidden in enumerate(folds(anchor))
-    ]
-    pairs = [HiddenPairs.of(f.anchor, f.judged_by, f.rows) for f in each_fold if tunes]
-    for fold in each_fold:
-        mine = network
-        if network is not None and tunes:
-            mine = tuned(network, [p.without(fold.rows) for p in pairs], seed)
-        found += _predicted(fold, mine, seed)
-        progress()
-    if network is not None and tunes:
-        network = tuned(network, pairs, seed)
-    gates = {}
-    possible = Networks(network, anchor, on, seed).regimes if network is not None else []
-    for regime in possible:
-        nothing = np.zeros((0, len(effects.genes)))
-        parts: list[tuple[np.ndarray, ...]] = [(np.array([], int), *[nothing] * 3)]
-        parts += [each.of_network(regime) for each in found]
-        rows, with_network, without, measured = map(np.concatenate, zip(*parts, strict=True))
-        table = replace(halves[0].subset(rows), effect={on: measured})
-        gates[regime] = fit_gate(with_network, without, table, range(len(rows)), on, PRIOR[regime])
-    errors = [each.errors(gates) for each in found]
-    return Judged(gates, pd.concat(errors, ignore_index=True) if errors else _NO_ERRORS, network)
-
-
-class _Fold:
-    """What is known while some rows are hidden.
 
     Parameters
     ----------
     anchor
-        That of the whole table.
-    hidden
-        Mask of the hidden rows.
-    known, judged_by
-        The table with either half of the controls.
+        Fitted on the whole table.
+    network
+        The response network; None for the anchor alone.
+    tunes
+        Whether the network is trained on the screen, if there are enough pairs.
+    seed
+        Of all that is random.
     """
 
     def __init__(
-        self, anchor: EffectAnchor, hidden: np.ndarray, known: EffectTable, judged_by: EffectTable
+        self, anchor: EffectAnchor, network: ResponseNetwork | None, tunes: bool, seed: int = 0
     ) -> None:
-        self.anchor = EffectAnchor(anchor.features, "mean").fit(known.subset(~hidden))
-        self.judged_by, self.rows = judged_by, np.flatnonzero(hidden)
+        self.anchor, self.network, self.seed = anchor, network, seed
+        self.effects = anchor.effects_
+        [self.on, *_] = self.effects.scales
+        self.folds = folds(anchor)
+        self.tunes = tunes and network is not None and enough_pairs(self.effects)
+
+    @property
+    def n_refits(self) -> int:
+        """How often everything is fitted anew: where the network is trained on the screen, twice."""
+        return len(self.folds) * (1 + self.tunes)
+
+    def judge(self, progress: Callable[[], object] = lambda: None) -> Judged:
+        """Gates and errors; progress is called after each refit."""
+        network, pairs = self.network, []
+        if self.tunes:
+            for fold in self._each_fold(progress):
+                pairs += list(HiddenPairs.of(fold.anchor, fold.judged_by, fold.rows))
+            units = {self.effects.rows[i][1].targets for each in pairs for i in each.rows}
+            pairs = pairs if enough_pairs(units) else []
+        found: list[_Hidden] = []
+        for fold in self._each_fold(progress):
+            if pairs and self.network is not None:
+                network = tuned(self.network, pairs, fold.rows, self.seed)
+            found += self._predicted(fold, network)
+        if pairs and self.network is not None:
+            network = tuned(self.network, pairs, (), self.seed)
+        gates = self._gates(found, network)
+        errors = [each.scored(gates) for each in found]
+        return Judged(
+            gates, pd.concat(errors, ignore_index=True) if errors else _NO_ERRORS, network
+        )
+
+    def _each_fold(self, progress: Callable[[], object]) -> Iterator[_Fold]:
+        """One at a time: of a large screen, each takes as much memory as the table."""
+        halves = control_halves(self.effects, self.on, self.seed)
+        for k, hidden in enumerate(self.folds):
+            known, judged_by = halves[:: 1 if k % 2 else -1]
+            anchor = EffectAnchor(self.anchor.features, "mean").fit(known.subset(~hidden))
+            yield _Fold(anchor, judged_by, np.flatnonzero(hidden))
+            progress()
+
+    def _predicted(self, fold: _Fold, network: ResponseNetwork | None) -> Iterator[_Hidden]:
+        """Predictions of rows by what is known without them."""
+        anchor, table = fold.anchor, fold.judged_by
+        networks = None if network is None else Networks(network, anchor, self.on, self.seed)
+        simple = [each.fit(anchor.effects_) for each in (Additive(self.on), MeanEffect(self.on))]
+        for some in in_blocks(fold.rows, len(table.genes)):
+            asked = [table.rows[i][1] for i in some], [table.rows[i][0] for i in some]
+            said = anchor.predict(*asked, self.on)
+            available, mean = np.zeros(len(some), bool), said.mean
+            if networks is not None:
+                found = networks.predict(list(zip(*asked, strict=True)), said)
+                available, mean = found.available, found.mean
+            effects = [said.mean, said.mean, mean, *(each.predict(*asked) for each in simple)]
+            measured = table.subset(some)
+            yield _Hidden(
+                some,
+                np.array(said.regime, dtype=object),
+                available,
+                pd.DataFrame(
+                    {
+                        name: _errors(effect, measured, self.on)
+                        for name, effect in zip(
+                            (*METHODS, NO_CHANGE), [*effects, 0 * mean], strict=True
+                        )
+                    }
+                ),
+                said.mean[available],
+                mean[available],
+                measured.subset(available),
+            )
+
+    def _gates(self, found: list[_Hidden], network: ResponseNetwork | None) -> dict[str, Gate]:
+        if network is None:
+            return {}
+        gates, n_genes = {}, len(self.effects.genes)
+        half, _ = control_halves(self.effects, self.on, self.seed)
+        for regime in Networks(network, self.anchor, self.on, self.seed).regimes:
+            nothing = np.zeros((0, n_genes))
+            parts: list[tuple[np.ndarray, ...]] = [(np.array([], int), *[nothing] * 3)]
+            parts += [each.of_network(regime) for each in found]
+            rows, with_network, without, measured = map(np.concatenate, zip(*parts, strict=True))
+            table = replace(half.subset(rows), effect={self.on: measured})
+            gates[regime] = fit_gate(
+                with_network, without, table, range(len(rows)), self.on, PRIOR[regime]
+            )
+        return gates
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """An anchor that knows one half of the controls and not some rows, and the table to judge by."""
+
+    anchor: EffectAnchor
+    judged_by: EffectTable
+    rows: np.ndarray
 
 
 @dataclass(frozen=True)
 class _Hidden:
-    """Some rows that were hidden, and their effects as predicted without them.
+    """Some rows that were hidden, and how well they were predicted without them.
 
     Attributes
     ----------
-    table
-        Their effects as measured, against the other half of the controls.
-    rows
-        Which rows of the whole table they are.
-    regime
-        Their regimes.
+    rows, regime
+        Which rows of the whole table they are, and their regimes, shape (n_rows,).
     available
-        For which of them there is a network.
-    effects
-        Effects by method; ``network`` only where it is available.
+        For which of them there is a network, shape (n_rows,).
+    errors
+        Of every method; that of GP-JEPA before there are gates is the anchor's.
+    anchor, network
+        A and N where there is a network, shape (n_available, n_genes).
+    measured
+        The effects there, against the other half of the controls.
     """
 
-    table: EffectTable
     rows: np.ndarray
     regime: np.ndarray
     available: np.ndarray
+    errors: pd.DataFrame
     anchor: np.ndarray
     network: np.ndarray
-    simple: Mapping[str, np.ndarray]
+    measured: EffectTable
 
     def of_network(self, regime: str) -> tuple[np.ndarray, ...]:
         """Rows of a regime with a network: where they are, N, A and what was measured."""
-        mine = self.available & (self.regime == regime)
-        measured = self.table.effect[self.table.scales[0]]
+        mine = self.regime[self.available] == regime
+        [measured] = self.measured.effect.values()
         return (
-            self.rows[mine],
-            self.network[mine[self.available]],
+            self.rows[self.available][mine],
+            self.network[mine],
             self.anchor[mine],
             measured[mine],
         )
 
-    def errors(self, gates: Mapping[str, Gate]) -> pd.DataFrame:
+    def scored(self, gates: Mapping[str, Gate]) -> pd.DataFrame:
         """Errors of every method on each row."""
-        network, predicted = self.anchor.copy(), self.anchor.copy()
-        network[self.available] = self.network
-        gate = np.array([gates[r].gate if r in gates else 0.0 for r in self.regime])[:, None]
-        predicted += gate * (network - predicted)
-        nothing = np.zeros_like(predicted)
-        effects = (predicted, self.anchor, network, *self.simple.values(), nothing)
-        [on] = self.table.scales
-        measured = self.table.effect[on], self.table.noise(on)
-        scored = ~self.table.targeted(range(len(self.rows)))
-        errors = {
-            name: noise_corrected_error(effect, *measured, scored)
-            for name, effect in zip((*METHODS, NO_CHANGE), effects, strict=True)
-        }
-        return pd.DataFrame({"regime": self.regime, **errors})
+        errors = self.errors.copy()
+        regimes = self.regime[self.available]
+        gate = np.array([gates[r].gate if r in gates else 0.0 for r in regimes])[:, None]
+        predicted = self.anchor + gate * (self.network - self.anchor)
+        [on] = self.measured.scales
+        errors.loc[self.available, METHODS[0]] = _errors(predicted, self.measured, on)
+        errors.insert(0, "regime", self.regime)
+        return errors
 
 
-def _predicted(fold: _Fold, network: ResponseNetwork | None, seed: int) -> Iterator[_Hidden]:
-    """Predictions of rows by what is known without them."""
-    anchor, judged_by, rows = fold.anchor, fold.judged_by, fold.rows
-    [on] = judged_by.scales
-    networks = None if network is None else Networks(network, anchor, on, seed)
-    simple = {"additive": Additive(on), "mean effect": MeanEffect(on)}
-    simple = {name: method.fit(anchor.effects_) for name, method in simple.items()}
-    at_a_time = max(1, _BLOCK // len(judged_by.genes))
-    for start in range(0, len(rows), at_a_time):
-        some = rows[start : start + at_a_time]
-        asked = [judged_by.rows[i][1] for i in some], [judged_by.rows[i][0] for i in some]
-        said = anchor.predict(*asked, on)
-        available, mean = np.zeros(len(some), bool), said.mean
-        if networks is not None:
-            found = networks.predict(list(zip(*asked, strict=True)), said)
-            available, mean = found.available, found.mean
-        yield _Hidden(
-            judged_by.subset(some),
-            some,
-            np.array(said.regime, dtype=object),
-            available,
-            said.mean,
-            mean[available],
-            {name: method.predict(*asked) for name, method in simple.items()},
-        )
+def _errors(predicted: np.ndarray, measured: EffectTable, on: str) -> np.ndarray:
+    scored = ~measured.targeted(range(len(measured.rows)))
+    return noise_corrected_error(predicted, measured.effect[on], measured.noise(on), scored)

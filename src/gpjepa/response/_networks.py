@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,9 +20,18 @@ Pair = tuple[Perturbation, str]
 PRIOR = {"seen2": 0.5, "seen1": 0.0, "unseen": 0.0}
 """Gates of the regimes in which there is a network, where a screen cannot judge it. Attention
 predicts targets never perturbed, the response network the others."""
-_VALUES_ASKED, _VALUES_READ = 500_000, 20_000
+VALUES_ASKED, _VALUES_READ = 500_000, 20_000
 """Rows times genes that the experts are asked for, and that the network reads, at a time; so few stay
 in the cache of a processor."""
+_VALUES_PREDICTED = 2_000_000
+
+
+def in_blocks(
+    rows: np.ndarray, n_genes: int, values: int = _VALUES_PREDICTED
+) -> Iterator[np.ndarray]:
+    """Some rows, as many at a time as have so many values."""
+    at_a_time = max(1, values // n_genes)
+    return (rows[i : i + at_a_time] for i in range(0, len(rows), at_a_time))
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,10 @@ class Networks:
         found = NetworkPredictions(
             np.zeros(len(pairs), bool), anchor.mean.copy(), np.zeros_like(anchor.mean)
         )
-        reads = [i for i, (p, _) in enumerate(pairs) if supported(p, anchor.regime[i])]
-        at_a_time = max(1, _VALUES_ASKED // anchor.mean.shape[1])
-        for start in range(0, len(reads), at_a_time):
-            self._read(found, pairs, anchor, reads[start : start + at_a_time])
+        if not self.network.untrained:
+            reads = [i for i, (p, _) in enumerate(pairs) if supported(p, anchor.regime[i])]
+            for some in in_blocks(np.array(reads, int), anchor.mean.shape[1], VALUES_ASKED):
+                self._read(found, pairs, anchor, some)
         unseen = [i for i, regime in enumerate(anchor.regime) if regime == "unseen"]
         if unseen and self.anchor.features:
             self._attend(found, pairs, unseen)
@@ -88,7 +97,7 @@ class Networks:
         found: NetworkPredictions,
         pairs: Sequence[Pair],
         anchor: AnchorPrediction,
-        rows: list[int],
+        rows: np.ndarray,
     ) -> None:
         """Let the response network read some rows."""
         query = make_query(self.anchor, [pairs[i] for i in rows], anchor.rows(rows), self.scale)
@@ -118,4 +127,5 @@ class Networks:
     def regimes(self) -> list[str]:
         """Regimes in which one of them may be available."""
         attends = self.anchor.features and TargetAttention.measured(self.anchor)
-        return [*SUPPORTED, *(["unseen"] if attends else [])]
+        reads = [] if self.network.untrained else SUPPORTED
+        return [*reads, *(["unseen"] if attends else [])]

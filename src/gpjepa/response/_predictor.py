@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -21,13 +21,11 @@ from gpjepa.effects import (
 from gpjepa.nn import ResponseNetwork
 from gpjepa.perturbations import MissingFeatures, Perturbation, TargetFeatures
 
-from ._judge import Judged, folds, judge
-from ._networks import PRIOR, Networks, Pair
-from ._tuned import enough_pairs
+from ._judge import Judge, Judged
+from ._networks import PRIOR, Networks, Pair, in_blocks
 from ._weights import load_network
 
 GateOption = Literal["auto", 0, 1]
-_BLOCK = 2_000_000  # rows times genes predicted at a time
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,9 @@ class ResponsePredictor:
         Kinds of target features, for targets never perturbed.
     network
         ``"pretrained"``, the response network that comes with the package, trained further where 20
-        pairs of targets or more were measured; ``"scratch"``, one that is trained on these alone; one
-        of your own, used as it is; or None for the anchor alone, without attention too.
+        pairs of targets or more were measured; ``"scratch"``, one that is trained on these alone, and
+        none if there are fewer; one of your own, used as it is; or None for the anchor alone, without
+        attention too.
     missing_features
         As in :class:`gpjepa.effects.EffectAnchor`.
     seed
@@ -108,7 +107,7 @@ class ResponsePredictor:
         self.seed = seed
 
     def fit(self, effects: EffectTable, judged: Judged | None = None) -> Self:
-        """Fit the anchor; what is learned and judged on the screen follows when it is first needed.
+        """Fit the anchor; networks and gates are learned when they are first needed.
 
         Parameters
         ----------
@@ -117,6 +116,11 @@ class ResponsePredictor:
         judged
             What :meth:`judge` found on the same effects before.
         """
+        if judged is not None and judged.roles != ROLES:
+            raise ValueError(
+                "The response network was trained with an earlier version, on other experts of the "
+                "anchor. Train it again."
+            )
         self.anchor_.fit(effects)
         self._networks: dict[Scale, Networks] = {}
         self._judged = judged
@@ -133,17 +137,16 @@ class ResponsePredictor:
             Called after each of ``n_refits``.
         """
         if self._judged is None:
-            self._judged = judge(self.anchor_, self.network, self._tunes, self.seed, progress)
+            self._judged = self._judge().judge(progress)
         return self._judged
 
-    @property
-    def _tunes(self) -> bool:
-        return self._may_tune and enough_pairs(self.anchor_.effects_)
+    def _judge(self) -> Judge:
+        return Judge(self.anchor_, self.network, self._may_tune, self.seed)
 
     @property
     def n_refits(self) -> int:
-        """How often :meth:`judge` fits anew, at most fifteen times."""
-        return len(folds(self.anchor_))
+        """How often :meth:`judge` fits everything anew, at most thirty times."""
+        return self._judge().n_refits
 
     def gates(self) -> Mapping[str, Gate]:
         """The gate of each regime in which there is a network (:meth:`judge`)."""
@@ -178,7 +181,7 @@ class ResponsePredictor:
         found = self.anchor_.predict(perturbations, contexts, scale)
         share = self._shares(found.regime, gate)
         mean, variance = found.mean.copy(), found.variance.copy()
-        for rows in self._blocks(np.flatnonzero(share)):
+        for rows in in_blocks(np.flatnonzero(share), found.mean.shape[1]):
             pairs = [(perturbations[i], contexts[i]) for i in rows]
             network = self._networks_of(scale).predict(pairs, found.rows(rows))
             share[rows] *= network.available
@@ -205,7 +208,7 @@ class ResponsePredictor:
 
     def _networks_of(self, scale: Scale) -> Networks:
         if scale not in self._networks:
-            network = self.judge().network if self._tunes else self.network
+            network = self.judge().network if self._judge().tunes else self.network
             assert network is not None
             self._networks[scale] = Networks(network, self.anchor_, scale, self.seed)
         return self._networks[scale]
@@ -217,7 +220,3 @@ class ResponsePredictor:
             return np.array([float(r in PRIOR) for r in regimes])
         gates = self.gates()
         return np.array([gates[r].gate if r in gates else 0.0 for r in regimes])
-
-    def _blocks(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        at_a_time = max(1, _BLOCK // len(self.anchor_.effects_.genes))
-        return (rows[i : i + at_a_time] for i in range(0, len(rows), at_a_time))

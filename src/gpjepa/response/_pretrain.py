@@ -23,7 +23,7 @@ from ._episodes import Episode, draw_episode
 _GENES = 256  # of each screen that training sees
 _PER_STEP = 4  # episodes
 _CHUNK = 50  # screens that a worker draws at a time
-_LEAST_SIZE = 0.15
+LEAST_SIZE = 0.15
 """Squared effect, in units of the scale, below which errors are not taken in proportion to it."""
 
 _DROPPED = 0.15  # of episodes
@@ -162,7 +162,7 @@ def episode_loss(network: ResponseNetwork, episode: Episode) -> torch.Tensor:
     """
     mean, log_ratio = network(episode.inputs)
     error = (mean - episode.truth).square()
-    relative = episode.mean(error) / (episode.mean(episode.truth.square()) + _LEAST_SIZE)
+    relative = episode.mean(error) / (episode.mean(episode.truth.square()) + LEAST_SIZE)
     log_variance = episode.variance.clamp_min(1e-6).log() + log_ratio.clamp(-6, 4)
     misfit = (error.detach() / log_variance.exp()).clamp_max(50)
     likelihood = episode.mean(0.5 * (log_variance + misfit))

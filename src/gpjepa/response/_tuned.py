@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import cos, pi
@@ -16,24 +16,26 @@ from gpjepa.nn import ResponseNetwork
 
 from ._episodes import Episode
 from ._inputs import make_query, supported
+from ._networks import VALUES_ASKED, in_blocks
+from ._pretrain import LEAST_SIZE
 
 ENOUGH_PAIRS = 20
 """Measured pairs of targets from which on the network is trained on a screen."""
 _MOST_GENES = 1_000  # that are kept of each pair
 _ROWS, _GENES = 12, 128  # that a step sees
 _N_STEPS, _LR, _WARM_UP = 150, 1e-3, 10
-_LEAST_SIZE = 0.15  # as in pretraining
 
 
-def enough_pairs(effects: EffectTable) -> bool:
-    """Whether there are enough pairs to train on."""
-    pairs = {p.targets for _, p in effects.rows if len(p.targets) == 2}
-    return len(pairs) >= ENOUGH_PAIRS
+def enough_pairs(effects: EffectTable | Collection[tuple[str, ...]]) -> bool:
+    """Whether a table, or a set of combinations, has enough pairs to train on."""
+    if isinstance(effects, EffectTable):
+        effects = {p.targets for _, p in effects.rows}
+    return sum(len(targets) == 2 for targets in effects) >= ENOUGH_PAIRS
 
 
 @dataclass(frozen=True)
 class HiddenPairs:
-    """Pairs that were hidden together, and of which an anchor without them was asked.
+    """Pairs that were hidden together, and what an anchor that was fitted without them predicts.
 
     Attributes
     ----------
@@ -50,34 +52,35 @@ class HiddenPairs:
     noise: torch.Tensor
 
     @classmethod
-    def of(cls, anchor: EffectAnchor, judged_by: EffectTable, rows: np.ndarray) -> HiddenPairs:
-        """Of the hidden rows, those that the network reads."""
+    def of(
+        cls, anchor: EffectAnchor, judged_by: EffectTable, rows: np.ndarray
+    ) -> Iterator[HiddenPairs]:
+        """Of the hidden rows, those that the network reads; some at a time."""
         [on] = judged_by.scales
-        regimes = [anchor.regime(judged_by.rows[i][1], judged_by.rows[i][0]) for i in rows]
-        read = [supported(judged_by.rows[i][1], r) for i, r in zip(rows, regimes, strict=True)]
-        rows = rows[np.array(read, bool)]
-        pairs = [(judged_by.rows[i][1], judged_by.rows[i][0]) for i in rows]
-        said = anchor.predict([p for p, _ in pairs], [c for _, c in pairs], on)
-        query = make_query(anchor, pairs, said, on)
+        pairs = {int(i): (judged_by.rows[i][1], judged_by.rows[i][0]) for i in rows}
+        read = [i for i, (p, c) in pairs.items() if supported(p, anchor.regime(p, c))]
         genes = _some_genes(judged_by.genes)
-        scale = query.scale[:, None]
-        measured, noise, variance = (
-            torch.from_numpy((values[:, genes] / unit).astype(np.float32))
-            for values, unit in (
-                (judged_by.effect[on][rows], scale),
-                (judged_by.subset(rows).noise(on), scale**2),
-                (said.variance, scale**2),
+        for some in in_blocks(np.array(read, int), len(judged_by.genes), VALUES_ASKED):
+            asked = [pairs[i] for i in some]
+            said = anchor.predict([p for p, _ in asked], [c for _, c in asked], on)
+            query = make_query(anchor, asked, said, on)
+            scale = query.scale[:, None]
+            measured, noise, variance = (
+                torch.from_numpy((values[:, genes] / unit).astype(np.float32))
+                for values, unit in (
+                    (judged_by.effect[on][some], scale),
+                    (judged_by.subset(some).noise(on), scale**2),
+                    (said.variance, scale**2),
+                )
             )
-        )
-        scored = torch.from_numpy(~judged_by.targeted(rows)[:, genes])
-        inputs = query.inputs.genes(torch.from_numpy(genes))
-        return cls(rows, Episode(inputs, measured, variance, scored), noise)
+            scored = torch.from_numpy(~judged_by.targeted(some)[:, genes])
+            inputs = query.inputs.genes(torch.from_numpy(genes))
+            yield cls(some, Episode(inputs, measured, variance, scored), noise)
 
-    def without(self, rows: np.ndarray) -> HiddenPairs:
-        """But for some rows of the table."""
-        kept = np.flatnonzero(~np.isin(self.rows, rows))
-        at = torch.from_numpy(kept)
-        return HiddenPairs(self.rows[kept], self.episode.rows(at), self.noise[at])
+    def some(self, rows: np.ndarray, genes: np.ndarray) -> tuple[Episode, torch.Tensor]:
+        """Episode and noise of some rows and genes."""
+        at, of = torch.from_numpy(rows), torch.from_numpy(genes)
+        return self.episode.rows(at).genes(of), self.noise[at][:, of]
 
 
 def _some_genes(genes: np.ndarray) -> np.ndarray:
@@ -87,15 +90,19 @@ def _some_genes(genes: np.ndarray) -> np.ndarray:
 
 
 def tuned(
-    network: ResponseNetwork, hidden: Sequence[HiddenPairs], seed: int = 0
+    network: ResponseNetwork,
+    hidden: Sequence[HiddenPairs],
+    without: Sequence[int] | np.ndarray,
+    seed: int = 0,
 ) -> ResponseNetwork:
-    """A copy of a network that was trained further on pairs that were hidden.
+    """A copy of a network that was trained further on pairs that were hidden, but for some rows.
 
     By their squared error, in proportion to the size of the effect without its noise.
     """
-    hidden = [each for each in hidden if len(each.rows)]
+    kept = [(each, np.flatnonzero(~np.isin(each.rows, without))) for each in hidden]
+    kept = [(each, rows) for each, rows in kept if len(rows)]
     network = deepcopy(network)
-    if not hidden:
+    if not kept:
         return network
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(network.parameters(), _LR, weight_decay=0.0)
@@ -103,12 +110,10 @@ def tuned(
         optimizer, lambda s: min(1, (s + 1) / _WARM_UP) * 0.5 * (1 + cos(pi * s / _N_STEPS))
     )
     for _ in range(_N_STEPS):
-        each = hidden[rng.integers(len(hidden))]
-        rows = torch.from_numpy(rng.permutation(len(each.rows))[:_ROWS])
-        genes = torch.from_numpy(rng.permutation(each.noise.shape[1])[:_GENES])
+        each, rows = kept[rng.integers(len(kept))]
+        genes = rng.permutation(each.noise.shape[1])[:_GENES]
         optimizer.zero_grad()
-        episode, noise = each.episode.rows(rows).genes(genes), each.noise[rows][:, genes]
-        _loss(network, episode, noise).backward()
+        _loss(network, *each.some(rng.permutation(rows)[:_ROWS], genes)).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -119,7 +124,7 @@ def _loss(network: ResponseNetwork, episode: Episode, noise: torch.Tensor) -> to
     mean, log_ratio = network(episode.inputs)
     error = (mean - episode.truth).square()
     size = episode.mean(episode.truth.square() - noise).clamp_min(0)
-    relative = episode.mean(error) / (size + _LEAST_SIZE)
+    relative = episode.mean(error) / (size + LEAST_SIZE)
     variance = episode.variance.clamp_min(1e-6) * log_ratio.clamp(-6, 4).exp() + noise
     misfit = (error.detach() / variance).clamp_max(50)
     likelihood = episode.mean(0.5 * (variance.log() + misfit))

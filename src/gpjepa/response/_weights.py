@@ -6,6 +6,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -54,6 +55,7 @@ def load_network(path: str | Path = PRETRAINED) -> ResponseNetwork:
             f"{path} holds no response network of this version: it reads other experts. Train it again "
             "with gpjepa.response.pretrain."
         )
-    network = ResponseNetwork(**held["sizes"])
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and replaced
+        network = ResponseNetwork(**held["sizes"])
     network.load_state_dict(load_file(path))
     return network.eval()
