@@ -21,7 +21,7 @@ from gpjepa.effects import (
     noise_corrected_error,
 )
 from gpjepa.perturbations import LabelReader, Perturbation
-from gpjepa.response import ResponsePredictor
+from gpjepa.response import ResponsePredictor, load_network
 
 ON = "mean_log1p"
 SEEDS = range(100, 108)  # of no screen on which anything was chosen
@@ -81,6 +81,38 @@ def of_simulated() -> pd.DataFrame:
                 labels = adata.obs["perturbation"].to_numpy()
                 adata.obs["perturbation"] = np.random.default_rng(seed).permutation(labels)
             _of_screen(errors, seed, adata, null)
+    return errors.table()
+
+
+def of_parts() -> pd.DataFrame:
+    """What training across screens, and on the screen, buys: on some of the simulated screens."""
+    errors = Errors()
+    for seed, n_cells in list(zip(SEEDS, CELLS, strict=True))[::2]:
+        adata = simulate(n_cells, 600, seed=seed)
+        table, truth = table_of(adata), adata.uns["simulation"]
+        effect = dict(zip(truth["rows"]["perturbation"], truth["effect"][ON], strict=True))
+        rows = [p for _, p in table.rows]
+        several = np.flatnonzero([len(p.targets) > 1 for p in rows])
+        fold = np.random.default_rng(seed).permutation(len(several)) % FOLDS["doubles"]
+        for k in range(FOLDS["doubles"]):
+            out = several[fold == k]
+            train = table.subset(np.setdiff1d(np.arange(len(rows)), out))
+            wanted, scored = [rows[i] for i in out], ~table.targeted(out)
+            true = np.stack([effect[str(p)] for p in wanted]) * scored
+            for what, network in (
+                ("across screens, then on the screen", "pretrained"),
+                ("across screens", load_network()),
+                ("on the screen", "scratch"),
+            ):
+                predictor, contexts = (
+                    ResponsePredictor(network=network).fit(train),
+                    ["all"] * len(out),
+                )
+                said = {
+                    n: predictor.predict(wanted, contexts, ON, g).mean for n, g in GATES.items()
+                }
+                of = {n: ((v * scored - true) ** 2).sum(1) for n, v in said.items()}
+                errors.add(f"trained {what}", seed, of, (true**2).sum(1))
     return errors.table()
 
 
@@ -167,6 +199,7 @@ if __name__ == "__main__":
     simulated, norman = of_simulated(), of_norman(Path(sys.argv[1]))
     print(simulated.to_markdown())
     print(norman.to_markdown())
+    print(of_parts().to_markdown())
     there = simulated[~simulated.index.str.contains("nothing there")]
     named = [there.rename("simulated: {}".format), norman.rename("Norman: {}".format)]
     draw(pd.concat(named), Path(__file__).with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""The closed-form prediction of a mean effect, on which the network may only improve."""
+"""The closed-form prediction of a mean effect, to which networks may add."""
 
 from __future__ import annotations
 
