@@ -102,6 +102,8 @@ def train_network(
         for _ in range(_PER_STEP):
             episode = _with_less(episodes[order.pop()].to(torch.float32), rng)
             loss = episode_loss(network, episode)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"The loss is {loss.item()} at step {step + 1}.")
             (loss / _PER_STEP).backward()
             shown.append(loss.item())
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
