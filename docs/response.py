@@ -87,7 +87,7 @@ def of_simulated() -> pd.DataFrame:
 def of_parts() -> pd.DataFrame:
     """What training across screens, and on the screen, buys: on some of the simulated screens."""
     errors = Errors()
-    for seed, n_cells in list(zip(SEEDS, CELLS, strict=True))[::2]:
+    for seed, n_cells in list(zip(SEEDS, CELLS, strict=True))[::4]:
         adata = simulate(n_cells, 600, seed=seed)
         table, truth = table_of(adata), adata.uns["simulation"]
         effect = dict(zip(truth["rows"]["perturbation"], truth["effect"][ON], strict=True))
@@ -137,7 +137,7 @@ def _of_screen(errors: Errors, seed: int, adata: ad.AnnData, null: bool) -> None
 
     rng = np.random.default_rng(seed)
     fold = np.where(several, rng.permutation(len(rows)) % FOLDS["doubles"], -1)
-    for k in range(FOLDS["doubles"]):
+    for k in range(2 if null else FOLDS["doubles"]):
         judge("doubles", fold == k, fold == k)
     judge("doubles, none measured (prior)", several, several)
     targets = rng.permutation(sorted({p.targets[0] for p in rows if len(p.targets) == 1}))

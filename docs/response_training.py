@@ -106,7 +106,7 @@ def screens_of(law: str) -> list[RandomScreen]:
 
 
 def by_law(found: dict[str, ResponseNetwork]) -> pd.DataFrame:
-    """Errors over no change, mean over screens, of networks that know a law and that do not."""
+    """Errors over no change as measured, mean over screens, with a law known or new."""
     rows = {}
     for law in LAWS:
         networks = {"known": found["seed 0"], "new": found[f"without {law}"]}
@@ -124,7 +124,8 @@ def _of_screen(screen: RandomScreen, networks: dict[str, ResponseNetwork]) -> di
     at = np.flatnonzero(out)
     asked = [table.rows[i][1] for i in at], [table.rows[i][0] for i in at]
     scored, truth = ~table.targeted(at), screen.truth[at]
-    nothing = float(((truth * scored) ** 2).sum())
+    noise = (table.noise(on)[at] * scored).sum()  # where nothing happens, errors are small against it
+    nothing = float(((truth * scored) ** 2).sum() + noise)
     found = {}
     for name, network in networks.items():
         predictor = ResponsePredictor((), network).fit(table.subset(~out))

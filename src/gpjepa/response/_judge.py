@@ -107,18 +107,20 @@ class Judge:
 
     def judge(self, progress: Callable[[], object] = lambda: None) -> Judged:
         """Gates and errors; progress is called after each refit."""
-        network, pairs = self.network, []
+        by_fold: list[list[HiddenPairs]] = []
         if self.tunes:
             for fold in self._each_fold(progress):
-                pairs += list(HiddenPairs.of(fold.anchor, fold.judged_by, fold.rows))
-            units = {self.effects.rows[i][1].targets for each in pairs for i in each.rows}
-            pairs = pairs if enough_pairs(units) else []
+                by_fold.append(list(HiddenPairs.of(fold.anchor, fold.judged_by, fold.rows)))
+        pairs = [each for mine in by_fold for each in mine]
+        units = {self.effects.rows[i][1].targets for each in pairs for i in each.rows}
+        network, learns = self.network, enough_pairs(units)
         found: list[_Hidden] = []
-        for fold in self._each_fold(progress):
-            if pairs and self.network is not None:
+        for k, fold in enumerate(self._each_fold(progress)):
+            # Where it reads none of the hidden rows, any network will do.
+            if learns and by_fold[k] and self.network is not None:
                 network = tuned(self.network, pairs, fold.rows, self.seed)
             found += self._predicted(fold, network)
-        if pairs and self.network is not None:
+        if learns and self.network is not None:
             network = tuned(self.network, pairs, (), self.seed)
         gates = self._gates(found, network)
         errors = [each.scored(gates) for each in found]

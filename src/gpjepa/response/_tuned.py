@@ -105,7 +105,7 @@ def tuned(
     if not kept:
         return network
     rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), _LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(network.parameters(), _LR, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / _WARM_UP) * 0.5 * (1 + cos(pi * s / _N_STEPS))
     )
