@@ -49,8 +49,8 @@ class ResponsePredictor:
 
     The anchor (:class:`gpjepa.effects.EffectAnchor`) predicts in closed form, and two networks add
     to it. The *response network*, trained on simulated screens and then on the screen's own pairs,
-    reads what each expert of the anchor predicts of a pair of targets. *Attention*, learned on the screen itself,
-    predicts targets never perturbed from measured ones with similar features.
+    reads what each expert of the anchor predicts of a pair of targets. *Attention*, learned on the
+    screen itself, predicts targets never perturbed from measured ones with similar features.
 
     How much of a network counts, the gate, is decided for each regime on the screen at hand: rows
     are hidden as the regime hides them, anchor and network predict them, and the gate is as large as
