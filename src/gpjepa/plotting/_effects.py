@@ -352,7 +352,7 @@ def explanation(
         color="black",
         markersize=4,
         elinewidth=1,
-        label="prediction, 95% interval",
+        label="anchor, 95% interval",
     )
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set_xticks(x, top, rotation=60, ha="right", fontsize=8)
