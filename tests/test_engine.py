@@ -139,11 +139,13 @@ def test_a_second_training_that_fails_leaves_the_model_as_it_was(small):
 
 def test_a_second_training_that_is_interrupted_predicts_the_same_mean_effects(simulated):
     fitted = train_quickly(simulated)
-    first = fitted.response_
+    first, label = fitted.response_, fitted.anchor.effects_.perturbations[0]
+    before = fitted.predict_effects(label, gate=1)
     with pytest.warns(UserWarning, match="interrupted"):
         fitted.train(50, callbacks=[_Stop()], **QUIET)
     assert fitted.response_ is not first
     assert fitted.response_.judged.gates == first.judged.gates
+    pd.testing.assert_frame_equal(fitted.predict_effects(label, gate=1), before)
     assert len(fitted.history["train_loss"]) == 1
 
 

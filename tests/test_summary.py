@@ -36,6 +36,11 @@ def test_a_summary_says_how_well_what_was_hidden_is_predicted_and_what_to_expect
     )
 
 
+def test_a_gate_that_nothing_judged_is_called_a_default():
+    found = judged({"seen2": Gate(0.5, 3, 0.0, 0.0, 0.0)}, seen2=[(1, 10)] * 3)
+    assert "(0.10, 3 hidden, 50% of the network by default)" in in_words(found)
+
+
 def test_nothing_hidden_is_said():
     text = in_words(judged())
     assert "no estimate yet of how well new perturbations are predicted" in text
