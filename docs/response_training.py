@@ -124,7 +124,9 @@ def _of_screen(screen: RandomScreen, networks: dict[str, ResponseNetwork]) -> di
     at = np.flatnonzero(out)
     asked = [table.rows[i][1] for i in at], [table.rows[i][0] for i in at]
     scored, truth = ~table.targeted(at), screen.truth[at]
-    noise = (table.noise(on)[at] * scored).sum()  # where nothing happens, errors are small against it
+    noise = (
+        table.noise(on)[at] * scored
+    ).sum()  # where nothing happens, errors are small against it
     nothing = float(((truth * scored) ** 2).sum() + noise)
     found = {}
     for name, network in networks.items():
