@@ -43,6 +43,8 @@ def test_a_gate_that_nothing_judged_is_called_a_default():
 
 def test_nothing_hidden_is_said():
     text = in_words(judged())
+    assert "half of the network" not in text  # there is none
+    assert "half of the network" in in_words(judged({"seen2": Gate(0.5, 0, 0.0, 0.0, 0.0)}))
     assert "no estimate yet of how well new perturbations are predicted" in text
     assert len(text.splitlines()) == 3
 

@@ -28,11 +28,12 @@ _VERDICTS = (
 def in_words(judged: Judged) -> str:
     """Three lines: what was hidden, how well it was predicted, what to expect."""
     if judged.errors.empty:
+        default = " Of pairs whose targets were both measured alone, half of the network counts by default."
         return (
             "Too few perturbations were measured to hide some and predict them from the rest.\n"
             "There is therefore no estimate yet of how well new perturbations are predicted.\n"
-            "To have one, measure at least five perturbations, or the same ones in two contexts. Of "
-            "pairs whose targets were both measured alone, half of the network counts by default."
+            "To have one, measure at least five perturbations, or the same ones in two contexts."
+            f"{default if 'seen2' in judged.gates else ''}"
         )
     relative = judged.relative()
     shown = ", ".join(f"{m} {_number(relative.loc['all', m])}" for m in METHODS)

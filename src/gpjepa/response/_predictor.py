@@ -123,6 +123,7 @@ class ResponsePredictor:
             )
         self.anchor_.fit(effects)
         self._networks: dict[Scale, Networks] = {}
+        self._judge = Judge(self.anchor_, self.network, self._may_tune, self.seed)
         self._judged = judged
         return self
 
@@ -137,16 +138,13 @@ class ResponsePredictor:
             Called after each of ``n_refits``.
         """
         if self._judged is None:
-            self._judged = self._judge().judge(progress)
+            self._judged = self._judge.judge(progress)
         return self._judged
-
-    def _judge(self) -> Judge:
-        return Judge(self.anchor_, self.network, self._may_tune, self.seed)
 
     @property
     def n_refits(self) -> int:
         """How often :meth:`judge` fits everything anew, at most thirty times."""
-        return self._judge().n_refits
+        return self._judge.n_refits
 
     def gates(self) -> Mapping[str, Gate]:
         """The gate of each regime in which there is a network (:meth:`judge`)."""
@@ -208,7 +206,7 @@ class ResponsePredictor:
 
     def _networks_of(self, scale: Scale) -> Networks:
         if scale not in self._networks:
-            network = self.judge().network if self._judge().tunes else self.network
+            network = self.judge().network if self._judge.tunes else self.network
             assert network is not None
             self._networks[scale] = Networks(network, self.anchor_, scale, self.seed)
         return self._networks[scale]
