@@ -8,7 +8,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import benchmark, datasets, effects, model, nn, objectives, perturbations, plotting
+    from . import (
+        benchmark,
+        datasets,
+        effects,
+        model,
+        nn,
+        objectives,
+        perturbations,
+        planning,
+        plotting,
+    )
     from .model import GPJEPA
 
 __version__ = version("gpjepa")
@@ -21,6 +31,7 @@ __all__ = [
     "nn",
     "objectives",
     "perturbations",
+    "planning",
     "plotting",
     "splits",
 ]

@@ -23,8 +23,10 @@ from ._interactions import (
     measured_interactions,
     significant_interactions,
 )
+from ._joint import JointEffects
 from ._library import library_shift, library_shifts
 from ._linear import LinearModel
+from ._pairs import PairSums
 from ._regimes import Regimes
 from ._regression import KernelRidge, NearestPerturbation
 from ._scales import PER, SCALES, Scale, check_scale, expected_log1p, log1p_rates
@@ -45,6 +47,7 @@ __all__ = [
     "ExpertPredictions",
     "Explanation",
     "Gate",
+    "JointEffects",
     "KernelRidge",
     "LargerSingle",
     "LinearModel",
@@ -53,6 +56,7 @@ __all__ = [
     "NearestPerturbation",
     "NoChange",
     "OtherDose",
+    "PairSums",
     "Regimes",
     "Scale",
     "ShrunkenAdditive",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,9 @@ from gpjepa.splits import MIN_UNITS
 from ._estimates import ScaleFit
 from ._experts import ExpertPredictions, expert_predictions
 from ._explanation import Explanation
+from ._joint import JointEffects
 from ._measured import blocks
+from ._pairs import PairSums
 from ._regression import check_no_leak
 from ._scales import SCALES, Scale
 from ._table import EffectTable
@@ -61,6 +63,9 @@ class AnchorPrediction:
         return AnchorPrediction(*values, [self.regime[i] for i in chosen])
 
 
+P = TypeVar("P", bound=AnchorPrediction)
+
+
 class EffectAnchor:
     r"""Closed-form prediction of mean effects from everything that simple baselines know.
 
@@ -68,6 +73,7 @@ class EffectAnchor:
 
     * a *measured* effect is denoised by what the effects of its context have in common
       (:func:`gpjepa.effects.denoise`); all else is made of denoised effects;
+    * a *targeted gene* keeps what no other perturbation does to it, where that was measured;
     * a *combination* is the sum of its singles, the larger of them, a saturating sum, the mean of
       the other combinations, and what a Gaussian process over all perturbations predicts, stacked;
     * *another dose* lies on lines in log dose and on a Hill curve, stacked;
@@ -127,9 +133,23 @@ class EffectAnchor:
         return self
 
     def predict(
-        self, perturbations: Sequence[Perturbation], contexts: Sequence[str], scale: Scale
+        self,
+        perturbations: Sequence[Perturbation],
+        contexts: Sequence[str],
+        scale: Scale,
+        *,
+        own_genes: bool = True,
     ) -> AnchorPrediction:
         """Predict the mean effect of each pair of perturbation and context.
+
+        Parameters
+        ----------
+        perturbations, contexts
+            The pairs.
+        scale
+            Scale of the effects.
+        own_genes
+            Whether targeted genes are treated by themselves (:meth:`with_own_genes`).
 
         Raises
         ------
@@ -143,9 +163,24 @@ class EffectAnchor:
         # What was measured within batches was measured against the controls of these.
         within = self.effects_.strata is not None
         seen = np.array([within and r == "seen" for r in found.regime], bool)[:, None]
-        return replace(
+        found = replace(
             found, mean=np.where(seen, found.mean, self._floored(found.mean, pairs, scale))
         )
+        return self.with_own_genes(found, pairs, scale) if own_genes else found
+
+    def with_own_genes(
+        self, found: P, pairs: Sequence[tuple[Perturbation, str]], scale: Scale
+    ) -> P:
+        """Predictions in which targeted genes keep what no other perturbation does to them.
+
+        Where they were measured: as far as this screen shows that they differ from what effects
+        share. In combinations of measured targets: their sum.
+        """
+        mean, variance, noise = (np.array(x) for x in (found.mean, found.variance, found.noise))
+        fit = self._fit_of(scale)
+        fit.own.put_right(pairs, mean, variance, noise)
+        mean = np.where(mean == found.mean, mean, self._floored(mean, pairs, scale))
+        return replace(found, mean=mean, variance=variance, noise=noise)
 
     def _floored(
         self, mean: np.ndarray, pairs: Sequence[tuple[Perturbation, str]], scale: Scale
@@ -178,6 +213,60 @@ class EffectAnchor:
         """What each expert says of each pair, beside :meth:`predict`, which weighs them."""
         return expert_predictions(self._fit_of(scale), self._checked(perturbations, contexts))
 
+    def joint(
+        self, perturbations: Sequence[Perturbation], contexts: Sequence[str], scale: Scale
+    ) -> JointEffects:
+        """Predict pairs of perturbation and context together, with errors that go together.
+
+        For some hundred pairs: all of them are drawn at once.
+        """
+        pairs = self._checked(perturbations, contexts)
+        found = self.predict(perturbations, contexts, scale)
+        floor = None
+        if scale in SCALES and self.effects_.has_controls:
+            control = np.reshape(
+                [self.effects_.control[scale][c] for c in contexts], found.mean.shape
+            )
+            # Effects within batches were not measured against this profile.
+            floor = np.minimum(-control, found.mean)
+        return JointEffects.of(
+            self._fit_of(scale), pairs, found.mean, found.variance, found.regime, floor
+        )
+
+    def pair_sums(self, singles: Sequence[Perturbation], context: str, scale: Scale) -> PairSums:
+        """The part of predicted pairs of some targets that is linear in what is said of these.
+
+        Parameters
+        ----------
+        singles
+            Perturbations of one target each, of two different targets at least.
+        context, scale
+            Where, and on which scale.
+        """
+        if len({p.targets for p in singles}) < 2 or any(len(p.targets) != 1 for p in singles):
+            raise ValueError("Pairs need two different targets, each given alone.")
+        self._checked(singles, [context] * len(singles))
+        return self._fit_of(scale).combinations.pair_sums(singles, context)
+
+    def unknown(
+        self, perturbations: Sequence[Perturbation], context: str, scale: Scale
+    ) -> tuple[np.ndarray, float]:
+        """What is unknown of perturbations together, and how noisy one more cell is.
+
+        By the Gaussian process over perturbations, given everything measured in the context.
+
+        Returns
+        -------
+        tuple
+            Covariance, shape (n, n), and the sampling variance of the mean effect of one cell; both
+            summed over genes, with weights.
+        """
+        pairs = self._checked(perturbations, [context] * len(perturbations))
+        unseen = self._fit_of(scale).singles.unseen
+        if context not in unseen.denoiser.rows:
+            raise ValueError(f"Nothing was measured in {context}, so that nothing is known there.")
+        return unseen.unknown([p for p, _ in pairs], context)
+
     def covers(self, target: str) -> bool:
         """Whether some of its features know a target."""
         return any(kind.covers(target) for kind in self.features)
@@ -200,8 +289,8 @@ class EffectAnchor:
     ) -> Explanation:
         """Which expert says what of a mean effect, and with which weight.
 
-        It speaks of the sum of what the experts say. Predictions are that sum, but not less
-        than no expression.
+        It speaks of the sum of what the experts say. Predictions are that sum, but for the targeted
+        genes (:meth:`with_own_genes`), and not less than no expression.
 
         Parameters
         ----------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from gpjepa.perturbations import Perturbation
 from gpjepa.splits import MIN_UNITS
 
 from ._measured import Measured
+from ._pairs import PairSums
 from ._scales import SCALES
 from ._singles import COMBINED, SURPLUS, Single, Singles
 from ._stack import Experts, Stack, fit_stack
@@ -190,9 +192,58 @@ class Combinations:
     def said(self, pairs: Sequence[tuple[Perturbation, str]]) -> list[tuple[Sums, np.ndarray]]:
         """Each expert on combinations that were not measured, and its weight."""
         return [
-            (sums, self._weights(sums, known, self._process_knows(*pair)))
+            (sums, self._weights(known, self._process_knows(*pair)))
             for pair, (sums, known) in zip(pairs, self._sums(pairs), strict=True)
         ]
+
+    def pair_sums(self, targets: Sequence[Perturbation], context: str) -> PairSums:
+        """The part of predicted pairs of some targets that is linear in what is said of these.
+
+        Parameters
+        ----------
+        targets
+            Perturbations of one target each.
+        context
+            Where.
+        """
+        alone = self.singles.estimates((t, context) for t in targets)
+        said = np.stack(list(self._means(alone).values()))
+        j = next(j for j, t in enumerate(targets) if t.targets != targets[0].targets)
+        both = Perturbation.of([targets[0].targets[0], targets[j].targets[0]])
+        process = self.singles.of_process([*targets, both], context)[1]
+        found = self.measured.mean(self.measured.assemble([e.terms for e in process]))
+        of_process, combined = found[:-1], found[-1] - found[0] - found[j]
+        [(others, _)] = self._of_others([both], context)
+        others = self.measured.mean(self.measured.assemble([others.terms]))[0]
+        known = np.array([self.singles.known(t, context) for t in targets])
+        here = np.array([self.singles.here(t, context) for t in targets])
+        n = 3  # known here, known elsewhere, never measured alone
+        of_alone, larger, shared = (np.zeros((n, n)) for _ in range(3))
+        constant = np.zeros((n, n, said.shape[1]))
+        for a, b in product(range(n), range(n)):
+            process_knows = 1 not in (a, b) and context in self.singles.perturbed
+            w = self._weights([a < 2, b < 2], process_knows)
+            if a < 2 and b < 2:
+                of_alone[a, b], larger[a, b] = w[0] + w[4:].sum(), w[1]
+                of_mean, shared[a, b] = w[2:4]
+            elif a < 2 or b < 2:
+                of_alone[a, b], of_mean, shared[a, b] = w[0 if a < 2 else 1], w[2], w[3]
+            else:
+                of_alone[a, b], of_mean, shared[a, b] = w
+            constant[a, b] = of_mean * others + shared[a, b] * combined
+        order = np.empty(len(targets), int)
+        order[np.argsort(-(said**2).sum(1), kind="stable")] = np.arange(len(targets))
+        return PairSums(
+            tuple(targets),
+            said.astype(np.float32),
+            of_process.astype(np.float32),
+            np.where(known, np.where(here, 0, 1), 2),
+            order,
+            of_alone,
+            larger,
+            shared,
+            constant.astype(np.float32),
+        )
 
     def beyond_sums(self, perturbation: Perturbation, context: str) -> list[Terms]:
         """What measured combinations do beyond their singles, denoised: mean of all, and its kin's.
@@ -288,7 +339,7 @@ class Combinations:
 
     def _expected(self, sums: Sums, known: list[bool], process_knows: bool = True) -> Estimate:
         """A combination from its singles, and from other combinations."""
-        weights = self._weights(sums, known, process_knows)
+        weights = self._weights(known, process_knows)
         expected = sums.weighted(weights)
         if not any(known) and not weights[0]:  # nothing of the targets, whose doubt it had
             expected = expected.less_sure(COMBINATIONS, 1.0)
@@ -299,12 +350,14 @@ class Combinations:
             expected, residual=expected.residual + both, singles=tuple(map(float, taken[:n]))
         )
 
-    def _weights(self, sums: Sums, known: list[bool], process_knows: bool) -> np.ndarray:
+    def _weights(self, known: Sequence[bool], process_knows: bool) -> np.ndarray:
         """Weights of the experts, by which of its targets are known."""
-        stack = self.both if all(known) else self.partly if any(known) else self.neither
+        stack, names = self.neither, (*NEITHER,)
+        if any(known):
+            stack, names = (self.both, BOTH) if all(known) else (self.partly, PARTLY)
         weights = stack.weights.copy()
         if not process_knows:  # what is carried over from other contexts says it in its place
-            at = sums.names.index(PROCESS)
+            at = names.index(PROCESS)
             weights[: 2 if stack is self.partly else 1] += weights[at]
             weights[at] = 0
         return weights

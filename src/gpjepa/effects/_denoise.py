@@ -188,6 +188,11 @@ def denoise(
         sums = measured.assemble([e.terms for e in mine])
         mean[at] = measured.mean(sums)
         variance[at] = measured.noise(sums, interval=True) + measured.left(mine)
+    from ._own import OwnGenes
+
+    at = slice(n_controls, None)
+    pairs = [effects.rows[i][::-1] for i in rows]
+    OwnGenes(denoiser).put_right(pairs, mean[at], variance[at], np.zeros_like(mean[at]))
     found.layers["measured"], found.layers["variance"] = found.X, variance
     found.X = mean
     return found

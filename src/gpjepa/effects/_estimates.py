@@ -11,6 +11,7 @@ from gpjepa.perturbations import Perturbation, TargetFeatures
 
 from ._combinations import Combinations
 from ._measured import Measured
+from ._own import OwnGenes
 from ._scales import Scale
 from ._singles import SURPLUS, Singles
 from ._table import EffectTable
@@ -26,6 +27,11 @@ class ScaleFit:
         self.measured = Measured(effects, scale)
         self.singles = Singles(self.measured, features)
         self.combinations = Combinations(self.measured, self.singles)
+
+    @cached_property
+    def own(self) -> OwnGenes:
+        """What perturbations do to the genes that they target."""
+        return OwnGenes(self.singles.denoiser, self.combinations.misfit)
 
     @cached_property
     def _residuals(self) -> np.ndarray:

@@ -207,6 +207,18 @@ class Process:
         n_targets = np.array([len(p.targets) for p in perturbations])
         return whole, np.maximum(whole - known, n_targets * least)
 
+    def together(self, perturbations: Sequence[Perturbation], context: str) -> np.ndarray:
+        """Covariance of what is unknown of perturbations when the measured effects are known, (n, n)."""
+        prior = self._covariance(perturbations, perturbations)
+        own = self.variances[-1] * _special(perturbations)
+        prior[np.diag_indices_from(prior)] += own
+        near = self.near(perturbations, context)
+        for i, p in enumerate(perturbations):
+            place = self._place[context].get(p)
+            if place is not None:
+                near[i, place] += own[i]
+        return prior - near @ self.inverse(context) @ near.T
+
     def shares(self) -> np.ndarray:
         """Share of each kind of features in what similar targets, and all, have in common."""
         each = self.variances[2 : 2 + len(self.features)]

@@ -186,6 +186,18 @@ class UnseenTargets(WeightedBaseline):
         left = process.left(perturbations, context, weights)[1]
         return one, [Weights.of(other, rows=rows) for other in others], left
 
+    def unknown(
+        self, perturbations: Sequence[Perturbation], context: str
+    ) -> tuple[np.ndarray, float]:
+        """Covariance of what is unknown of perturbations, (n, n), and the noise of one cell.
+
+        By the process, with features if these earned a weight; summed over genes with their weights.
+        """
+        rows = self.denoiser.rows[context]
+        h = self.denoiser.of_genes(context)[0]
+        per_cell = (self.measured_.variance[rows] @ h) * self.effects_.n_cells[rows]
+        return self._of_combinations.together(perturbations, context), float(per_cell.mean())
+
     def rows_with(self, context: str, targets: Sequence[str]) -> list[int]:
         """Rows of a context with one of some targets, or that are a unit of such a name."""
         return sorted(set().union(*(self._with.get((context, t), ()) for t in targets)))

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from anndata import AnnData
 from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
@@ -29,6 +30,7 @@ from gpjepa.effects import (
     check_scale,
     denoise,
     enrichment,
+    log1p_rates,
 )
 from gpjepa.perturbations import (
     MissingFeatures,
@@ -584,7 +586,7 @@ class GPJEPA(BaseModelClass):
         str
             Four lines; the last says what targets never perturbed are predicted from.
         """
-        return f"{in_words(self._mean_effects.judge())}\n{self._about_features()}"
+        return f"{in_words(self.mean_effects.judge())}\n{self._about_features()}"
 
     def _about_features(self) -> str:
         """What targets never perturbed are predicted from."""
@@ -614,10 +616,11 @@ class GPJEPA(BaseModelClass):
     @property
     def anchor(self) -> EffectAnchor:
         """The closed-form predictor of mean effects, fitted on the training cells."""
-        return self._mean_effects.anchor_
+        return self.mean_effects.anchor_
 
     @property
-    def _mean_effects(self) -> ResponsePredictor:
+    def mean_effects(self) -> ResponsePredictor:
+        """The predictor of mean effects: anchor, networks and gates."""
         if self.response_ is None:
             # Also an AttributeError, or scvi-tools could not save a model that is only pretrained.
             raise NotFittedError(
@@ -632,12 +635,18 @@ class GPJEPA(BaseModelClass):
     def _effects(
         self, asked: Sequence[Asked], gate: GateOption, scales: Sequence[Scale] = SCALES
     ) -> list[PredictedEffect]:
-        return predicted_effects(self._mean_effects, asked, gate, scales)
+        return predicted_effects(self.mean_effects, asked, gate, scales)
 
-    def _parse(
+    def parse(
         self, perturbations: str | Perturbation | Sequence[str | Perturbation]
     ) -> dict[Perturbation, str]:
-        """Perturbations that can be predicted, and what results call them."""
+        """Read perturbations that can be predicted: by each, what results call it.
+
+        Raises
+        ------
+        UnknownTargetError
+            If nothing is known about a target; names the nearest known names.
+        """
         anchor = self.anchor
         wanted = self._data.parse(perturbations)
         for p in wanted:
@@ -698,7 +707,7 @@ class GPJEPA(BaseModelClass):
         """
         check_scale(scale)
         _check_gate(gate)
-        wanted = self._parse(perturbations)
+        wanted = self.parse(perturbations)
         chosen = self._contexts(contexts, self.anchor.effects_.contexts)
         pairs = [(p, label, c) for p, label in wanted.items() for c in chosen]
         effects = self._effects(pairs, gate, [scale])
@@ -727,7 +736,7 @@ class GPJEPA(BaseModelClass):
         gpjepa.effects.Explanation
             Tables of experts and measured effects; ``plot()`` draws them.
         """
-        ((wanted, label),) = self._parse([perturbation]).items()
+        ((wanted, label),) = self.parse([perturbation]).items()
         if context is not None:
             self._contexts(context, [])
         found = self.anchor.explain(wanted, context, scale, self.vocabulary)
@@ -793,7 +802,7 @@ class GPJEPA(BaseModelClass):
         """
         check_scale(scale)
         _check_gate(gate)
-        wanted = self._parse(perturbations)
+        wanted = self.parse(perturbations)
         chosen = self._contexts(contexts, self.anchor.effects_.contexts)
         pairs = [(p, label, c) for p, label in wanted.items() for c in chosen]
         found = self.anchor.predict_interactions(
@@ -838,7 +847,7 @@ class GPJEPA(BaseModelClass):
             One row per perturbation × context × set: ``perturbation, context, set, score, pvalue,
             padj, n_genes``. The targeted genes themselves are left out.
         """
-        wanted = self._parse(perturbations)
+        wanted = self.parse(perturbations)
         frame = self.predict_effects(perturbations, contexts, gate=gate)
         targets = {label: p.targets for p, label in wanted.items()}
         return enrichment(frame, gene_sets, targets=targets, min_genes=min_genes)
@@ -909,7 +918,7 @@ class GPJEPA(BaseModelClass):
         FileExistsError
             If ``out`` exists.
         """
-        wanted = self._parse(perturbation)
+        wanted = self.parse(perturbation)
         if n_samples is not None and not (isinstance(n_samples, Integral) and n_samples > 0):
             raise ValueError(f"n_samples={n_samples}: expected a whole number from 1, or None.")
         _check_gate(gate)
@@ -1107,6 +1116,28 @@ class GPJEPA(BaseModelClass):
         states = States(self.module, batch_size).in_double()
         draws = [states.sample(cells, where, k) for k in range(n_samples)]
         return draws[0] if n_samples == 1 else sparse.stack(draws, axis=2)
+
+    def log1p_counts(self, adata: AnnData | None = None) -> sp.csr_matrix:
+        """Log1p counts per 10,000 of cells, as effects are measured on.
+
+        Parameters
+        ----------
+        adata
+            Cells, aligned by gene name; the training cells by default.
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix
+            Shape (n_cells, n_genes).
+        """
+        cells = self._query_cells(adata)
+        if not cells.visible.all():
+            missing = self.genes[~cells.visible]
+            raise ValueError(
+                f"The cells lack {len(missing)} of the model's {len(self.genes)} genes, such as "
+                f"{', '.join(map(str, missing[:5]))}: what they express is unknown."
+            )
+        return log1p_rates(cells.counts, cells.library)
 
     def get_perturbation_representation(self) -> pd.DataFrame:
         """Action embeddings of the training perturbations.

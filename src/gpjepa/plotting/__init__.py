@@ -11,18 +11,23 @@ from ._effects import (
     volcano,
 )
 from ._history import history
+from ._planning import design, goal_scatter, ranking, trade_off
 
 __all__ = [
     "benchmark_overview",
     "benchmark_scores",
     "calibration",
+    "design",
     "effect_heatmap",
     "effect_scatter",
     "enrichment",
     "explanation",
+    "goal_scatter",
     "history",
     "method_errors",
+    "ranking",
     "scaling",
     "top_genes",
+    "trade_off",
     "volcano",
 ]

@@ -77,7 +77,7 @@ def draw_episode(screen: RandomScreen, rng: np.random.Generator) -> Episode | No
     anchor = EffectAnchor(screen.features, "mean").fit(rest)
     [on] = screen.effects.scales
     perturbations, contexts = [rows[i][1] for i in asked], [rows[i][0] for i in asked]
-    predicted = anchor.predict(perturbations, contexts, on)
+    predicted = anchor.predict(perturbations, contexts, on, own_genes=False)
     pairs = list(zip(perturbations, contexts, strict=True))
     query = make_query(anchor, pairs, predicted, on)
     scale = query.scale[:, None]

@@ -144,7 +144,7 @@ class Judge:
         simple = [each.fit(anchor.effects_) for each in (Additive(self.on), MeanEffect(self.on))]
         for some in in_blocks(fold.rows, len(table.genes)):
             asked = [table.rows[i][1] for i in some], [table.rows[i][0] for i in some]
-            said = anchor.predict(*asked, self.on)
+            said = anchor.predict(*asked, self.on, own_genes=False)
             available, mean = np.zeros(len(some), bool), said.mean
             if networks is not None:
                 found = networks.predict(list(zip(*asked, strict=True)), said)

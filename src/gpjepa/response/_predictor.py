@@ -16,6 +16,7 @@ from gpjepa.effects import (
     EffectAnchor,
     EffectTable,
     Gate,
+    JointEffects,
     Scale,
 )
 from gpjepa.nn import ResponseNetwork
@@ -176,7 +177,7 @@ class ResponsePredictor:
         if gate not in ("auto", 0, 1):
             raise ValueError(f"gate={gate!r} is not known; choose 'auto', 0 or 1.")
         scale = self._scale(scale)
-        found = self.anchor_.predict(perturbations, contexts, scale)
+        found = self.anchor_.predict(perturbations, contexts, scale, own_genes=False)
         share = self._shares(found.regime, gate)
         mean, variance = found.mean.copy(), found.variance.copy()
         for rows in in_blocks(np.flatnonzero(share), found.mean.shape[1]):
@@ -188,7 +189,23 @@ class ResponsePredictor:
             mean[rows] = self._floored(moved, found.mean[rows], pairs, scale)
             variance[rows] *= np.exp(g * network.log_ratio)
         noise = np.minimum(found.noise, variance)
-        return ResponsePrediction(mean, variance, noise, found.regime, found.mean, share)
+        pairs = list(zip(perturbations, contexts, strict=True))
+        anchor = self.anchor_.with_own_genes(found, pairs, scale).mean
+        moved = ResponsePrediction(mean, variance, noise, found.regime, anchor, share)
+        return self.anchor_.with_own_genes(moved, pairs, scale)
+
+    def joint(
+        self,
+        perturbations: Sequence[Perturbation],
+        contexts: Sequence[str],
+        scale: Scale | None = None,
+        gate: GateOption = "auto",
+    ) -> JointEffects:
+        """As :meth:`predict`, with errors that go together (:class:`gpjepa.effects.JointEffects`)."""
+        scale = self._scale(scale)
+        found = self.predict(perturbations, contexts, scale, gate)
+        joint = self.anchor_.joint(perturbations, contexts, scale)
+        return joint.moved(found.mean, found.variance)
 
     def _scale(self, scale: Scale | None) -> Scale:
         effects = self.anchor_.effects_

@@ -62,7 +62,7 @@ class HiddenPairs:
         genes = _some_genes(judged_by.genes)
         for some in in_blocks(np.array(read, int), len(judged_by.genes), VALUES_ASKED):
             asked = [pairs[i] for i in some]
-            said = anchor.predict([p for p, _ in asked], [c for _, c in asked], on)
+            said = anchor.predict([p for p, _ in asked], [c for _, c in asked], on, own_genes=False)
             query = make_query(anchor, asked, said, on)
             scale = query.scale[:, None]
             measured, noise, variance = (

@@ -1,0 +1,216 @@
+"""Candidates in the order of how well they meet a goal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gpjepa.perturbations import Perturbation
+
+from ._constraints import Constraints
+from ._goals import Goal
+from ._model import as_model, check_context
+from ._result import Ranking
+from ._scoring import KNOWN, Risk, Scoring, check_risk, doses_of, together
+from ._screen import best_pairs
+
+
+def rank(
+    model: Any,
+    goal: Goal,
+    candidates: Sequence[str | Perturbation] | None = None,
+    *,
+    targets: Sequence[str] | None = None,
+    context: str | None = None,
+    constraints: Constraints | None = None,
+    risk: Risk = "mean",
+    threshold: float | None = None,
+    n_full: int = 10_000,
+    n_joint: int = 200,
+    n_draws: int = 200,
+    seed: int = 0,
+) -> Ranking:
+    """Rank perturbations, alone and in pairs, by how well they meet a goal.
+
+    Of more pairs than ``n_full``, the best are found first by the linear part of what the anchor
+    predicts, exactly and for all of them; these are predicted again by the full model. The best of
+    these are drawn together, so that pairs with a target in common share its error.
+
+    Parameters
+    ----------
+    model
+        A trained :class:`gpjepa.GPJEPA`, or what :func:`as_model` takes.
+    goal
+        What is wanted.
+    candidates
+        What may be chosen; by default all measured targets alone and in pairs, and what else was
+        measured.
+    targets
+        Targets to be ranked alone and in pairs, instead of candidates.
+    context
+        Where; may be left out if there is only one.
+    constraints
+        Limits.
+    risk
+        What the best are ordered by: ``"mean"``, the score of the predicted mean effect;
+        ``"expected"``, the expected score over what is unknown, which for distances is lower the more is
+        unknown; ``"quantile"``, the score that is exceeded in nine of ten cases; ``"success"``, the
+        probability of reaching the threshold.
+    threshold
+        Score that counts as success; by default half of the way to an effect, and 0 of other goals.
+    n_full
+        Pairs that are predicted by the full model.
+    n_joint
+        Candidates that are drawn together.
+    n_draws
+        Draws.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    Ranking
+
+    Raises
+    ------
+    ValueError
+        If goal or constraints make no sense, or leave no candidates.
+    """
+    check_risk(risk)
+    check_sizes(n_full=n_full, n_joint=n_joint, n_draws=n_draws)
+    if candidates is not None and targets is not None:
+        raise ValueError("Give either candidates or targets.")
+    model = as_model(model)
+    context = check_context(model, context)
+    scoring = Scoring(model, goal, context, constraints or Constraints(), threshold)
+    if candidates is not None:
+        named = model.parse(listed(candidates, "candidates"))
+        chosen, n_all = list(named), len(named)
+    else:
+        chosen, n_all = _all_of(scoring, targets, n_full)
+        named = {}
+    return ranked(scoring, chosen, named, n_all, risk, n_joint, n_draws, seed)
+
+
+def ranked(
+    scoring: Scoring,
+    chosen: Sequence[Perturbation],
+    named: dict[Perturbation, str],
+    n_all: int,
+    risk: Risk,
+    n_joint: int,
+    n_draws: int,
+    seed: int,
+) -> Ranking:
+    """Candidates predicted by the full model, and the best of them drawn together."""
+    constraints = scoring.constraints
+    chosen = [p for p in dict.fromkeys(chosen) if constraints.permits(p) and not p.is_control]
+    if not chosen:
+        raise ValueError(
+            f"No candidates are left: the constraints permit none of {n_all}. Allow more targets, or "
+            "raise the limits."
+        )
+    table = scoring.table(chosen)
+    known = {**named, **scoring.model.parse([p for p in chosen if p not in named] or chosen[:1])}
+    table.insert(0, "perturbation", [known[p] for p in chosen])
+    table["extrapolated"] = ~table["regime"].isin(KNOWN)
+    first_by = "expected" if risk == "expected" else "score"
+    order = _order(table, first_by)
+    # Both lists have candidates that are drawn; a candidate that is never the best tells nothing.
+    first = [
+        order[~table["extrapolated"].to_numpy()[order]],
+        order[table["extrapolated"].to_numpy()[order]],
+    ]
+    at = np.concatenate([mine[:n_joint] for mine in first])
+    drawn = scoring.drawn([chosen[i] for i in at], n_draws, seed)
+    for name in ("sd", "lower", "upper", "p_success", "p_best", "expected_rank", "value"):
+        table[name] = np.nan
+    ends = np.cumsum([0, *(min(len(mine), n_joint) for mine in first)])
+    success, value = scoring.success(drawn).mean(0), scoring.value(drawn, risk)
+    if risk == "mean":
+        value = table["score"].to_numpy()[at]
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        mine = slice(start, end)
+        score = drawn.score[:, mine]
+        rows = at[mine]
+        table.loc[rows, "sd"] = score.std(0)
+        table.loc[rows, ["lower", "upper"]] = np.quantile(score, [0.025, 0.975], axis=0).T
+        table.loc[rows, "p_success"] = success[mine]
+        table.loc[rows, "value"] = value[mine]
+        if score.shape[1]:
+            places = (-score).argsort(1).argsort(1)
+            table.loc[rows, "p_best"] = (places == 0).mean(0)
+            table.loc[rows, "expected_rank"] = 1 + places.mean(0)
+    order = _order(table, "value", first_by)
+    columns = ["perturbation", "regime", "score", "expected", "sd", "lower", "upper", "p_success"]
+    columns += ["p_best", "expected_rank"]
+    columns += [c for c in ("side_effect", "cost", "feasible") if c in table]
+    table = table.iloc[order].reset_index(drop=True)
+    chosen = [chosen[i] for i in order]
+    return Ranking(table[[*columns, "extrapolated"]], chosen, scoring, n_all, risk)
+
+
+def _order(table: pd.DataFrame, *columns: str) -> np.ndarray:
+    """Feasible first, then by columns, largest first; ties by name."""
+    keys = [table["perturbation"].to_numpy(str)]
+    for column in reversed(columns):
+        keys.append(-table[column].fillna(-np.inf).to_numpy())
+    if "feasible" in table:
+        keys.append(~table["feasible"].to_numpy(bool))
+    return np.lexsort(keys)
+
+
+def _all_of(
+    scoring: Scoring, targets: Sequence[str] | None, n_full: int
+) -> tuple[list[Perturbation], int]:
+    """All singles and pairs of some targets, or the best pairs of too many; and how many there are."""
+    model, constraints = scoring.model, scoring.constraints
+    if targets is None:
+        singles, more = doses_of(model, scoring.context), model.measured(scoring.context)
+    else:
+        given = list(model.parse(listed(targets, "targets")))
+        wrong = [str(p) for p in given if len(p.targets) != 1]
+        if wrong:
+            raise ValueError(f"targets are single targets, not {wrong[:5]}; see candidates.")
+        singles, more = given, []
+    singles = [s for s in singles if constraints.permits(s)]
+    n = len(singles)
+    n_all = n + n * (n - 1) // 2
+    if constraints.max_targets == 1 or n < 2:
+        return [*singles, *more], n
+    if n_all - n <= n_full:
+        pairs = [
+            together(pair)
+            for pair in combinations(singles, 2)
+            if pair[0].targets != pair[1].targets
+        ]
+        return [*singles, *pairs, *more], n_all
+    best = best_pairs(scoring, singles, n_full)
+    if best is None:
+        raise ValueError(
+            f"{n_all - n} pairs are more than n_full={n_full}, and the best of them cannot be found "
+            "beforehand, as the score is not quadratic in effects or the model has no linear part. "
+            "Give fewer targets or candidates, or raise n_full."
+        )
+    return [*singles, *best, *more], n_all
+
+
+def listed(given: Any, name: str) -> list[str | Perturbation]:
+    """A list of names that is one, and not empty."""
+    if isinstance(given, str | Perturbation):
+        raise TypeError(f"{name}={given!r} is one name; give a list.")
+    found = list(given)
+    if not found:
+        raise ValueError(f"{name} is empty: there is nothing to choose from.")
+    return found
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse what is not a whole number from 1."""
+    wrong = [f"{k}={v}" for k, v in sizes.items() if isinstance(v, bool) or int(v) != v or v < 1]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: expected a whole number from 1.")

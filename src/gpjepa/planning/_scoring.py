@@ -1,0 +1,159 @@
+"""Scores of candidates under a goal and its constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from gpjepa.perturbations import Perturbation
+
+from ._constraints import Constraints
+from ._goals import Goal
+from ._model import EffectModel, Joint
+
+Risk = Literal["mean", "expected", "quantile", "success"]
+RISKS: tuple[Risk, ...] = ("mean", "expected", "quantile", "success")
+QUANTILE = 0.1
+"""Of the score, by which ``risk="quantile"`` ranks: it is as low, or lower, one time in ten."""
+_AT_A_TIME = 500
+KNOWN = ("seen", "seen2", "in combinations", "new dose")
+"""Regimes in which every target was measured where the effect is wanted."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Scores of some candidates, drawn together.
+
+    Attributes
+    ----------
+    score, side
+        Score and side effect, shape (n_draws, n_candidates).
+    joint
+        The effects that they were drawn from, where the goal is.
+    """
+
+    score: np.ndarray
+    side: np.ndarray
+    joint: Joint
+
+
+class Scoring:
+    """A goal, its constraints, and the model that says what candidates do.
+
+    Parameters
+    ----------
+    model, goal, context, constraints
+        As in :func:`gpjepa.planning.rank`.
+    threshold
+        Score that counts as success; the goal's own by default.
+    """
+
+    def __init__(
+        self,
+        model: EffectModel,
+        goal: Goal,
+        context: str,
+        constraints: Constraints,
+        threshold: float | None = None,
+    ) -> None:
+        if not isinstance(goal, Goal):
+            raise TypeError(
+                f"goal={goal!r} is no goal: give Signature, TowardsEffect, TowardsCells, CellState or "
+                "Score of gpjepa.planning."
+            )
+        constraints.check(model, context)
+        self.model, self.context, self.constraints = model, context, constraints
+        self.goal, self.objective = goal, goal.objective(model, context)
+        self.threshold = self.objective.threshold if threshold is None else float(threshold)
+        self.protected = constraints.protected(model, context)
+
+    def table(self, perturbations: Sequence[Perturbation]) -> pd.DataFrame:
+        """Score, expected score, side effect and regime of each, by the full model."""
+        parts = [
+            self._table(perturbations[i : i + _AT_A_TIME])
+            for i in range(0, len(perturbations), _AT_A_TIME)
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    def _table(self, perturbations: Sequence[Perturbation]) -> pd.DataFrame:
+        found = self.model.predict(perturbations, self.context)
+        mean, variance = np.asarray(found.mean, float), np.asarray(found.variance, float)
+        side = self._side(
+            lambda c: mean if c == self.context else self.model.predict(perturbations, c).mean
+        )
+        taken = self.constraints.weight * side
+        table = pd.DataFrame(
+            {
+                "regime": list(found.regime),
+                "score": self.objective(mean) - taken,
+                "expected": self.objective.expected(mean, variance) - taken,
+            }
+        )
+        if self.constraints.cost:
+            table["cost"] = self.constraints.costs(perturbations)
+        if self.constraints.protects:
+            table["side_effect"] = side
+            most = self.constraints.max_change
+            table["feasible"] = True if most is None else side <= most
+        return table
+
+    def _side(self, effect: object) -> np.ndarray:
+        """Root mean square of effects over what should not change, shape (n,)."""
+        squares = [np.square(effect(c)[:, genes]) for c, genes in self.protected.items()]  # type: ignore[operator]
+        if not squares:
+            return np.zeros(1)
+        return np.sqrt(np.concatenate(squares, 1).mean(1, dtype=float))
+
+    def drawn(self, perturbations: Sequence[Perturbation], n: int, seed: int) -> Drawn:
+        """Scores and side effects of some candidates, drawn together."""
+        contexts = [self.context, *(c for c in self.protected if c != self.context)]
+        pairs = [(p, c) for c in contexts for p in perturbations]
+        joint, k = self.model.joint(pairs), len(perturbations)
+        at = {c: slice(i * k, (i + 1) * k) for i, c in enumerate(contexts)}
+        score, side = np.empty((n, k)), np.zeros((n, k))
+        for i, effects in enumerate(joint.draws(n, seed)):
+            side[i] = self._side(lambda c, of=effects: of[at[c]])
+            score[i] = self.objective(np.asarray(effects[:k], float))
+        return Drawn(score - self.constraints.weight * side, side, joint)
+
+    def success(self, drawn: Drawn) -> np.ndarray:
+        """Which draws reach the threshold, and keep side effects small, (n_draws, n_candidates)."""
+        most = self.constraints.max_change
+        return (drawn.score >= self.threshold) & (True if most is None else drawn.side <= most)
+
+    def value(self, drawn: Drawn, risk: Risk) -> np.ndarray:
+        """What is to be large, shape (n_candidates,)."""
+        if risk == "success":
+            return self.success(drawn).mean(0)
+        return (
+            np.quantile(drawn.score, QUANTILE, axis=0)
+            if risk == "quantile"
+            else drawn.score.mean(0)
+        )
+
+
+def check_risk(risk: str) -> None:
+    """Refuse an unknown rule."""
+    if risk not in RISKS:
+        raise ValueError(f"risk={risk!r} is not known; choose one of {list(RISKS)}.")
+
+
+def doses_of(model: EffectModel, context: str) -> list[Perturbation]:
+    """Every target that was measured in a context, alone or not, at each of its doses."""
+    found = {s for p in model.measured(context) for s in p.singles}
+    return sorted(found)
+
+
+def together(singles: Iterable[Perturbation]) -> Perturbation:
+    """A combination of some targets, each given alone."""
+    parts = list(singles)
+    return Perturbation.of([p.targets[0] for p in parts], [p.doses[0] for p in parts])
+
+
+def in_blocks(n: int, size: int) -> Iterator[slice]:
+    """The numbers below n, so many at a time."""
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
