@@ -352,7 +352,8 @@ class Combinations:
 
     def _weights(self, known: Sequence[bool], process_knows: bool) -> np.ndarray:
         """Weights of the experts, by which of its targets are known."""
-        stack, names = self.neither, (*NEITHER,)
+        stack: Stack = self.neither
+        names: tuple[str, ...] = NEITHER
         if any(known):
             stack, names = (self.both, BOTH) if all(known) else (self.partly, PARTLY)
         weights = stack.weights.copy()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -74,6 +74,9 @@ from ._training import (
     standardise,
 )
 from ._training_cells import TrainingCells
+
+if TYPE_CHECKING:
+    from gpjepa.planning import Goal, Ranking
 
 _MANY = 250_000_000  # numbers in the layers of predicted cells, above which they are left out
 
@@ -851,6 +854,24 @@ class GPJEPA(BaseModelClass):
         frame = self.predict_effects(perturbations, contexts, gate=gate)
         targets = {label: p.targets for p, label in wanted.items()}
         return enrichment(frame, gene_sets, targets=targets, min_genes=min_genes)
+
+    def rank_perturbations(self, goal: Goal, **kwargs: Any) -> Ranking:
+        """Rank perturbations by how well they meet a goal: :func:`gpjepa.planning.rank`.
+
+        Parameters
+        ----------
+        goal
+            What is wanted, such as :class:`gpjepa.planning.TowardsCells`.
+        **kwargs
+            Options of :func:`gpjepa.planning.rank`.
+
+        Returns
+        -------
+        gpjepa.planning.Ranking
+        """
+        from gpjepa.planning import rank
+
+        return rank(self, goal, **kwargs)
 
     # Cells
 

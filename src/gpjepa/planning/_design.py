@@ -187,7 +187,7 @@ def _by_variance(
     of_wanted = np.array([at[p] for p in wanted])
     whole = covariance[of_wanted, of_wanted].sum()
 
-    def measured(order: Sequence[int] | None) -> tuple[list[int], np.ndarray]:
+    def measured(order: np.ndarray | None) -> tuple[list[int], np.ndarray]:
         left, order_, shares = covariance.copy(), [], []
         open_ = np.ones(len(chosen), bool)
         for k in range(n):
@@ -233,9 +233,10 @@ def _by_hits(
         b = next(k for k in key if int(used[k]) not in order)
         order.append(int(used[b]))
         done |= hit[:, b]
+    sets = [np.array(order), *random]
     reached = [
         np.maximum.accumulate(hit[:, [place[int(i)] for i in mine]], axis=1).mean(0)
-        for mine in [order, *random]
+        for mine in sets
     ]
     return order, reached, bool(hit.any())
 

@@ -74,7 +74,7 @@ def latent_energy(
         layers=(),
         seed=seed,
     )
-    key = model.setup_arguments["perturbation_key"]
+    key = model.registry_["setup_args"]["perturbation_key"]
     labels = predicted.obs[key].astype(str).to_numpy()
     states = torch.from_numpy(predicted.obsm["X_gpjepa"].astype(float))
     names = list(dict.fromkeys(labels))

@@ -73,11 +73,11 @@ class Ranking:
         Returns
         -------
         pandas.DataFrame
-            ``perturbation, regime``; ``score`` of the predicted effect; ``expected``, over what is
-            unknown of it; of the best, which were drawn together, ``sd``, a 95% interval ``lower,
-            upper``, ``p_success`` (the threshold is reached, and side effects are within the limit),
-            ``p_best`` and ``expected_rank`` among those drawn; with constraints ``side_effect, cost,
-            feasible``.
+            ``perturbation, regime``; ``score`` of the predicted effect. Of the true effect:
+            ``expected`` score, which for distances is lower, as something is unknown of every gene;
+            and, of the best, which were drawn together, ``sd``, a 95% interval ``lower, upper``,
+            ``p_success`` (the threshold is reached, and side effects are within the limit), ``p_best``
+            and ``expected_rank`` among those drawn. With constraints ``side_effect, cost, feasible``.
         """
         return self._list(False, n)
 
@@ -93,7 +93,7 @@ class Ranking:
     def __repr__(self) -> str:
         known, far = self.table(), self.extrapolated()
         shown = known if len(known) else far
-        columns = [c for c in shown if c not in ("expected_rank", "expected")]
+        columns = [c for c in shown if c != "expected_rank"]
         lines = [
             f"Ranking of {self.n_candidates:,} candidates in {self.scoring.context}, by "
             f"{_SAID[self.risk]}; score: {self.unit}",

@@ -18,6 +18,7 @@ from ._model import as_model, check_context
 from ._rank import check_sizes, listed
 
 NONE = "none of these"
+_LEAST_CONTROLS = 20
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,13 @@ def _mean(rates: sp.csr_matrix) -> tuple[np.ndarray, float]:
 def _pvalue(
     gain: float, null: sp.csr_matrix, n: int, effects: np.ndarray, n_null: int, seed: int
 ) -> float:
-    """How often as many control cells, against the other ones, gain as much."""
+    """How often as many control cells (half of them at most), against the others, gain as much."""
     total, every = np.asarray(null.sum(0)).ravel().astype(float), null.shape[0]
-    if every < n + 2:
+    if every < _LEAST_CONTROLS:
         raise ValueError(
-            f"{every} control cells are too few to calibrate an answer for {n} cells: give more of "
-            "them, or fewer cells."
+            f"{every} control cells are too few to calibrate an answer; give {_LEAST_CONTROLS} or more."
         )
+    n = min(n, every // 2)
     rng = np.random.default_rng([seed, n])
     reached = 0
     for _ in range(n_null):
@@ -203,7 +204,7 @@ def _pvalue(
 
 def _in_context(model: Any, controls: AnnData, context: str) -> AnnData:
     """Of the control cells of a GPJEPA, those of one context."""
-    key = model.setup_arguments["context_key"]
+    key = model.registry_["setup_args"]["context_key"]
     return (
         controls if key is None else controls[(controls.obs[key].astype(str) == context).to_numpy()]
     )
