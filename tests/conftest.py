@@ -1,3 +1,8 @@
+import os
+
+# Small tensors are slower on several threads; so are the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from helpers import train_quickly

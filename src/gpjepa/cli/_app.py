@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import _benchmark, _model
+from . import _benchmark, _model, _planning
 
 app = typer.Typer(
     help="Predict how single cells respond to perturbations, and say how sure it is.",
@@ -33,5 +33,5 @@ def _main(
     pass
 
 
-for name, command in {**_model.COMMANDS, **_benchmark.COMMANDS}.items():
+for name, command in {**_model.COMMANDS, **_planning.COMMANDS, **_benchmark.COMMANDS}.items():
     app.command(name)(command)

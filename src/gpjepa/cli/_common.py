@@ -11,6 +11,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -318,6 +319,17 @@ def _setup(given: dict[str, Any]) -> dict[str, Any]:
         "targets": given["targets"] or (),
         "rename": {old: new for old, _, new in renamed},
     }
+
+
+def check_outputs(overwrite: bool, *outputs: tuple[Path | None, tuple[str, ...], str]) -> None:
+    """Refuse files that are there, or end in another way than their option says."""
+    from gpjepa._files import check_free
+
+    for path, suffixes, option in outputs:
+        if path is not None:
+            check_free(path, overwrite)
+            if path.suffix not in suffixes:
+                raise ValueError(f"{option} {path} must end in {' or '.join(suffixes)}.")
 
 
 def load(data: str) -> Any:

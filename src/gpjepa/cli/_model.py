@@ -18,6 +18,7 @@ from ._common import (
     GeneSets,
     Overwrite,
     Seed,
+    check_outputs,
     command,
     load,
     model_arguments,
@@ -179,7 +180,7 @@ def train(
 
     check_free(out, overwrite)
     if pretrained is not None:
-        _check_model(pretrained)
+        check_model(pretrained)
     options = model_arguments(gene_sets)
     adata = load(data)
     import scvi
@@ -210,7 +211,7 @@ def train(
     output.result({"out": out, "summary": model.summary(), "errors": errors})
 
 
-def _check_model(path: Path) -> None:
+def check_model(path: Path) -> None:
     """Refuse what is no saved model, before anything heavy is imported."""
     if not (path / "model.pt").is_file():
         raise ValueError(f"{path} is not the directory of a saved model: it has no file model.pt.")
@@ -245,19 +246,14 @@ def predict(
     overwrite: Overwrite = False,
 ) -> None:
     """Predict mean effects of perturbations, and the perturbed cells."""
-    from gpjepa._files import check_free, written_whole
+    from gpjepa._files import written_whole
 
     if out is None and effects is None:
         raise ValueError("Say what to write: --out FILE.h5ad (cells), --effects FILE.csv, or both.")
     if out is None and (data is not None or n_samples is not None):
         raise ValueError("--data and --n-samples are for predicted cells: add --out FILE.h5ad.")
-    endings = ((out, (".h5ad", ".zarr"), "--out"), (effects, (".csv",), "--effects"))
-    for path, suffixes, option in endings:
-        if path is not None:
-            check_free(path, overwrite)
-            if path.suffix not in suffixes:
-                raise ValueError(f"{option} {path} must end in {' or '.join(suffixes)}.")
-    _check_model(model_dir)
+    check_outputs(overwrite, (out, (".h5ad", ".zarr"), "--out"), (effects, (".csv",), "--effects"))
+    check_model(model_dir)
     controls = model_dir / CONTROLS
     if out is not None and data is None and not controls.exists():
         raise ValueError(f"{model_dir} has no control cells ({CONTROLS}): give some with --data.")
