@@ -63,7 +63,7 @@ class Cells:
 def halves(cells: Cells) -> dict[str, float]:
     """Half of the cells predicts what the other half measures: error over no change."""
     error = {"as measured": 0.0, "shrunk one by one": 0.0, "denoised": 0.0}
-    size = 0.0
+    size, all_genes, all_size = 0.0, {"like others": 0.0, "by themselves": 0.0}, 0.0
     for seed in range(SPLITS):
         rng = np.random.default_rng(seed)
         half = np.zeros(len(cells.contexts), bool)
@@ -83,7 +83,14 @@ def halves(cells: Cells) -> dict[str, float]:
         size += noise_corrected_error(0 * effect, *truth).sum()
         for name, predicted in said.items():
             error[name] += noise_corrected_error(predicted, *truth).sum()
-    return {name: e / size for name, e in error.items()}
+        # Targeted genes count here; they are denoised like others, or by themselves.
+        pairs, anchor = ([p for _, p in both], [c for c, _ in both]), EffectAnchor().fit(one)
+        for name, own in (("like others", False), ("by themselves", True)):
+            predicted = anchor.predict(*pairs, SCALE, own_genes=own).mean
+            all_genes[name] += noise_corrected_error(predicted, *truth[:2]).sum()
+        all_size += noise_corrected_error(0 * effect, *truth[:2]).sum()
+    whole = {f"targeted genes {name}": e / all_size for name, e in all_genes.items()}
+    return {name: e / size for name, e in error.items()} | whole
 
 
 def doubles(cells: Cells, depth: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What planning is worth, on simulated screens with known truth and on real cells: docs/planning.md.
 
-python docs/planning.py DATA [choices | selectivity | search | norman | papalexi | design | speed ...]
+python docs/planning.py DATA [choices | figure | selectivity | search | norman | papalexi | design | speed ...]
 """
 
 import resource
@@ -118,6 +118,17 @@ def choices() -> None:
             said=("p_success", "mean"), true=("true", "mean"), n=("true", "size")
         )
         print(shown.round(3).to_markdown())
+
+
+def figure() -> None:
+    """A goal that was hidden from training, and the best candidates."""
+    screen = Screen(SEEDS[0])
+    [truth] = screen.truth.values()
+    name = screen.pairs[N_MEASURED]
+    model = ResponsePredictor().fit(screen.table(list(screen.pairs[:N_MEASURED])))
+    drawn = planning.rank(model, planning.TowardsEffect(truth.loc[name])).plot(n=12)
+    drawn.axes[0].set_title(f"wanted: the state of {name}, which was not measured", loc="left")
+    drawn.savefig(Path(__file__).parent / "planning.png", dpi=150)
 
 
 def selectivity() -> None:
@@ -384,6 +395,7 @@ if __name__ == "__main__":
     folder, *wanted = sys.argv[1:]
     parts = {
         "choices": choices,
+        "figure": figure,
         "selectivity": selectivity,
         "search": search,
         "norman": lambda: norman(Path(folder)),

@@ -147,10 +147,11 @@ class Combinations:
             terms = [(-weight, of) for weight, of in estimate.terms]
             distance = self.measured.assemble([[(1.0, self.measured.one(i)), *terms]])
             off = self.measured.mean(distance)[0]
-            apart += (off**2).sum() - self.measured.noise(distance).sum()
-            apart -= (estimate.left.values * self.measured.totals[estimate.left.columns]).sum()
-            apart -= (estimate.residual @ residuals).sum()
-            size += ((self.measured.values[i] - off) ** 2).sum()
+            explained = self.measured.noise(distance)[0] + estimate.residual @ residuals
+            explained += estimate.left.values @ self.measured.variance[estimate.left.columns]
+            scored = ~self.effects.targeted([i])[0]  # targeted genes are treated by themselves
+            apart += (off**2 - explained)[scored].sum()
+            size += ((self.measured.values[i] - off) ** 2)[scored].sum()
         return max(apart / size, _LEAST_INTERACTION) if size > 0 else _PRIOR_INTERACTION
 
     # Estimates

@@ -16,7 +16,6 @@ from ._measured import blocks
 from ._weighted import Estimate
 
 Pair = tuple[Perturbation, str]
-_AT_A_TIME = 20  # draws
 
 
 @dataclass(frozen=True)
@@ -206,14 +205,13 @@ class _Errors:
         ]
         alone = np.flatnonzero(self.own_sd.any(1))
         itself = _Source(None, self.own_sd[alone], [self.own[i] for i in alone], self.effects)
-        for start in range(0, n, _AT_A_TIME):
-            drawn = [source.drawn([seed, start]) for source in (*sources, itself)]
-            for _ in range(min(_AT_A_TIME, n - start)):
-                error = np.zeros(self.own_sd.shape, np.float32)
-                for source, each in zip(sources, drawn, strict=False):
-                    error += source.weights @ next(each)
-                error[alone] += next(drawn[-1])
-                yield error
+        drawn = [source.drawn(seed) for source in (*sources, itself)]
+        for _ in range(n):
+            error = np.zeros(self.own_sd.shape, np.float32)
+            for source, each in zip(sources, drawn, strict=False):
+                error += source.weights @ next(each)
+            error[alone] += next(drawn[-1])
+            yield error
 
     def _of_profiles(self) -> Iterator[_Source]:
         """Sampling errors of the profiles of each context that have a weight."""
@@ -251,15 +249,15 @@ class _Source:
     names: list[str]
     directions: np.ndarray | None
 
-    def drawn(self, seed: list[int]) -> Iterator[np.ndarray]:
-        """So many draws as are made at a time, each of shape (n_names, n_genes)."""
+    def drawn(self, seed: int) -> Iterator[np.ndarray]:
+        """Draws without end, each of shape (n_names, n_genes)."""
+        streams = [np.random.default_rng([seed, crc32(name.encode())]) for name in self.names]
         width = self.sd.shape[1] if self.directions is None else len(self.directions)
-        z = np.empty((len(self.names), _AT_A_TIME, width), np.float32)
-        for own, name in zip(z, self.names, strict=True):
-            rng = np.random.default_rng([*seed, crc32(name.encode())])
-            rng.standard_normal(dtype=np.float32, out=own)
-        for k in range(_AT_A_TIME):
-            yield self.sd * (z[:, k] if self.directions is None else z[:, k] @ self.directions)
+        z = np.empty((len(streams), width), np.float32)
+        while True:
+            for own, stream in zip(z, streams, strict=True):
+                stream.standard_normal(dtype=np.float32, out=own)
+            yield self.sd * (z if self.directions is None else z @ self.directions)
 
 
 def _left(

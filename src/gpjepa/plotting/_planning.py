@@ -51,7 +51,7 @@ def ranking(
         axes.axvline(threshold, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(shown)), list(shown["perturbation"]), fontsize=8)
     said = "\n".join(textwrap.wrap(unit, 60))
-    axes.set_xlabel(f"{said}\ndot: predicted; line: 95% interval")
+    axes.set_xlabel(f"{said}\ndot: of the predicted effect; line: 95% interval of the true one")
     if far.any() and not far.all():
         axes.set_title("grey: a target was never measured here", loc="left", fontsize=9)
     return finished(axes, return_fig)
