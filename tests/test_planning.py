@@ -259,7 +259,7 @@ def test_any_function_can_be_a_goal(anchor):
         (Signature(up=["nobody"]), "nobody"),
         (TowardsEffect({"nobody": 1.0}), "nobody"),
         (TowardsEffect({"TF": np.nan}), "TF"),
-        (TowardsEffect({}), "effect is 0"),
+        (TowardsEffect({}), "not significantly different"),
     ],
 )
 def test_goals_that_make_no_sense_are_refused(anchor, wrong, said):
@@ -313,12 +313,15 @@ def test_screening_finds_what_predicting_everything_finds(anchor, goal):
     assert few["perturbation"][0] == every["perturbation"][0]
 
 
-def test_order_of_candidates_and_genes_does_not_matter(table, goal, rng):
-    anchor = EffectAnchor().fit(table)
+def test_order_of_candidates_and_genes_does_not_matter(screen, table, goal, rng):
     names = [str(p) for p in table.perturbations]
-    one = planning.rank(anchor, goal, names).table()
-    other = planning.rank(anchor, goal, list(rng.permutation(names))).table()
-    pd.testing.assert_frame_equal(one, other, atol=1e-4)
+    one = planning.rank(EffectAnchor().fit(table), goal, names).table()
+    shuffled = EffectAnchor().fit(table_of(screen[:, rng.permutation(screen.n_vars)].copy()))
+    other = planning.rank(shuffled, goal, list(rng.permutation(names))).table()
+    same = ["perturbation", "score", "expected"]
+    pd.testing.assert_frame_equal(one[same], other[same], atol=1e-4)
+    again = planning.rank(EffectAnchor().fit(table), goal, list(rng.permutation(names))).table()
+    pd.testing.assert_frame_equal(one, again, atol=1e-4)
 
 
 def test_targets_never_measured_are_listed_apart(table, goal):
@@ -359,12 +362,16 @@ def test_constraints_bind(anchor, goal):
     ("limits", "said"),
     [
         ({"allowed": ["TF001"], "forbidden": ["TF001"]}, "both allowed and forbidden"),
-        ({"allowed": ["nothing"]}, "No candidates"),
+        ({"allowed": ["nothing"]}, "not a target"),
         ({"max_change": 0.1}, "leave_alone"),
         ({"max_cost": -1}, "max_cost"),
         ({"min_dose": 2, "max_dose": 1}, "above"),
         ({"unchanged_in": ["elsewhere"]}, "elsewhere"),
         ({"leave_alone": ["nobody"]}, "nobody"),
+        ({"forbidden": ["tf002"]}, "Did you mean TF002"),
+        ({"cost": {"nothing": 1.0}}, "not a target"),
+        ({"cost": {"TF001": -1.0}}, "cost of TF001"),
+        ({"leave_alone": ["GENE00000"], "max_change": 1e-9}, "None of 78 candidates"),
     ],
 )
 def test_contradictory_constraints_are_refused(anchor, goal, limits, said):
@@ -381,9 +388,9 @@ def test_what_cannot_be_ranked_is_refused(anchor, goal, table):
         planning.rank(anchor, goal, "TF001")
     with pytest.raises(ValueError, match="risk"):
         planning.rank(anchor, goal, risk="high")
-    with pytest.raises(TypeError, match="no model"):
+    with pytest.raises(TypeError, match="not a model"):
         planning.rank(3, goal)
-    with pytest.raises(TypeError, match="no goal"):
+    with pytest.raises(TypeError, match="not a goal"):
         planning.rank(anchor, {"TF001": 1})
     score = planning.Score(lambda f: f.iloc[:, 0], "one gene")
     with pytest.raises(ValueError, match="n_full"):
@@ -480,17 +487,18 @@ def test_parts_of_a_score_add_up(anchor, goal):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_search_finds_the_best_of_all_sets(anchor, seed):
-    rng = np.random.default_rng(seed)
-    table = anchor.effects_
-    goal = TowardsEffect(pd.Series(table.effect[ON][rng.choice(12, 3, False)].sum(0), table.genes))
-    names = sorted(p.targets[0] for p in table.perturbations if len(p.targets) == 1)
-    sets = ["+".join(s) for k in (1, 2, 3) for s in combinations(names, k)]
+def test_the_search_finds_the_best_of_all_sets(rng, seed):
+    table = of_numbers(rng, n_targets=24, combined=30)
+    anchor = EffectAnchor().fit(table)
+    names = [f"T{i}" for i in range(24)]
+    sets = ["+".join(sorted(s)) for k in (1, 2, 3) for s in combinations(names, k)]
+    mine = np.random.default_rng(seed).choice(24, 3, replace=False)
+    goal = TowardsEffect(pd.Series(table.effect["score"][mine].sum(0), table.genes))
     every = planning.rank(anchor, goal, sets, n_joint=1)
     found = planning.plan(anchor, goal, 3, seed=seed)
-    assert found.best == every.best
-    assert found.n_evaluated < 298 + 1 and len(sets) == 298
-    assert found.history["n_evaluated"].is_monotonic_increasing
+    assert sorted(found.best.split("+")) == sorted(every.best.split("+"))
+    assert found.n_evaluated < len(sets) / 3
+    assert found.history["n_evaluated"].iloc[-1] == found.n_evaluated
 
 
 def test_the_search_keeps_to_the_constraints(anchor, goal):
@@ -502,8 +510,10 @@ def test_the_search_keeps_to_the_constraints(anchor, goal):
     chosen = found.table()
     assert (chosen["cost"] <= 2).all()
     assert not any(n in p.split("+") for p in chosen["perturbation"] for n in names[:3])
-    with pytest.raises(ValueError, match="No candidates"):
+    with pytest.raises(ValueError, match="not a target"):
         planning.plan(anchor, goal, constraints=Constraints(allowed=["nothing"]))
+    with pytest.raises(ValueError, match="No candidates"):
+        planning.plan(anchor, goal, constraints=Constraints(forbidden=names))
     with pytest.raises(ValueError, match="n_elite"):
         planning.plan(anchor, goal, n_samples=5, n_elite=6)
 
@@ -598,7 +608,6 @@ def test_a_design_takes_off_what_conditioning_takes_off(rng):
     assert found.table()["reached"].iloc[-1] == pytest.approx(np.trace(left) / np.trace(covariance))
     first = (covariance**2).sum(0) / (np.diag(covariance) + noise)
     assert first[at[0]] == pytest.approx(first.max())
-    assert (found.table()["reached"] <= found.table()["random"] + 1e-9).all()
 
 
 def test_what_is_unknown_together_is_left_by_the_process(rng):
@@ -622,7 +631,7 @@ def test_what_is_unknown_together_is_left_by_the_process(rng):
 def test_a_design_for_a_goal_covers_the_draws(anchor, goal):
     found = planning.design(anchor, 4, goal=goal, threshold=0.6)
     reached = found.table()["reached"]
-    assert reached.is_monotonic_increasing and (reached >= found.table()["random"] - 1e-9).all()
+    assert reached.is_monotonic_increasing and reached.iloc[0] > found.table()["random"].iloc[0]
     assert "0.6" in found.measure
     assert found.plot().axes
     with pytest.raises(ValueError, match="fewer than"):
@@ -652,7 +661,10 @@ def test_power_is_what_tests_of_cells_find():
             level = order[under[-1]] if len(under) else 0
             shares.append((p <= level)[:100].mean())
         assert expected == pytest.approx(np.mean(shares), abs=0.05)
-    assert found.n_cells is None or found.n_cells in (20, 50)
+    assert found.n_cells == (50 if found.frame["power"][1] >= 0.8 else None)
+    assert planning.power(EffectAnchor().fit(table), "T0", n_cells=5_000).n_cells == 5_000
+    with pytest.raises(ValueError, match="empty"):
+        planning.power(EffectAnchor().fit(table), "T0", n_cells=[])
     assert found.n_changed == pytest.approx(100, abs=3)
 
 
@@ -681,7 +693,9 @@ def test_a_model_ranks_plans_and_traces(model):
         model, wanted, list(ranking.table(8)["perturbation"]), "context0", n_cells=100
     )
     assert energies["energy"].is_monotonic_increasing and energies["score"].max() > 0
-    assert -1 <= ranking.agreement(energies) <= 1
+    both = ranking.frame.set_index("perturbation")["score"][energies["perturbation"]]
+    expected = both.reset_index(drop=True).corr(energies["score"], method="spearman")
+    assert ranking.agreement(energies) == pytest.approx(expected)
     found = planning.reverse(model, wanted, context="context0")
     assert found.groups["pvalue"].notna().all()
     assert list(found.table()["perturbation"]).index(name) < 3
@@ -746,3 +760,157 @@ def test_the_command_line_plans_and_designs(model, tmp_path):
         result = run(app, wrong)
         assert result.exit_code == 1
         assert said in " ".join(result.stderr.split()), result.stderr
+
+
+# What was found by trying to break it
+
+
+def test_a_score_that_is_no_number_is_refused(anchor):
+    def score(effects):
+        return np.where(effects.index == 3, np.nan, 1.0)
+
+    for call in (planning.rank, planning.plan):
+        with pytest.raises(ValueError, match="finite"):
+            call(anchor, planning.Score(score, "nothing"))
+
+
+def test_what_is_unknown_does_not_depend_on_what_else_is_asked(rng):
+    values = rng.normal(size=(6, 20))
+    labels = ["D0@1", "D0@10", "D1@1", "D1@10", "D2@1", "D3@1"]
+    frame = pd.DataFrame(values, columns=[f"G{i}" for i in range(20)])
+    table = EffectTable.from_frame(frame, labels, sd=np.full(values.shape, 0.3), unit="score")
+    anchor = EffectAnchor().fit(table)
+    asked = [Perturbation.parse(p) for p in ("D0@10", "D0@1", "D2@5", "D2@1", "D4@1", "D4@5")]
+    whole = anchor.unknown(asked, "all", "score")[0]
+    for i, p in enumerate(asked):
+        assert anchor.unknown([p], "all", "score")[0][0, 0] == pytest.approx(whole[i, i])
+    assert np.linalg.eigvalsh(whole).min() > -1e-9
+    found = planning.design(anchor, 3, [str(p) for p in asked], n_cells=1).table()
+    assert found[["reached", "lower", "upper"]].stack().between(0, 1).all()
+
+
+def test_a_design_for_a_goal_is_not_judged_by_the_draws_that_chose_it(rng):
+    values = np.zeros((40, 10))
+    names = [f"T{i}" for i in range(40)]
+    frame = pd.DataFrame(values, columns=[f"G{i}" for i in range(10)])
+    model = planning.OfFunction(
+        lambda p, context: (np.zeros((len(p), 10)), np.ones((len(p), 10))),
+        frame.columns,
+        {"all": names},
+    )
+    goal = Signature(up=["G0"])
+    reached = [
+        planning.design(model, 3, names, goal=goal, threshold=1.5, seed=s).table().iloc[-1]
+        for s in range(20)
+    ]
+    # All candidates are alike: 1 - (1 - P(z > 1.5))³.
+    expected = 1 - norm.cdf(1.5) ** 3
+    assert np.mean([r["reached"] for r in reached]) == pytest.approx(expected, abs=0.025)
+    assert np.mean([r["random"] for r in reached]) == pytest.approx(expected, abs=0.025)
+
+
+def test_library_sizes_of_the_whole_cell_must_be_given(screen):
+    cells = screen.copy()
+    cells.obs["whole"] = np.asarray(cells.X.sum(1)).ravel() * 7
+    known = {x: Perturbation.parse(x) for x in set(cells.obs["perturbation"].astype(str))}
+    perturbations = [known[x] for x in cells.obs["perturbation"].astype(str)]
+    library = cells.obs["whole"].to_numpy(float)
+    table = effect_table(cells.X, library, perturbations, ["all"] * cells.n_obs, cells.var_names)
+    anchor = EffectAnchor().fit(table)
+    name = str(table.rows[0][1])
+    goal = TowardsCells(cells[(cells.obs["perturbation"] == name).to_numpy()])
+    with pytest.raises(ValueError, match="library_size_key"):
+        planning.rank(anchor, goal)
+    model = planning.OfPredictor(anchor, library_size_key="whole")
+    assert name in list(planning.rank(model, goal).table(3)["perturbation"])
+
+
+def test_names_of_a_ranking_can_be_asked_for():
+    screen = simulate(900, 40, n_targets=4, n_combinations=3, seed=2)
+    labels = screen.obs["perturbation"].astype(str).str.replace("+", "_")
+    screen.obs["perturbation"] = labels.str.replace("TF0", "TF-0")
+    fitted = train_quickly(screen, separator="_", model={"response": None})
+    goal = Signature(up=[str(fitted.genes[1])])
+    names = list(fitted.rank_perturbations(goal).table()["perturbation"])
+    assert len(names) == 10 and not any("+" in n for n in names)
+    again = planning.rank(fitted, goal, names).table()
+    assert sorted(again["perturbation"]) == sorted(names)
+    assert set(fitted.predict_effects(names)["perturbation"]) == set(names)
+    written = ["_".join(reversed(n.split("_"))) for n in names]
+    assert list(planning.rank(fitted, goal, written).table()["perturbation"]) != names
+
+
+def test_targets_that_cannot_be_predicted_alone_are_left_out(rng):
+    values = rng.normal(size=(4, 12))
+    frame = pd.DataFrame(values, columns=[f"G{i}" for i in range(12)])
+    labels = ["T0", "T1", "T2", "T2+X"]
+    table = EffectTable.from_frame(frame, labels, sd=np.full(values.shape, 0.1), unit="score")
+    features = TargetFeatures(["T0", "T1", "T2"], rng.normal(size=(3, 2)), "some")
+    goal = Signature(up=["G0"])
+    with pytest.warns(UserWarning, match="1 targets are left out.*X"):
+        ranking = planning.rank(EffectAnchor(features).fit(table), goal)
+    assert ranking.n_candidates == 6
+    assert "T2+X" not in set(ranking.table()["perturbation"])
+
+
+def test_a_limit_counts_in_what_is_best(anchor, goal):
+    limits = Constraints(leave_alone=list(anchor.effects_.genes[:20]), max_change=0.15)
+    table = planning.rank(anchor, goal, constraints=limits).table().dropna(subset="p_best")
+    within = table["feasible"]
+    assert table["p_best"][within].sum() > table["p_best"][~within].sum()
+    gene = str(anchor.effects_.genes[3])
+    with pytest.raises(ValueError, match="leave_alone"):
+        planning.rank(anchor, Signature(up=[gene]), constraints=Constraints(leave_alone=[gene]))
+
+
+def test_draws_of_a_function_do_not_depend_on_their_place(table):
+    def function(perturbations, context):
+        effects = np.array([[len(p.targets)] * len(table.genes) for p in perturbations], float)
+        return effects, np.ones_like(effects)
+
+    model = planning.OfFunction(function, table.genes, {"all": ["A", "B", "A+B"]})
+    goal = Signature(up=list(table.genes[:3]))
+    one, other = (
+        planning.rank(model, goal, names).table().set_index("perturbation").sort_index()
+        for names in (["A", "B", "A+B"], ["A+B", "B", "A"])
+    )
+    pd.testing.assert_frame_equal(one, other)
+
+
+@pytest.mark.parametrize("n", [60, 150])
+def test_other_control_cells_are_no_goal(screen, n):
+    control = np.flatnonzero((screen.obs["perturbation"] == "control").to_numpy())
+    few, rest = control[:30], control[30:][:n]
+    kept = np.setdiff1d(np.arange(screen.n_obs), control[30:])
+    assert set(few) <= set(kept)
+    anchor = EffectAnchor().fit(table_of(screen[kept]))
+    with pytest.raises(ValueError, match="not significantly different"):
+        planning.rank(anchor, TowardsCells(screen[rest]))
+
+
+def test_known_pairs_of_other_contexts_are_among_the_candidates():
+    screen = simulate(2_400, 60, n_targets=8, n_combinations=8, n_contexts=2, seed=4)
+    here = (screen.obs["context"] == "context0").to_numpy()
+    pair = screen.obs["perturbation"].astype(str).str.contains("+", regex=False).to_numpy()
+    anchor = EffectAnchor().fit(table_of(screen[~(here & pair)], "context"))
+    genes = list(map(str, anchor.effects_.genes[:3]))
+    few, every = (
+        planning.rank(anchor, Signature(up=genes), context="context0", n_full=n, n_joint=2).table()
+        for n in (10, 100)
+    )
+    assert list(few["perturbation"][:3]) == list(every["perturbation"][:3])
+    elsewhere = {str(p) for c, p in anchor.effects_.rows if c == "context1" and len(p.targets) > 1}
+    assert elsewhere <= set(few["perturbation"])
+
+
+def test_a_target_s_own_gene_is_screened(anchor):
+    singles = [p for p in anchor.effects_.perturbations if len(p.targets) == 1]
+    sums = anchor.pair_sums(singles, "all", ON)
+    genes = {g: i for i, g in enumerate(anchor.effects_.genes)}
+    pairs = [(i, j) for i, j in combinations(range(len(singles)), 2)]
+    asked = [Perturbation.of([singles[i].targets[0], singles[j].targets[0]]) for i, j in pairs]
+    new = [k for k, p in enumerate(asked) if p not in anchor.effects_.perturbations]
+    predicted = anchor.predict([asked[k] for k in new], ["all"] * len(new), ON).mean
+    own = np.array([predicted[n, genes[asked[k].targets[0]]] for n, k in enumerate(new)])
+    made = np.array([sums.effect(*pairs[k])[genes[asked[k].targets[0]]] for k in new])
+    assert np.corrcoef(own, made)[0, 1] > 0.97

@@ -28,7 +28,9 @@ GoalFile = Annotated[
         "effect).",
     ),
 ]
-Context = Annotated[str | None, typer.Option(help="Where; may be left out if there is only one.")]
+Context = Annotated[
+    str | None, typer.Option(help="Context of the effects; optional if the model has only one.")
+]
 Threshold = Annotated[float | None, typer.Option(help="Score that counts as success.")]
 Out = Annotated[Path | None, typer.Option(help="File for the table (.csv).")]
 LeaveAlone = Annotated[
@@ -158,7 +160,9 @@ def design(
 
 def _goal(file: Path | None, up: list[str] | None, down: list[str] | None) -> Goal:
     """What the options ask for; refused before anything is loaded."""
-    if (file is None) == (not (up or down)):
+    if file is not None and (up or down):
+        raise ValueError("Give either --goal FILE, or genes with --up and --down, not both.")
+    if file is None and not (up or down):
         raise ValueError("Say what is wanted: --goal FILE, or genes with --up and --down.")
     if file is None:
         from gpjepa.planning import Signature

@@ -160,13 +160,17 @@ class EffectAnchor:
         """
         pairs = self._checked(perturbations, contexts)
         found = self._predicted(pairs, scale, interactions=False)
+        if own_genes:
+            return self.with_own_genes(found, pairs, scale)
+        return replace(found, mean=self._not_below_0(found, pairs, scale))
+
+    def _not_below_0(
+        self, found: AnchorPrediction, pairs: Sequence[tuple[Perturbation, str]], scale: Scale
+    ) -> np.ndarray:
         # What was measured within batches was measured against the controls of these.
         within = self.effects_.strata is not None
         seen = np.array([within and r == "seen" for r in found.regime], bool)[:, None]
-        found = replace(
-            found, mean=np.where(seen, found.mean, self._floored(found.mean, pairs, scale))
-        )
-        return self.with_own_genes(found, pairs, scale) if own_genes else found
+        return np.where(seen, found.mean, self._floored(found.mean, pairs, scale))
 
     def with_own_genes(
         self, found: P, pairs: Sequence[tuple[Perturbation, str]], scale: Scale
@@ -177,10 +181,9 @@ class EffectAnchor:
         share. In combinations of measured targets: their sum.
         """
         mean, variance, noise = (np.array(x) for x in (found.mean, found.variance, found.noise))
-        fit = self._fit_of(scale)
-        fit.own.put_right(pairs, mean, variance, noise)
-        mean = np.where(mean == found.mean, mean, self._floored(mean, pairs, scale))
-        return replace(found, mean=mean, variance=variance, noise=noise)
+        self._fit_of(scale).own.put_right(pairs, mean, variance, noise)
+        found = replace(found, mean=mean, variance=variance, noise=noise)
+        return replace(found, mean=self._not_below_0(found, pairs, scale))
 
     def _floored(
         self, mean: np.ndarray, pairs: Sequence[tuple[Perturbation, str]], scale: Scale
@@ -246,7 +249,10 @@ class EffectAnchor:
         if len({p.targets for p in singles}) < 2 or any(len(p.targets) != 1 for p in singles):
             raise ValueError("Pairs need two different targets, each given alone.")
         self._checked(singles, [context] * len(singles))
-        return self._fit_of(scale).combinations.pair_sums(singles, context)
+        fit = self._fit_of(scale)
+        return replace(
+            fit.combinations.pair_sums(singles, context), own=fit.own.alone(singles, context)
+        )
 
     def unknown(
         self, perturbations: Sequence[Perturbation], context: str, scale: Scale

@@ -106,7 +106,7 @@ class _Errors:
     keys, own
         Names of the random streams.
     measured
-        Which of the keys were measured: what is unknown of them is like noise.
+        Context of the keys that were measured, of which what is unknown is like noise; "" of others.
     of_context
         Context of each profile.
     noise, effects
@@ -171,7 +171,7 @@ class _Errors:
             np.sqrt(own).astype(np.float32),
             [f"{p} in {c}" for p, c in keys],
             [f"{p} alone in {c}" for p, c in pairs],
-            np.array([(c, p) in measured.row for p, c in keys], bool),
+            np.array([c if (c, p) in measured.row else "" for p, c in keys]),
             np.array(contexts),
             {c: None if c not in draws else draws[c].astype(np.float32) for c in table.contexts},
             effects.astype(np.float32) if n_rows and n_genes else None,
@@ -199,8 +199,8 @@ class _Errors:
             *self._of_profiles(),
             *(
                 _Source(self.factors[:, mine], self.key_sd[mine], [self.keys[i] for i in mine], d)
-                for kind, d in ((True, self._of_noise), (False, self.effects))
-                if len(mine := np.flatnonzero(self.measured == kind))
+                for context, d in (*self.noise.items(), ("", self.effects))
+                if len(mine := np.flatnonzero(self.measured == context))
             ),
         ]
         alone = np.flatnonzero(self.own_sd.any(1))
@@ -221,11 +221,6 @@ class _Errors:
             if len(mine):
                 names = [f"profile {i}" for i in mine]
                 yield _Source(self.weights[:, mine], self.profile_sd[mine], names, directions)
-
-    @property
-    def _of_noise(self) -> np.ndarray | None:
-        """Directions of the noise of some context, if they are known of one."""
-        return next((d for d in self.noise.values() if d is not None), None)
 
 
 @dataclass(frozen=True)

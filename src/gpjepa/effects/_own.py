@@ -36,15 +36,21 @@ class OwnGenes:
     misfit: float = 0.0
 
     @cached_property
-    def _gene(self) -> dict[str, int]:
-        return {str(g): i for i, g in enumerate(self.denoiser.measured.effects.genes)}
+    def _mask(self) -> np.ndarray:
+        """Genes that the measured perturbations target, shape (n_rows, n_genes)."""
+        effects = self.denoiser.measured.effects
+        return effects.targeted(range(len(effects.rows)))
 
     @cached_property
     def _genes(self) -> np.ndarray:
         """The targeted genes, sorted."""
-        rows = self.denoiser.measured.effects.rows
-        found = {self._gene[t] for _, p in rows for t in p.targets if t in self._gene}
-        return np.array(sorted(found), int)
+        return np.flatnonzero(self._mask.any(0))
+
+    @cached_property
+    def _column(self) -> dict[str, int]:
+        """Place of each targeted gene among them."""
+        names = self.denoiser.measured.effects.genes[self._genes]
+        return {str(name): k for k, name in enumerate(names)}
 
     @cached_property
     def _denoised(self) -> np.ndarray:
@@ -57,32 +63,25 @@ class OwnGenes:
         return found
 
     @cached_property
+    def _variance(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sampling variance of perturbed profiles, and of control profiles, on the targeted genes."""
+        measured, n = self.denoiser.measured, len(self.denoiser.measured.values)
+        variance = measured.effects.interval_variance(measured.scale)[:, self._genes]
+        return variance[:n], variance[n:]
+
+    @cached_property
     def _noise(self) -> np.ndarray:
-        effects = self.denoiser.measured.effects
-        return effects.interval_noise(self.denoiser.measured.scale)[:, self._genes]
+        own, of_controls = self._variance
+        return own + self.denoiser.measured.effects.compared[0].power(2) @ of_controls
 
     @cached_property
     def _beyond(self) -> float:
         """τ²: mean square of what targeted genes do beyond what is shared."""
-        rows, columns = self._targeted
-        if not len(rows):
+        at = self._mask[:, self._genes]
+        if not at.any():
             return 0.0
-        measured = self.denoiser.measured
-        apart = measured.values[rows, self._genes[columns]] - self._denoised[rows, columns]
-        return max(float((apart**2 - self._noise[rows, columns]).mean()), 0.0)
-
-    @cached_property
-    def _targeted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows, and columns among the targeted genes, of what each measured perturbation targets."""
-        column = {g: k for k, g in enumerate(self._genes)}
-        pairs = [
-            (i, column[self._gene[t]])
-            for i, (_, p) in enumerate(self.denoiser.measured.effects.rows)
-            for t in p.targets
-            if t in self._gene
-        ]
-        rows, columns = np.array(pairs, int).reshape(-1, 2).T
-        return rows, columns
+        apart = self.denoiser.measured.values[:, self._genes] - self._denoised
+        return max(float((apart**2 - self._noise)[at].mean()), 0.0)
 
     def put_right(
         self,
@@ -92,35 +91,42 @@ class OwnGenes:
         noise: np.ndarray,
     ) -> None:
         """Change predictions at the targeted genes, each of shape (n_pairs, n_genes), in place."""
-        if not len(self._genes) or not self._beyond:
+        if not self._beyond:
             return
-        column = {g: k for k, g in enumerate(self._genes)}
         row = self.denoiser.measured.row
         for i, (perturbation, context) in enumerate(pairs):
+            columns = [self._column[t] for t in perturbation.targets if t in self._column]
             whole = row.get((context, perturbation))
-            parts = (
-                [whole]
-                if whole is not None
-                else [row.get((context, s)) for s in perturbation.singles]
-            )
-            if not parts or None in parts:
+            singles = [row.get((context, s)) for s in perturbation.singles]
+            parts = singles if whole is None else [whole]
+            if not columns or None in parts:
                 continue
-            for target in perturbation.targets:
-                g = self._gene.get(target)
-                if g is None:
-                    continue
-                said = [self._of(r, column[g], target) for r in parts if r is not None]
-                mean[i, g] = sum(m for m, _ in said)
-                doubt = sum(v for _, v in said)
-                interaction = self.misfit * mean[i, g] ** 2 if len(parts) > 1 else 0.0
-                noise[i, g], variance[i, g] = doubt, doubt + interaction
+            rows = np.array(parts, int)
+            for k in columns:
+                g = self._genes[k]
+                mean[i, g], noise[i, g] = self._sum(rows, k)
+                interaction = self.misfit * mean[i, g] ** 2 if len(rows) > 1 else 0.0
+                variance[i, g] = noise[i, g] + interaction
 
-    def _of(self, row: int, column: int, target: str) -> tuple[float, float]:
-        """Effect of a measured perturbation on a targeted gene, and its variance."""
-        measured = self.denoiser.measured
-        said, noise = self._denoised[row, column], self._noise[row, column]
-        if target not in measured.effects.rows[row][1].targets:
-            return float(said), float(noise)
+    def alone(self, singles: Sequence[Perturbation], context: str) -> dict[int, tuple[int, float]]:
+        """Place, of those measured alone, of the gene that each targets, and the effect on it."""
+        found = {}
+        for i, single in enumerate(singles if self._beyond else ()):
+            row = self.denoiser.measured.row.get((context, single))
+            k = self._column.get(single.targets[0])
+            if row is not None and k is not None:
+                found[i] = int(self._genes[k]), self._sum(np.array([row]), k)[0]
+        return found
+
+    def _sum(self, rows: np.ndarray, k: int) -> tuple[float, float]:
+        """Sum of some effects on a targeted gene, and its variance."""
+        noise, said = self._noise[rows, k], self._denoised[rows, k]
+        targeted = self._mask[rows, self._genes[k]]
         share = self._beyond / (self._beyond + noise)
-        own = measured.values[row, self._genes[column]]
-        return float(said + share * (own - said)), float(share * noise)
+        apart = self.denoiser.measured.values[rows, self._genes[k]] - said
+        value = said + np.where(targeted, share, 0) * apart
+        # What is shrunk is known better; of the rest, the noise. They share that of the controls.
+        own, of_controls = self._variance
+        kept = np.where(targeted, share, 1)
+        together = np.sqrt(kept) @ self.denoiser.measured.of_rows(rows)
+        return float(value.sum()), float(kept @ own[rows, k] + together**2 @ of_controls[:, k])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,9 +19,10 @@ class PairSums:
 
     .. math:: (s_{ab} + l_{ab})\, S_i + s_{ba}\, S_j + p_{ab} (P_i + P_j) + c_{ab}
 
-    with what is said of each target alone, *S*, and what the Gaussian process says of it, *P*. It is
-    the anchor's prediction of a pair that was not measured, but for saturation and the floor of no
-    expression.
+    with what is said of each target alone, *S*, and what the Gaussian process says of it, *P*; and by
+    what each target does to its own gene. It is the anchor's prediction of a pair that was not measured
+    here or elsewhere, but for saturation, the floor of no expression, and what one target does to the
+    gene of the other.
 
     Attributes
     ----------
@@ -35,6 +36,8 @@ class PairSums:
         s, l and p, shape (n_groups, n_groups).
     constant
         c, shape (n_groups, n_groups, n_genes).
+    own
+        By target, the gene that it targets, and the effect on it, where that was measured.
     """
 
     targets: tuple[Perturbation, ...]
@@ -46,6 +49,7 @@ class PairSums:
     larger: np.ndarray
     of_process: np.ndarray
     constant: np.ndarray
+    own: dict[int, tuple[int, float]] = field(default_factory=dict)
 
     def effect(self, i: int, j: int) -> np.ndarray:
         """Predicted effect of one pair, shape (n_genes,)."""
@@ -57,7 +61,12 @@ class PairSums:
     def _parts(self, targets: np.ndarray, a: int, b: int, larger: bool = False) -> np.ndarray:
         """What targets of one group bring to pairs with those of another."""
         of_alone = self.of_alone[a, b] + larger * self.larger[a, b]
-        return of_alone * self.alone[targets] + self.of_process[a, b] * self.process[targets]
+        found = of_alone * self.alone[targets] + self.of_process[a, b] * self.process[targets]
+        for own, target in zip(found, targets, strict=True):
+            if target in self.own:
+                gene, effect = self.own[int(target)]
+                own[gene] = effect - self.constant[a, b][gene]
+        return found
 
     def quadratic(
         self, rows: Sequence[int] | np.ndarray, linear: np.ndarray, metric: np.ndarray | None

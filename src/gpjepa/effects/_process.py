@@ -210,13 +210,19 @@ class Process:
     def together(self, perturbations: Sequence[Perturbation], context: str) -> np.ndarray:
         """Covariance of what is unknown of perturbations when the measured effects are known, (n, n)."""
         prior = self._covariance(perturbations, perturbations)
-        own = self.variances[-1] * _special(perturbations)
+        place, special = self._place[context], self._special[context]
+        measured = {p.targets for p in place}
+        # As measured; of others, whatever else is asked about.
+        can_differ = [
+            special[place[p]] if p in place else len(p.targets) > 1 or p.targets in measured
+            for p in perturbations
+        ]
+        own = self.variances[-1] * np.array(can_differ, float)
         prior[np.diag_indices_from(prior)] += own
         near = self.near(perturbations, context)
         for i, p in enumerate(perturbations):
-            place = self._place[context].get(p)
-            if place is not None:
-                near[i, place] += own[i]
+            if p in place:
+                near[i, place[p]] += own[i]
         return prior - near @ self.inverse(context) @ near.T
 
     def shares(self) -> np.ndarray:

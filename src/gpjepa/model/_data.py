@@ -68,7 +68,14 @@ class Data:
 
     def label(self, perturbation: Perturbation) -> str:
         """What results call a perturbation that nobody wrote down."""
-        return self.spellings.get(perturbation, str(perturbation))
+        if perturbation in self.spellings:
+            return self.spellings[perturbation]
+        written = self.reader.write(perturbation)
+        try:
+            same = self._asked.read(written) == perturbation
+        except ValueError:
+            same = False
+        return written if same else str(perturbation)
 
     @property
     def reader(self) -> LabelReader:
@@ -78,6 +85,12 @@ class Data:
             return reader
         found = self.fields[PERTURBATION_KEY]["state_registry"].get("targets", ())
         return replace(reader, targets=reader.declared | set(found))
+
+    @property
+    def _asked(self) -> LabelReader:
+        """How perturbations are asked for: a target by its own name, not that of a guide."""
+        reader = replace(self.reader, strip=None, drop=())
+        return replace(reader, control=(*reader.controls, "control"))
 
     def parse(
         self, perturbation: str | Perturbation | Sequence[str | Perturbation]
@@ -90,9 +103,7 @@ class Data:
             raise ValueError("No perturbation was given.")
         said = self.spellings
         known = {str(p): p for p in said} | {text: p for p, text in said.items()}
-        # `strip` is for guide names in the data; a target is asked for by its own name.
-        reader = replace(self.reader, strip=None, drop=())
-        reader = replace(reader, control=(*reader.controls, "control"))
+        reader = self._asked
         wanted: dict[Perturbation, str] = {}
         for asked in asked_for:
             if not isinstance(asked, str | Perturbation):
@@ -105,7 +116,8 @@ class Data:
             if read is None:
                 read = reader.read(asked)
                 assert read is not None  # nothing is dropped here
-            wanted.setdefault(read, said.get(read, str(asked).strip()))
+            name = asked.strip() if isinstance(asked, str) else self.label(asked)
+            wanted.setdefault(read, said.get(read, name))
         return wanted
 
     # Cells

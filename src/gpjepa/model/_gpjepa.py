@@ -855,14 +855,16 @@ class GPJEPA(BaseModelClass):
         targets = {label: p.targets for p, label in wanted.items()}
         return enrichment(frame, gene_sets, targets=targets, min_genes=min_genes)
 
-    def rank_perturbations(self, goal: Goal, **kwargs: Any) -> Ranking:
+    def rank_perturbations(
+        self, goal: Goal, candidates: Sequence[str | Perturbation] | None = None, **kwargs: Any
+    ) -> Ranking:
         """Rank perturbations by how well they meet a goal: :func:`gpjepa.planning.rank`.
 
         Parameters
         ----------
         goal
             What is wanted, such as :class:`gpjepa.planning.TowardsCells`.
-        **kwargs
+        candidates, **kwargs
             Options of :func:`gpjepa.planning.rank`.
 
         Returns
@@ -871,7 +873,7 @@ class GPJEPA(BaseModelClass):
         """
         from gpjepa.planning import rank
 
-        return rank(self, goal, **kwargs)
+        return rank(self, goal, candidates, **kwargs)
 
     # Cells
 

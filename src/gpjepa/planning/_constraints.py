@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 import numpy as np
 
@@ -53,11 +54,16 @@ class Constraints:
     min_dose: float | None = None
     max_dose: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("leave_alone", "unchanged_in", "allowed", "forbidden"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise TypeError(f"{name}={given!r} is one name; give a list.")
+            if given is not None:  # also of a generator; each once
+                object.__setattr__(self, name, tuple(dict.fromkeys(given)))
+
     def check(self, model: EffectModel, context: str) -> None:
         """Refuse what contradicts itself, or names what the model does not know."""
-        for name in ("leave_alone", "unchanged_in", "allowed", "forbidden"):
-            if isinstance(getattr(self, name), str):
-                raise TypeError(f"{name}={getattr(self, name)!r} is one name; give a list.")
         check_genes(model, self.leave_alone, "leave_alone")
         unknown = [c for c in self.unchanged_in if c not in model.contexts]
         if unknown or context in self.unchanged_in:
@@ -71,6 +77,7 @@ class Constraints:
             "max_cost": self.max_cost,
             "min_dose": self.min_dose,
             "max_dose": self.max_dose,
+            **{f"cost of {target}": value for target, value in self.cost.items()},
         }
         wrong = [f"{k}={v}" for k, v in limits.items() if v is not None and not v >= 0]
         if wrong:
@@ -85,6 +92,21 @@ class Constraints:
             raise ValueError(f"Targets that are both allowed and forbidden: {both[:5]}.")
         if None not in (self.min_dose, self.max_dose) and self.min_dose > self.max_dose:  # type: ignore[operator]
             raise ValueError(f"min_dose={self.min_dose} is above max_dose={self.max_dose}.")
+
+    def check_targets(self, known: Collection[str]) -> None:
+        """Refuse names of targets that are none."""
+        for name in ("allowed", "forbidden", "cost"):
+            unknown = [t for t in getattr(self, name) or () if t not in known]
+            if unknown:
+                upper = {k.upper(): k for k in known}
+                near = {
+                    upper[c] for t in unknown[:5] for c in get_close_matches(t.upper(), upper, 1)
+                }
+                hint = f" Did you mean {', '.join(sorted(near))}?" if near else ""
+                raise ValueError(
+                    f"{name} names what is not a target here: {', '.join(unknown[:5])}"
+                    f"{' ...' * (len(unknown) > 5)}.{hint}"
+                )
 
     @property
     def protects(self) -> bool:
@@ -107,8 +129,8 @@ class Constraints:
         low, high = self.min_dose or 0.0, np.inf if self.max_dose is None else self.max_dose
         return (
             (self.max_targets is None or len(perturbation.targets) <= self.max_targets)
-            and (self.allowed is None or {*self.allowed}.issuperset(perturbation.targets))
-            and {*self.forbidden}.isdisjoint(perturbation.targets)
+            and (self.allowed is None or all(t in self.allowed for t in perturbation.targets))
+            and not any(t in self.forbidden for t in perturbation.targets)
             and all(low <= d <= high for d in perturbation.doses)
             and (self.max_cost is None or self.costs([perturbation])[0] <= self.max_cost)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -9,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import cholesky, solve_triangular
 from scipy.stats import norm
 
 from gpjepa.perturbations import Perturbation
 
 from ._constraints import Constraints
 from ._goals import Goal
-from ._model import EffectModel, as_model, check_context
+from ._model import EffectModel, OfPredictor, as_model, check_context
 from ._rank import check_sizes, listed
 from ._scoring import Scoring, together
 
@@ -94,7 +96,8 @@ def design(
     n
         How many to choose.
     candidates
-        What may be measured; by default all pairs of measured targets that were not.
+        What may be measured; by default all pairs of measured targets that were not. Of more than
+        5,000, without a goal, so many are taken at random.
     targets
         What is to be known; the candidates by default.
     goal, threshold, constraints, context
@@ -102,9 +105,9 @@ def design(
     n_cells
         Cells of each new perturbation.
     n_draws
-        Draws, with a goal.
+        Number of draws, with a goal: half to choose by, half to judge by.
     seed
-        Of the draws, and of random choices.
+        Random seed of draws and random choices.
 
     Returns
     -------
@@ -118,18 +121,24 @@ def design(
     named = model.parse(
         _unmeasured(model, context) if candidates is None else listed(candidates, "candidates")
     )
-    chosen = [p for p in named if limits.permits(p)]
+    chosen = [p for p in named if limits.permits(p) and not p.is_control]
+    limits.check_targets({t for p in named for t in p.targets})
     if len(chosen) < n:
         raise ValueError(f"{len(chosen)} candidates are fewer than n={n}.")
-    if len(chosen) > _MOST:
-        raise ValueError(
-            f"{len(chosen):,} candidates are more than {_MOST:,}, whose covariance can be held; give "
-            "candidates, for example the best of rank()."
-        )
     rng = np.random.default_rng(seed)
+    if goal is None and len(chosen) > _MOST:
+        warnings.warn(
+            f"Of {len(chosen):,} candidates, {_MOST:,} are taken at random, as the covariance of all "
+            "would take too much memory.",
+            UserWarning,
+            stacklevel=2,
+        )
+        chosen = [chosen[i] for i in np.sort(rng.choice(len(chosen), _MOST, replace=False))]
     random = [rng.choice(len(chosen), n, replace=False) for _ in range(_RANDOM)]
     if goal is None:
         wanted = list(model.parse(listed(targets, "targets"))) if targets is not None else chosen
+        if len(wanted) > _MOST:
+            raise ValueError(f"{len(wanted):,} targets are more than {_MOST:,}; give fewer.")
         order, reached, differs = _by_variance(model, context, chosen, wanted, n, n_cells, random)
         measure = f"share of what is unknown of {len(wanted):,} perturbations that is left"
     else:
@@ -175,7 +184,7 @@ def _by_variance(
     random: list[np.ndarray],
 ) -> tuple[list[int], list[np.ndarray], bool]:
     """Choices that leave least unknown, and the share that each choice, and random ones, leave."""
-    if not hasattr(model, "unknown"):
+    if not isinstance(model, OfPredictor):
         raise TypeError(
             f"{type(model).__name__} does not say what is unknown of perturbations together: give a "
             "GPJEPA, ResponsePredictor or EffectAnchor, or a goal."
@@ -187,27 +196,25 @@ def _by_variance(
     of_wanted = np.array([at[p] for p in wanted])
     whole = covariance[of_wanted, of_wanted].sum()
 
-    def measured(order: np.ndarray | None) -> tuple[list[int], np.ndarray]:
-        left, order_, shares = covariance.copy(), [], []
-        open_ = np.ones(len(chosen), bool)
-        for k in range(n):
-            if order is None:
-                gain = (left[: len(chosen), of_wanted] ** 2).sum(1) / (
-                    np.diag(left)[: len(chosen)] + noise
-                )
-                b = int(np.argmax(np.where(open_, gain, -np.inf)))
-            else:
-                b = int(order[k])
-            open_[b] = False
-            left -= np.outer(left[:, b], left[b]) / (left[b, b] + noise)
-            order_.append(b)
-            shares.append(left[of_wanted, of_wanted].sum() / whole)
-        return order_, np.array(shares)
+    best, left, open_ = [], covariance.copy(), np.ones(len(chosen), bool)
+    for _ in range(n):
+        mine = left[: len(chosen)]
+        gain = (mine[:, of_wanted] ** 2).sum(1) / (mine.diagonal() + noise)
+        b = int(np.argmax(np.where(open_, gain, -np.inf)))
+        open_[b] = False
+        left -= np.outer(left[:, b], left[b]) / (left[b, b] + noise)
+        best.append(b)
 
-    best, mine = measured(None)
-    theirs = [measured(order)[1] for order in random]
-    differs = bool(mine[-1] < np.mean([t[-1] for t in theirs]) - 1e-6)
-    return best, [mine, *theirs], differs
+    def shares(order: np.ndarray) -> np.ndarray:
+        """Share left with each further one of an order, by Cholesky's factor of those before."""
+        block = covariance[np.ix_(order, order)] + noise * np.eye(n)
+        taken = solve_triangular(
+            cholesky(block, lower=True), covariance[np.ix_(order, of_wanted)], lower=True
+        )
+        return 1 - np.cumsum((taken**2).sum(1)) / whole
+
+    reached = [shares(np.array(order)) for order in [best, *random]]
+    return best, reached, bool(reached[0][-1] < np.mean([t[-1] for t in reached[1:]]) - 1e-6)
 
 
 def _by_hits(
@@ -223,8 +230,10 @@ def _by_hits(
     likely = np.argsort(-table["score"].to_numpy(), kind="stable")[:_MOST_DRAWN]
     used = np.unique(np.concatenate([likely, *random]))
     place = {int(i): k for k, i in enumerate(used)}
-    hit = scoring.success(scoring.drawn([chosen[i] for i in used], n_draws, seed))
-    done, order = np.zeros(n_draws, bool), []
+    drawn = scoring.success(scoring.drawn([chosen[i] for i in used], n_draws, seed))
+    # Half of the draws choose, the others judge: the best of many looks better than it is.
+    hit, judging = drawn[::2], drawn[1::2]
+    done, order = np.zeros(len(hit), bool), []
     score = table["score"].to_numpy()[used]
     for _ in range(n):
         gain = (hit & ~done[:, None]).sum(0).astype(float)
@@ -235,10 +244,10 @@ def _by_hits(
         done |= hit[:, b]
     sets = [np.array(order), *random]
     reached = [
-        np.maximum.accumulate(hit[:, [place[int(i)] for i in mine]], axis=1).mean(0)
+        np.maximum.accumulate(judging[:, [place[int(i)] for i in mine]], axis=1).mean(0)
         for mine in sets
     ]
-    return order, reached, bool(hit.any())
+    return order, reached, bool(reached[0][-1] > np.mean([t[-1] for t in reached[1:]]))
 
 
 @dataclass(frozen=True)
@@ -269,7 +278,7 @@ def power(
     fdr: float = 0.05,
     wanted: float = 0.8,
     min_effect: float = 0.2,
-    n_cells: Sequence[int] = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000),
+    n_cells: int | Sequence[int] = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000),
     n_draws: int = 50,
     seed: int = 0,
 ) -> Power:
@@ -294,7 +303,7 @@ def power(
     n_cells
         Numbers of cells to try.
     n_draws, seed
-        Of the effect.
+        Number of draws of the effect, and random seed.
 
     Returns
     -------
@@ -303,11 +312,13 @@ def power(
     for name, value in (("fdr", fdr), ("wanted", wanted)):
         if not 0 < value < 1:
             raise ValueError(f"{name}={value}: expected a number between 0 and 1.")
-    numbers = sorted(n_cells)
+    numbers: list[int] = [n_cells] if isinstance(n_cells, int) else sorted(n_cells)
+    if not numbers:
+        raise ValueError("n_cells is empty: give numbers of cells to try.")
     check_sizes(n_draws=n_draws, **{f"n_cells[{i}]": n for i, n in enumerate(numbers)})
     model = as_model(model)
     context = check_context(model, context)
-    if not hasattr(model, "cell_variance"):
+    if not isinstance(model, OfPredictor):
         raise TypeError(
             f"{type(model).__name__} does not say how much cells vary: give a GPJEPA, "
             "ResponsePredictor or EffectAnchor."

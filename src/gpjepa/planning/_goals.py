@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy.stats import chi2
 
-from ._model import EffectModel, check_genes
+from ._model import EffectModel, OfPredictor, check_genes
 
 _CELLS_UNIT = "mean_log1p"
+_LIKE_CONTROL = (
+    "The goal is not significantly different from the control of the context, so that no perturbation "
+    "is the best way there. Give other cells, or more of them."
+)
+_GENES = 30.0  # independent genes that all stand for, where a model does not say
+_LEVEL = 0.01
+_LEAST_ACCURACY = 0.6
 SHARE = "share of the way to the goal (1 is there, 0 is no change)"
 
 
@@ -27,9 +36,9 @@ class Objective:
         What the score is, in words.
     threshold
         What counts as success, unless another is asked for.
-    linear, metric, constant
-        Score of an effect *d*: :math:`k + \omega^\top d + d^\top \mathrm{diag}(m)\, d`, shape
-        (n_genes,) each; without metric it is linear.
+    linear, metric
+        Score of an effect *d*: :math:`\omega^\top d + d^\top \mathrm{diag}(m)\, d`, shape (n_genes,)
+        each; without metric it is linear. No change has 0.
     function
         The score, where it is of another form: from a frame with one effect per row.
     goal
@@ -43,7 +52,6 @@ class Objective:
     genes: np.ndarray
     linear: np.ndarray | None = None
     metric: np.ndarray | None = None
-    constant: float = 0.0
     function: Callable[[pd.DataFrame], Any] | None = None
     goal: np.ndarray | None = None
 
@@ -52,13 +60,16 @@ class Objective:
         if self.linear is None:
             assert self.function is not None
             found = np.asarray(self.function(pd.DataFrame(effects, columns=self.genes)), float)
-            if found.shape != (len(effects),):
+            if found.shape != (len(effects),) or not np.isfinite(found).all():
+                wrong = (
+                    found.shape if found.shape != (len(effects),) else "values that are not finite"
+                )
                 raise ValueError(
-                    f"The score of {len(effects)} effects must have shape ({len(effects)},), but the "
-                    f"function gave {found.shape}."
+                    f"The score of {len(effects)} effects must be as many finite numbers, but the "
+                    f"function gave {wrong}."
                 )
             return found
-        found = self.constant + effects @ self.linear
+        found = effects @ self.linear
         return found if self.metric is None else found + np.square(effects) @ self.metric
 
     def expected(self, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
@@ -109,7 +120,7 @@ class Signature(Goal):
             raise ValueError("A signature needs at least one gene with a weight that is not 0.")
         linear = np.zeros(len(model.genes))
         linear[check_genes(model, list(weights), "the signature")] = values / np.abs(values).sum()
-        unit = f"mean change of {len(values)} genes in the wanted direction ({model.unit})"
+        unit = f"weighted mean change in the wanted direction ({model.unit})"
         return Objective(unit, 0.0, model.genes, linear)
 
 
@@ -142,12 +153,8 @@ class TowardsEffect(Goal):
         goal, inside = np.zeros(len(model.genes)), np.zeros(len(model.genes))
         goal[at], inside[at] = effect, 1
         square = float(goal @ goal)
-        if square - self.noise < 0.5 * square or not square:
-            raise ValueError(
-                "The goal is not significantly different from the control: "
-                + ("its effect is 0." if not square else "half of its size or more is noise.")
-                + " No perturbation is the best way there; give other cells, or more of them."
-            )
+        if square <= self.noise or not square:
+            raise ValueError(_LIKE_CONTROL)
         size = square - self.noise
         return Objective(
             SHARE,
@@ -155,7 +162,6 @@ class TowardsEffect(Goal):
             model.genes,
             2 * goal / size,
             -inside / size,
-            1 - (square - self.noise) / size,
             goal=np.where(inside > 0, goal, np.nan),
         )
 
@@ -177,8 +183,10 @@ class TowardsCells(Goal):
 
     def objective(self, model: EffectModel, context: str) -> Objective:
         """See :class:`Goal`."""
-        mean, variance = self.profile(model)
         control = control_profile(model, context)
+        mean, variance = self.profile(model)
+        if not _differs(model, context, mean - control, variance):
+            raise ValueError(_LIKE_CONTROL)
         return TowardsEffect(
             pd.Series(mean - control, model.genes), float(variance.sum())
         ).objective(model, context)
@@ -213,7 +221,7 @@ class CellState(Goal):
     Attributes
     ----------
     accuracy_
-        Balanced accuracy on cells left out, in five folds; known once the goal was used.
+        Balanced accuracy on cells left out, in five folds, once the goal has been used.
     """
 
     def __init__(
@@ -225,8 +233,9 @@ class CellState(Goal):
     ) -> None:
         if label_key not in cells.obs:
             raise ValueError(f"obs has no column {label_key!r}; it has {list(cells.obs.columns)}.")
+        labelled = cells.obs[label_key].notna().to_numpy()
         labels = cells.obs[label_key].astype(str).to_numpy()
-        known = sorted(set(labels))
+        known = sorted(set(labels[labelled]))
         others = [unwanted] if isinstance(unwanted, str) else unwanted
         chosen = [x for x in known if x != wanted] if others is None else list(others)
         missing = [x for x in (wanted, *chosen) if x not in known]
@@ -235,20 +244,18 @@ class CellState(Goal):
                 f"wanted={wanted!r} and unwanted={chosen} must be different labels of "
                 f"obs[{label_key!r}], which has {known[:10]}."
             )
-        keep = np.isin(labels, [wanted, *chosen])
+        keep = labelled & np.isin(labels, [wanted, *chosen])
         least = min((labels == wanted).sum(), np.isin(labels, chosen).sum())
         if least < 10:
             raise ValueError(f"A state needs 10 cells to be learned; one side has {least}.")
         self._cells, self._is_wanted = cells[keep], labels[keep] == wanted
         self.wanted = wanted
-        self._fitted: tuple[tuple[str, ...], np.ndarray] | None = None
 
     def objective(self, model: EffectModel, context: str) -> Objective:
         """See :class:`Goal`."""
-        if self._fitted is None or self._fitted[0] != tuple(model.genes):
-            self._fitted = tuple(model.genes), self._fit(model)
+        control_profile(model, context)  # or effects are not in the units of cells
         unit = f"change of the mean log odds of {self.wanted}"
-        return Objective(unit, 0.0, model.genes, self._fitted[1])
+        return Objective(unit, 0.0, model.genes, self._fit(model))
 
     def _fit(self, model: EffectModel) -> np.ndarray:
         """Weights of the genes."""
@@ -265,6 +272,13 @@ class CellState(Goal):
             classifier, rates, self._is_wanted, cv=5, scoring="balanced_accuracy"
         )
         self.accuracy_ = float(scores.mean())
+        if self.accuracy_ < _LEAST_ACCURACY:
+            warnings.warn(
+                f"The state {self.wanted!r} is hardly recognised: balanced accuracy "
+                f"{self.accuracy_:.2f} on cells left out, where 0.5 is a guess.",
+                UserWarning,
+                stacklevel=2,
+            )
         scale, regression = classifier.fit(rates, self._is_wanted)
         return regression.coef_[0] / scale.scale_
 
@@ -291,6 +305,19 @@ class Score(Goal):
     def objective(self, model: EffectModel, context: str) -> Objective:
         """See :class:`Goal`."""
         return Objective(self.unit, self.threshold, model.genes, function=self.function)
+
+
+def _differs(model: EffectModel, context: str, apart: np.ndarray, variance: np.ndarray) -> bool:
+    """Whether cells differ from the control: the squared distance against that of noise alone.
+
+    Noise of genes goes together; they count as so many independent ones (Satterthwaite 1946).
+    """
+    n = _GENES
+    if isinstance(model, OfPredictor):
+        variance = variance + model.effects.control_variance[model.unit][context]
+        n = model.effects.effective_genes(model.unit, context, variance)
+    total = max(float(variance.sum()), 1e-300)
+    return bool(chi2.sf(float(apart @ apart) / total * n, n) < _LEVEL)
 
 
 def control_profile(model: EffectModel, context: str) -> np.ndarray:

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from sklearn.exceptions import NotFittedError
 
-from gpjepa._checks import check_anndata, raw_counts
-from gpjepa.effects import Baseline, EffectAnchor, EffectTable, PairSums, Scale, log1p_rates
+from gpjepa._checks import check_anndata, check_columns, check_library, raw_counts
+from gpjepa.effects import (
+    PER,
+    Baseline,
+    EffectAnchor,
+    EffectTable,
+    PairSums,
+    Regimes,
+    Scale,
+    log1p_rates,
+)
 from gpjepa.perturbations import Perturbation
 from gpjepa.response import ResponsePredictor
 
 Pair = tuple[Perturbation, str]
+_ROUNDING = 0.02  # pooled rates and their logarithms are kept in single precision
 
 
 class Joint(Protocol):
@@ -48,6 +60,8 @@ class Predicted(Protocol):
 @runtime_checkable
 class EffectModel(Protocol):
     """A model of mean effects, as planning sees it.
+
+    :func:`design` without a goal and :func:`power` ask for more, which :class:`OfPredictor` has.
 
     Attributes
     ----------
@@ -95,8 +109,10 @@ class OfPredictor:
     parse
         Reads what was asked for; by default labels such as ``"A+B"``.
     log1p_counts
-        Reads cells; by default ``layers["counts"]`` if there, else ``X``, over the sum of the
-        model's genes.
+        Reads cells; by default ``layers["counts"]`` if there, else ``X``.
+    library_size_key
+        Column of ``obs`` with the counts of the whole cell, if effects were measured with these; by
+        default the sum of the model's genes.
     scale
         Scale of the effects; the table's first by default.
     """
@@ -106,15 +122,20 @@ class OfPredictor:
         predictor: ResponsePredictor | EffectAnchor,
         parse: Callable[[Sequence[str | Perturbation]], dict[Perturbation, str]] | None = None,
         log1p_counts: Callable[[AnnData], sp.csr_matrix] | None = None,
+        library_size_key: str | None = None,
         scale: Scale | None = None,
     ) -> None:
         self._predictor = predictor
         self._anchor = predictor if isinstance(predictor, EffectAnchor) else predictor.anchor_
+        if not hasattr(self._anchor, "effects_"):
+            raise NotFittedError(
+                f"The {type(predictor).__name__} is not fitted yet: call fit() first."
+            )
         self.effects: EffectTable = self._anchor.effects_
         self.genes = self.effects.genes.astype(str)
         self.unit = self.effects.scales[0] if scale is None else self.effects.check_scale(scale)
         self.contexts = self.effects.contexts
-        self._parse, self._log1p_counts = parse, log1p_counts
+        self._parse, self._log1p_counts, self._key = parse, log1p_counts, library_size_key
 
     def control(self, context: str) -> np.ndarray | None:
         if not self.effects.has_controls:
@@ -149,12 +170,31 @@ class OfPredictor:
     def cell_variance(self, context: str) -> np.ndarray:
         """Sampling variance of one cell around the mean of its perturbation, shape (n_genes,)."""
         rows = [i for i, (c, _) in enumerate(self.effects.rows) if c == context]
+        if not rows:
+            raise ValueError(
+                f"Nothing was measured in {context}: how much cells vary is not known."
+            )
         variance = self.effects.variance[self.unit][rows].astype(float)
         return np.average(variance * self.effects.n_cells[rows, None], axis=0)
 
     def log1p_counts(self, cells: AnnData) -> sp.csr_matrix:
-        read = self._log1p_counts or (lambda cells: _log1p(cells, self.genes))
-        return read(cells)
+        if self._log1p_counts is not None:
+            return self._log1p_counts(cells)
+        if self._key is None and not self._of_sums:
+            raise ValueError(
+                "The effects were measured with other library sizes than the sums of the model's "
+                "genes. Say where these are: planning.OfPredictor(model, library_size_key=...)."
+            )
+        return _log1p(cells, self.genes, self._key)
+
+    @property
+    def _of_sums(self) -> bool:
+        """Whether rates of the controls add up to the whole: library sizes are sums of these genes."""
+        pooled = self.effects.control.get("log1p_mean")
+        if pooled is None:
+            return True
+        totals = [np.expm1(p.astype(float)).sum() / PER for p in pooled.values()]
+        return bool(np.allclose(totals, 1, atol=_ROUNDING))
 
 
 @dataclass(frozen=True)
@@ -164,10 +204,14 @@ class _Stated:
     mean: np.ndarray
     variance: np.ndarray
     regime: list[str]
+    names: list[str]
 
     def draws(self, n: int, seed: int = 0) -> Iterator[np.ndarray]:
-        rng, sd = np.random.default_rng(seed), np.sqrt(self.variance)
-        return (self.mean + sd * rng.normal(size=self.mean.shape) for _ in range(n))
+        # Streams belong to names: a draw does not depend on what it is drawn with.
+        streams = [np.random.default_rng([seed, crc32(name.encode())]) for name in self.names]
+        sd = np.sqrt(self.variance)
+        for _ in range(n):
+            yield self.mean + sd * np.stack([s.normal(size=sd.shape[1]) for s in streams])
 
     def shares(self) -> dict[str, np.ndarray]:
         return {}
@@ -180,7 +224,8 @@ class OfFunction:
     ----------
     function
         Called with a list of perturbations and a context. Gives effects, shape (n, n_genes), or a
-        pair of these and their standard deviations. Without, nothing is said of what is unknown.
+        pair of these and their standard deviations, of errors that are independent of each other.
+        Without, nothing is said of what is unknown.
     genes
         Names of the genes.
     measured
@@ -235,24 +280,21 @@ class OfFunction:
                 f"shape {np.shape(sd)}, for {len(perturbations)} perturbations and "
                 f"{len(self.genes)} genes."
             )
-        known = set(self.measured(context))
-        targets = {t for p in known for t in p.targets}
-        regime = [
-            "seen" if p in known else "seen2" if targets.issuperset(p.targets) else "unseen"
-            for p in perturbations
-        ]
-        return _Stated(np.asarray(mean, float), np.asarray(sd, float) ** 2, regime)
+        known = Regimes([(context, p) for p in self.measured(context)])
+        regime = [known.of(p, context) for p in perturbations]
+        names = [f"{p} in {context}" for p in perturbations]
+        return _Stated(np.asarray(mean, float), np.asarray(sd, float) ** 2, regime, names)
 
     def joint(self, pairs: Sequence[Pair]) -> _Stated:
         mean, variance = (np.zeros((len(pairs), len(self.genes))) for _ in range(2))
-        regime = [""] * len(pairs)
+        regime, names = [""] * len(pairs), [f"{p} in {c}" for p, c in pairs]
         for context in {c for _, c in pairs}:
             mine = [i for i, (_, c) in enumerate(pairs) if c == context]
             found = self.predict([pairs[i][0] for i in mine], context)
             mean[mine], variance[mine] = found.mean, found.variance
             for i, said in zip(mine, found.regime, strict=True):
                 regime[i] = said
-        return _Stated(mean, variance, regime)
+        return _Stated(mean, variance, regime, names)
 
     def pair_sums(self, targets: Sequence[Perturbation], context: str) -> None:
         return None
@@ -277,10 +319,10 @@ def as_model(model: Any) -> EffectModel:
         return OfFunction.of_baseline(model)
     if isinstance(model, EffectModel):
         return model
-    if type(model).__name__ == "GPJEPA":
+    if hasattr(type(model), "mean_effects"):  # a GPJEPA, which is not imported for this
         return OfPredictor(model.mean_effects, model.parse, model.log1p_counts)
     raise TypeError(
-        f"{type(model).__name__} is no model that planning knows: give a trained GPJEPA, a fitted "
+        f"{type(model).__name__} is not a model that planning can use: give a trained GPJEPA, a fitted "
         "ResponsePredictor, EffectAnchor or baseline, or planning.OfFunction(...)."
     )
 
@@ -309,7 +351,7 @@ def check_genes(model: EffectModel, genes: Sequence[str], what: str) -> np.ndarr
     return at
 
 
-def _log1p(cells: AnnData, genes: np.ndarray) -> sp.csr_matrix:
+def _log1p(cells: AnnData, genes: np.ndarray, library_size_key: str | None = None) -> sp.csr_matrix:
     check_anndata(cells)
     at = pd.Index(cells.var_names.astype(str)).get_indexer(pd.Index(genes))
     if (at < 0).any():
@@ -319,7 +361,12 @@ def _log1p(cells: AnnData, genes: np.ndarray) -> sp.csr_matrix:
             f"{', '.join(missing[:5])}."
         )
     counts = raw_counts(cells, "counts" if "counts" in cells.layers else None)[:, at]
-    library = np.asarray(counts.sum(1), float).ravel()
+    if library_size_key is not None:
+        check_columns(cells, {"library_size_key": library_size_key})
+        library = cells.obs[library_size_key].to_numpy(float)
+        check_library(library, counts, f"obs[{library_size_key!r}]")
+    else:
+        library = np.asarray(counts.sum(1), float).ravel()
     if not (library > 0).all():
         raise ValueError("Some cells have no counts of the model's genes; leave them out.")
     return log1p_rates(counts, library)

@@ -16,12 +16,13 @@ from ._goals import Goal
 from ._model import as_model, check_context
 from ._rank import check_sizes, listed, ranked
 from ._result import Ranking, Why
-from ._scoring import Risk, Scoring, check_risk, doses_of, together
+from ._scoring import Risk, Scoring, check_risk, doses_of, in_blocks, together
 
 _SMOOTHING = 0.7
 """Share of the probabilities that the elite sets."""
 _PATIENCE = 3  # rounds without a better set
 _RISK_DRAWS = 64
+_AT_A_TIME = 200  # sets
 _NEVER = -1e300
 
 
@@ -36,7 +37,7 @@ class Plan:
     history
         Best value so far, per restart and round, with the number of sets looked at by then.
     n_evaluated
-        Sets that the model predicted.
+        How many sets the model predicted.
     """
 
     ranking: Ranking
@@ -127,13 +128,17 @@ def plan(
     context = check_context(model, context)
     limits = constraints or Constraints()
     scoring = Scoring(model, goal, context, limits, threshold)
-    given = doses_of(model, context) if targets is None else model.parse(listed(targets, "targets"))
-    singles = [s for s in given if limits.permits(s)]
-    if any(len(s.targets) != 1 for s in singles):
+    if targets is None:
+        given = doses_of(model, context)
+    else:
+        given = list(model.parse(listed(targets, "targets")))
+    if any(len(s.targets) != 1 for s in given):
         raise ValueError("targets are single targets; a combination is what plan() looks for.")
+    limits.check_targets({t for s in given for t in s.targets})
+    singles = [s for s in given if limits.permits(s)]
     if not singles:
         raise ValueError(
-            f"No candidates are left: the constraints permit none of {len(list(given))} targets."
+            f"No candidates are left: the constraints permit none of {len(given)} targets."
         )
     most = min(max_targets, limits.max_targets or max_targets, len({s.targets for s in singles}))
     search = _Search(scoring, singles, most, risk, seed)
@@ -143,9 +148,9 @@ def plan(
         for row in search.restart(rng, n_samples, n_elite, n_rounds):
             rows.append((restart, *row))
     found = search.best(n_joint)
-    ranking = ranked(scoring, found, {}, len(search.value), risk, n_joint, n_draws, seed)
+    ranking = ranked(scoring, found, {}, search.n_predicted, risk, n_joint, n_draws, seed)
     history = pd.DataFrame(rows, columns=["restart", "round", "best", "n_evaluated"])
-    return Plan(ranking, history, len(search.value))
+    return Plan(ranking, history, search.n_predicted)
 
 
 class _Search:
@@ -157,18 +162,22 @@ class _Search:
         self.scoring, self.singles, self.most = scoring, singles, most
         self.risk, self.seed = risk, seed
         self.value: dict[Perturbation, float] = {}
+        self.n_predicted = 0
         names = {t: k for k, t in enumerate(sorted({p.targets for p in singles}))}
         self.target = np.array([names[p.targets] for p in singles])
 
     def evaluate(self, sets: Sequence[Perturbation]) -> np.ndarray:
         """Value of each set; each is predicted once."""
         new = [p for p in dict.fromkeys(sets) if p not in self.value]
-        allowed = [p for p in new if self.scoring.constraints.permits(p)]
+        permitted = [p for p in new if self.scoring.constraints.permits(p)]
         self.value |= dict.fromkeys(new, _NEVER)
-        if allowed:
+        for block in in_blocks(len(permitted), _AT_A_TIME):
+            allowed = permitted[block]
+            self.n_predicted += len(allowed)
             table = self.scoring.table(allowed)
             value = table["expected" if self.risk == "expected" else "score"].to_numpy(float)
-            if self.risk in ("quantile", "success"):
+            function = self.scoring.objective.linear is None
+            if self.risk in ("quantile", "success") or (self.risk == "expected" and function):
                 drawn = self.scoring.drawn(allowed, _RISK_DRAWS, self.seed)
                 # Where none of the draws succeeds, the score says where to go.
                 value = self.scoring.value(drawn, self.risk) + 1e-6 * np.tanh(value)
@@ -203,11 +212,11 @@ class _Search:
             idle += 1
             if value[elite[0]] > top_value:
                 top, top_value, idle = drawn[elite[0]], float(value[elite[0]]), 0
-            rows.append((turn, top_value, len(self.value)))
+            rows.append((turn, top_value, self.n_predicted))
             if idle >= _PATIENCE:
                 break
         top, top_value = self._exchanged(top, top_value, of_single, n_samples)
-        rows.append((len(rows), top_value, len(self.value)))
+        rows.append((len(rows), top_value, self.n_predicted))
         return rows
 
     def _draw(
@@ -246,6 +255,6 @@ class _Search:
                 return top, value
             values = self.evaluate([together(self.singles[i] for i in s) for s in near])
             best = int(np.argmax(values))
-            if values[best] <= value:
+            if not values[best] > value:
                 return top, value
             top, value = near[best], float(values[best])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -52,7 +53,7 @@ def rank(
     targets
         Targets to be ranked alone and in pairs, instead of candidates.
     context
-        Where; may be left out if there is only one.
+        Context of the effects; optional if the model has only one.
     constraints
         Limits.
     risk
@@ -65,11 +66,11 @@ def rank(
     n_full
         Pairs that are predicted by the full model.
     n_joint
-        Candidates that are drawn together.
+        Candidates that are drawn together: the best by their score.
     n_draws
-        Draws.
+        Number of draws.
     seed
-        Of the draws.
+        Random seed of the draws.
 
     Returns
     -------
@@ -108,19 +109,34 @@ def ranked(
 ) -> Ranking:
     """Candidates predicted by the full model, and the best of them drawn together."""
     constraints = scoring.constraints
-    chosen = [p for p in dict.fromkeys(chosen) if constraints.permits(p) and not p.is_control]
+    given = [p for p in dict.fromkeys(chosen) if not p.is_control]
+    if not given:
+        raise ValueError("The control is the only candidate; it changes nothing.")
+    measured = {
+        t for c in scoring.model.contexts for p in scoring.model.measured(c) for t in p.targets
+    }
+    constraints.check_targets(measured | {t for p in given for t in p.targets})
+    chosen = [p for p in given if constraints.permits(p)]
     if not chosen:
         raise ValueError(
-            f"No candidates are left: the constraints permit none of {n_all}. Allow more targets, or "
+            f"No candidates are left: the constraints permit none of {n_all:,}. Allow more targets, or "
             "raise the limits."
         )
     table = scoring.table(chosen)
-    known = {**named, **scoring.model.parse([p for p in chosen if p not in named] or chosen[:1])}
+    if "feasible" in table and not table["feasible"].any():
+        least = int(table["side_effect"].argmin())
+        raise ValueError(
+            f"None of {len(chosen):,} candidates keeps side effects within "
+            f"max_change={constraints.max_change:g}; the smallest, of {chosen[least]}, is "
+            f"{table['side_effect'][least]:.3g}."
+        )
+    unnamed = [p for p in chosen if p not in named]
+    known = named | (scoring.model.parse(unnamed) if unnamed else {})
     table.insert(0, "perturbation", [known[p] for p in chosen])
     table["extrapolated"] = ~table["regime"].isin(KNOWN)
     first_by = "expected" if risk == "expected" else "score"
     order = _order(table, first_by)
-    # Both lists have candidates that are drawn; a candidate that is never the best tells nothing.
+    # The best of both lists are drawn.
     first = [
         order[~table["extrapolated"].to_numpy()[order]],
         order[table["extrapolated"].to_numpy()[order]],
@@ -130,9 +146,14 @@ def ranked(
     for name in ("sd", "lower", "upper", "p_success", "p_best", "expected_rank", "value"):
         table[name] = np.nan
     ends = np.cumsum([0, *(min(len(mine), n_joint) for mine in first)])
-    success, value = scoring.success(drawn).mean(0), scoring.value(drawn, risk)
-    if risk == "mean":
-        value = table["score"].to_numpy()[at]
+    success, within = scoring.success(drawn).mean(0), scoring.within(drawn)
+    if scoring.objective.linear is None:  # nothing is known of it in closed form
+        table["expected"] = np.nan
+        table.loc[at, "expected"] = drawn.score.mean(0)
+    if risk in ("mean", "expected"):
+        value = table["score" if risk == "mean" else "expected"].to_numpy()[at]
+    else:
+        value = scoring.value(drawn, risk)
     for start, end in zip(ends[:-1], ends[1:], strict=True):
         mine = slice(start, end)
         score = drawn.score[:, mine]
@@ -142,10 +163,12 @@ def ranked(
         table.loc[rows, "p_success"] = success[mine]
         table.loc[rows, "value"] = value[mine]
         if score.shape[1]:
-            places = (-score).argsort(1).argsort(1)
+            # What breaks a limit is not the best, whatever its score.
+            places = np.where(within[:, mine], -score, np.inf).argsort(1, kind="stable").argsort(1)
             table.loc[rows, "p_best"] = (places == 0).mean(0)
             table.loc[rows, "expected_rank"] = 1 + places.mean(0)
-    order = _order(table, "value", first_by)
+    order = _order(table, "value", "score")
+    order = order[np.argsort(table["extrapolated"].to_numpy()[order], kind="stable")]
     columns = ["perturbation", "regime", "score", "expected", "sd", "lower", "upper", "p_success"]
     columns += ["p_best", "expected_rank"]
     columns += [c for c in ("side_effect", "cost", "feasible") if c in table]
@@ -169,20 +192,28 @@ def _all_of(
 ) -> tuple[list[Perturbation], int]:
     """All singles and pairs of some targets, or the best pairs of too many; and how many there are."""
     model, constraints = scoring.model, scoring.constraints
+    more: list[Perturbation] = []
     if targets is None:
-        singles, more = doses_of(model, scoring.context), model.measured(scoring.context)
+        singles = doses_of(model, scoring.context)
+        # What was measured, also elsewhere, is more than the sum of its targets.
+        measured = {p for c in model.contexts for p in model.measured(c) if len(p.targets) > 1}
+        more = sorted(p for p in measured if {*p.singles} <= {*singles})
     else:
         given = list(model.parse(listed(targets, "targets")))
         wrong = [str(p) for p in given if len(p.targets) != 1]
         if wrong:
             raise ValueError(f"targets are single targets, not {wrong[:5]}; see candidates.")
-        singles, more = given, []
+        singles = given
+    constraints.check_targets({t for p in singles for t in p.targets})
     singles = [s for s in singles if constraints.permits(s)]
-    n = len(singles)
-    n_all = n + n * (n - 1) // 2
-    if constraints.max_targets == 1 or n < 2:
-        return [*singles, *more], n
-    if n_all - n <= n_full:
+    more = [p for p in more if constraints.permits(p)]
+    n, doses = len(singles), Counter(s.targets for s in singles)
+    # Two doses of one target are no pair.
+    n_pairs = n * (n - 1) // 2 - sum(k * (k - 1) // 2 for k in doses.values())
+    if constraints.max_targets == 1 or not n_pairs:
+        return [*singles, *more], n + len(more)
+    n_all = n + n_pairs + sum(len(p.targets) > 2 for p in more)
+    if n_pairs <= n_full:
         pairs = [
             together(pair)
             for pair in combinations(singles, 2)
@@ -192,7 +223,7 @@ def _all_of(
     best = best_pairs(scoring, singles, n_full)
     if best is None:
         raise ValueError(
-            f"{n_all - n} pairs are more than n_full={n_full}, and the best of them cannot be found "
+            f"{n_pairs:,} pairs are more than n_full={n_full}, and the best of them cannot be found "
             "beforehand, as the score is not quadratic in effects or the model has no linear part. "
             "Give fewer targets or candidates, or raise n_full."
         )
@@ -210,7 +241,7 @@ def listed(given: Any, name: str) -> list[str | Perturbation]:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse what is not a whole number from 1."""
+    """Refuse what is not a positive integer."""
     wrong = [f"{k}={v}" for k, v in sizes.items() if isinstance(v, bool) or int(v) != v or v < 1]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: expected a whole number from 1.")
+        raise ValueError(f"{', '.join(wrong)}: must be a positive integer.")

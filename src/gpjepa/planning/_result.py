@@ -36,11 +36,11 @@ class Ranking:
     Attributes
     ----------
     frame
-        Both lists, best first.
+        Both lists, each with the best first.
     perturbations
         Those of the rows.
     n_candidates
-        How many there were to choose from.
+        Number of candidates, also of those that were not predicted by the full model.
     risk
         What the best are ordered by.
     """
@@ -59,8 +59,7 @@ class Ranking:
     @property
     def best(self) -> str:
         """The first of the table, or of those that are extrapolated if there are no others."""
-        table = self.table() if len(self.table()) else self.extrapolated()
-        return str(table["perturbation"].iloc[0])
+        return str(self.frame["perturbation"].iloc[0])
 
     def table(self, n: int | None = None) -> pd.DataFrame:
         """The best candidates whose targets were all measured.
@@ -221,8 +220,8 @@ class Why:
         Its name.
     parts
         One row per target: its score ``alone``, what it ``adds`` to the combination on average over all
-        orders in which targets are added (Shapley value), what is lost ``without`` it, and its
-        ``regime`` alone.
+        orders in which targets are added (Shapley value), the score ``without`` it, and its ``regime``
+        alone.
     unknown
         Share of each source of doubt in the variance of the effect.
     score, regime

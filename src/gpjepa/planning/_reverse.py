@@ -32,7 +32,8 @@ class Reversal:
         share of the way from the control to the cells that the predicted effect goes.
     groups
         One row per group: ``n_cells``; ``best``; ``pvalue`` that controls are as near to some candidate;
-        ``called``, the best, or "none of these" where controls could be as near.
+        ``called``, the best, or "none of these" where controls could be as near. What was made by a
+        perturbation that is not a candidate is not noticed by this: see how low its score is.
     """
 
     frame: pd.DataFrame
@@ -106,25 +107,20 @@ def reverse(
     candidates
         Perturbations; by default what was measured in the context.
     context
-        Where; may be left out if there is only one.
+        Context of the effects; optional if the model has only one.
     controls
         Control cells of the context, that "none of these" is calibrated on. By default those that a
         :class:`gpjepa.GPJEPA` was trained on; without any, ``pvalue`` is missing and the best is called.
     alpha
         Share of groups of control cells that may be called anything else.
     n_null
-        Samples of control cells.
+        Number of samples of control cells.
     seed
-        Of these samples.
+        Random seed of these samples.
 
     Returns
     -------
     Reversal
-
-    References
-    ----------
-    For squared distances rather than cosines or likelihoods, see the comparison on real screens in the
-    documentation.
     """
     check_sizes(n_null=n_null)
     if not 0 < alpha < 1:
@@ -141,14 +137,16 @@ def reverse(
     if controls is None and hasattr(plain, "control_cells") and plain.adata is not None:
         controls = _in_context(plain, plain.control_cells(), context)
     null = None if controls is None else model.log1p_counts(controls)
+    names = np.array(list(named.values()), dtype=object)
     frames, rows = [], []
     for name, at in groups.items():
         mean, noise = _mean(rates[at])
         apart = mean - control
         gain = 2 * effects @ apart - (effects**2).sum(1)
-        size = max((apart**2).sum() - noise, 1e-12)
+        size = (apart**2).sum() - noise
+        size = size if size > 0 else np.nan  # all of it could be noise
         order = np.argsort(-gain, kind="stable")
-        labels = [list(named.values())[i] for i in order]
+        labels = list(names[order])
         ranks = np.arange(1, len(order) + 1)
         frames.append(
             pd.DataFrame(
@@ -171,8 +169,11 @@ def _groups(cells: AnnData, by: str | None) -> dict[str, np.ndarray]:
         return {"cells": np.arange(cells.n_obs)}
     if by not in cells.obs:
         raise ValueError(f"obs has no column {by!r}; it has {list(cells.obs.columns)}.")
-    labels = cells.obs[by].astype(str).to_numpy()
-    return {name: np.flatnonzero(labels == name) for name in sorted(set(labels))}
+    column = cells.obs[by]
+    labels, labelled = column.astype(str).to_numpy(), column.notna().to_numpy()
+    return {
+        name: np.flatnonzero(labelled & (labels == name)) for name in sorted({*labels[labelled]})
+    }
 
 
 def _mean(rates: sp.csr_matrix) -> tuple[np.ndarray, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from gpjepa.perturbations import Perturbation
+from gpjepa.perturbations import Perturbation, UnknownTargetError
 
 from ._constraints import Constraints
 from ._goals import Goal
@@ -62,7 +63,7 @@ class Scoring:
     ) -> None:
         if not isinstance(goal, Goal):
             raise TypeError(
-                f"goal={goal!r} is no goal: give Signature, TowardsEffect, TowardsCells, CellState or "
+                f"goal={goal!r} is not a goal: give Signature, TowardsEffect, TowardsCells, CellState or "
                 "Score of gpjepa.planning."
             )
         constraints.check(model, context)
@@ -70,6 +71,11 @@ class Scoring:
         self.goal, self.objective = goal, goal.objective(model, context)
         self.threshold = self.objective.threshold if threshold is None else float(threshold)
         self.protected = constraints.protected(model, context)
+        wanted = self.objective.linear
+        if wanted is not None and {*self.objective.genes[wanted != 0]} <= {
+            *constraints.leave_alone
+        }:
+            raise ValueError("The goal is about genes that leave_alone says should not change.")
 
     def table(self, perturbations: Sequence[Perturbation]) -> pd.DataFrame:
         """Score, expected score, side effect and regime of each, by the full model."""
@@ -122,8 +128,12 @@ class Scoring:
 
     def success(self, drawn: Drawn) -> np.ndarray:
         """Which draws reach the threshold, and keep side effects small, (n_draws, n_candidates)."""
+        return (drawn.score >= self.threshold) & self.within(drawn)
+
+    def within(self, drawn: Drawn) -> np.ndarray:
+        """Which draws keep side effects within the limit, shape (n_draws, n_candidates)."""
         most = self.constraints.max_change
-        return (drawn.score >= self.threshold) & (True if most is None else drawn.side <= most)
+        return np.ones(drawn.side.shape, bool) if most is None else drawn.side <= most
 
     def value(self, drawn: Drawn, risk: Risk) -> np.ndarray:
         """What is to be large, shape (n_candidates,)."""
@@ -143,9 +153,30 @@ def check_risk(risk: str) -> None:
 
 
 def doses_of(model: EffectModel, context: str) -> list[Perturbation]:
-    """Every target that was measured in a context, alone or not, at each of its doses."""
-    found = {s for p in model.measured(context) for s in p.singles}
-    return sorted(found)
+    """Every target that was measured in a context, alone or not, at each of its doses.
+
+    With a warning, without those that cannot be predicted alone, as no feature knows them.
+    """
+    found, left_out = [], []
+    for single in sorted({s for p in model.measured(context) for s in p.singles}):
+        try:
+            model.parse([single])
+        except UnknownTargetError:
+            left_out.append(str(single))
+        else:
+            found.append(single)
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} targets are left out, as they were measured in combinations only and no "
+            f"feature knows them: {', '.join(left_out[:5])}{' ...' * (len(left_out) > 5)}.",
+            UserWarning,
+            stacklevel=4,
+        )
+    if not found:
+        raise ValueError(
+            f"No target was measured in {context!r}: give candidates, or targets, to choose from."
+        )
+    return found
 
 
 def together(singles: Iterable[Perturbation]) -> Perturbation:

@@ -26,7 +26,7 @@ def ranking(
     Parameters
     ----------
     frame
-        One row per candidate, best first: ``perturbation, score, lower, upper``, and
+        One row per candidate, best first: ``perturbation, score, expected, lower, upper``, and
         ``extrapolated`` for those that are drawn in grey.
     n
         Candidates to show.
@@ -45,13 +45,16 @@ def ranking(
     for y, row in shown.iterrows():
         color = NEITHER if far[y] else COLORS["GP-JEPA"]
         axes.plot([row["lower"], row["upper"]], [y, y], color=color, linewidth=2, alpha=0.5)
-        axes.plot(row["score"], y, "o", color=color, markersize=5)
+        axes.plot(row["score"], y, "o", color=color, markersize=5, fillstyle="none")
+        axes.plot(row.get("expected", row["score"]), y, "o", color=color, markersize=5)
     axes.axvline(0, color="#999999", linewidth=0.8)
     if threshold is not None:
         axes.axvline(threshold, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(shown)), list(shown["perturbation"]), fontsize=8)
     said = "\n".join(textwrap.wrap(unit, 60))
-    axes.set_xlabel(f"{said}\ndot: of the predicted effect; line: 95% interval of the true one")
+    axes.set_xlabel(
+        f"{said}\nring: of the predicted effect; dot, line: of the true one, expected, and 95% interval"
+    )
     if far.any() and not far.all():
         axes.set_title("grey: a target was never measured here", loc="left", fontsize=9)
     return finished(axes, return_fig)
