@@ -53,7 +53,7 @@ def ranking(
     axes.set_yticks(range(len(shown)), list(shown["perturbation"]), fontsize=8)
     said = "\n".join(textwrap.wrap(unit, 60))
     axes.set_xlabel(
-        f"{said}\nring: of the predicted effect; dot, line: of the true one, expected, and 95% interval"
+        f"{said}\nring: of the predicted effect\ndot, line: of the true effect, mean and 95% interval"
     )
     if far.any() and not far.all():
         axes.set_title("grey: a target was never measured here", loc="left", fontsize=9)
