@@ -1,16 +1,20 @@
 import os
 
-# Small tensors are slower on several threads; so are the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import numpy as np
 import pytest
+import torch
 from helpers import train_quickly
+from threadpoolctl import threadpool_limits
 
 import gpjepa
 from gpjepa import splits
 from gpjepa.benchmark import Task, standard_cells
 from gpjepa.benchmark.tasks import measured_rows
+
+# Small arrays are slower on several threads, also in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+threadpool_limits(1)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ def errors(result):
     return table.pivot(index="data", columns="method", values="value")
 
 
+@pytest.mark.slow
 def test_the_anchor_is_hardly_worse_than_no_change_anywhere(errors):
     assert len(errors) == 5
     assert (errors["anchor"] < 1.02).all()
@@ -35,6 +36,7 @@ def test_the_anchor_is_hardly_worse_than_no_change_anywhere(errors):
         assert errors.loc[name, "mean"] > 1.05  # what carelessness costs
 
 
+@pytest.mark.slow
 def test_the_anchor_is_better_where_something_can_be_known(errors, result):
     assert errors.loc["Papalexi 2021", "anchor"] < 0.7
     assert errors.loc["Zhao 2021", "anchor"] < 0.82

@@ -97,6 +97,7 @@ def test_few_controls_of_held_out_cells_are_not_what_is_trained_on():
 # Order and repetition
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_the_order_of_cells(simulated, rng):
     order = rng.permutation(simulated.n_obs)
     one, other = (

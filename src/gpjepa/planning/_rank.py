@@ -19,6 +19,23 @@ from ._result import Ranking
 from ._scoring import KNOWN, Risk, Scoring, check_risk, doses_of, together
 from ._screen import best_pairs
 
+_COLUMNS = (
+    "perturbation",
+    "regime",
+    "score",
+    "expected",
+    "sd",
+    "lower",
+    "upper",
+    "p_success",
+    "p_best",
+    "expected_rank",
+    "side_effect",
+    "cost",
+    "feasible",
+    "extrapolated",
+)
+
 
 def rank(
     model: Any,
@@ -108,73 +125,82 @@ def ranked(
     seed: int,
 ) -> Ranking:
     """Candidates predicted by the full model, and the best of them drawn together."""
-    constraints = scoring.constraints
-    given = [p for p in dict.fromkeys(chosen) if not p.is_control]
-    if not given:
-        raise ValueError("The control is the only candidate; it changes nothing.")
-    measured = {
-        t for c in scoring.model.contexts for p in scoring.model.measured(c) for t in p.targets
-    }
-    constraints.check_targets(measured | {t for p in given for t in p.targets})
-    chosen = [p for p in given if constraints.permits(p)]
-    if not chosen:
-        raise ValueError(
-            f"No candidates are left: the constraints permit none of {n_all:,}. Allow more targets, or "
-            "raise the limits."
-        )
+    chosen = _permitted(scoring, chosen, n_all)
     table = scoring.table(chosen)
-    if "feasible" in table and not table["feasible"].any():
-        least = int(table["side_effect"].argmin())
-        raise ValueError(
-            f"None of {len(chosen):,} candidates keeps side effects within "
-            f"max_change={constraints.max_change:g}; the smallest, of {chosen[least]}, is "
-            f"{table['side_effect'][least]:.3g}."
-        )
+    _check_feasible(scoring, chosen, table)
     unnamed = [p for p in chosen if p not in named]
     known = named | (scoring.model.parse(unnamed) if unnamed else {})
     table.insert(0, "perturbation", [known[p] for p in chosen])
     table["extrapolated"] = ~table["regime"].isin(KNOWN)
-    first_by = "expected" if risk == "expected" else "score"
-    order = _order(table, first_by)
-    # The best of both lists are drawn.
-    first = [
-        order[~table["extrapolated"].to_numpy()[order]],
-        order[table["extrapolated"].to_numpy()[order]],
-    ]
-    at = np.concatenate([mine[:n_joint] for mine in first])
+    order = _order(table, "expected" if risk == "expected" else "score")
+    far = table["extrapolated"].to_numpy()[order]
+    lists = [order[~far][:n_joint], order[far][:n_joint]]
+    _add_draws(scoring, chosen, table, lists, risk, n_draws, seed)
+    order = _order(table, "value", "score")
+    order = order[np.argsort(table["extrapolated"].to_numpy()[order], kind="stable")]
+    columns = [c for c in _COLUMNS if c in table]
+    table = table.iloc[order].reset_index(drop=True)[columns]
+    return Ranking(table, [chosen[i] for i in order], scoring, n_all, risk)
+
+
+def _permitted(scoring: Scoring, chosen: Sequence[Perturbation], n_all: int) -> list[Perturbation]:
+    """Candidates that the constraints permit, each once."""
+    model, constraints = scoring.model, scoring.constraints
+    given = [p for p in dict.fromkeys(chosen) if not p.is_control]
+    if not given:
+        raise ValueError("The control is the only candidate; it changes nothing.")
+    measured = {t for c in model.contexts for p in model.measured(c) for t in p.targets}
+    constraints.check_targets(measured | {t for p in given for t in p.targets})
+    permitted = [p for p in given if constraints.permits(p)]
+    if not permitted:
+        raise ValueError(
+            f"No candidates are left: the constraints permit none of {n_all:,}. Allow more targets, or "
+            "raise the limits."
+        )
+    return permitted
+
+
+def _check_feasible(scoring: Scoring, chosen: list[Perturbation], table: pd.DataFrame) -> None:
+    if "feasible" in table and not table["feasible"].any():
+        least = int(table["side_effect"].argmin())
+        raise ValueError(
+            f"None of {len(chosen):,} candidates keeps side effects within "
+            f"max_change={scoring.constraints.max_change:g}; the smallest, of {chosen[least]}, is "
+            f"{table['side_effect'][least]:.3g}."
+        )
+
+
+def _add_draws(
+    scoring: Scoring,
+    chosen: list[Perturbation],
+    table: pd.DataFrame,
+    lists: list[np.ndarray],
+    risk: Risk,
+    n_draws: int,
+    seed: int,
+) -> None:
+    """Add what draws say of some rows of the table, all of them together; ranks within each list."""
+    at = np.concatenate(lists)
     drawn = scoring.drawn([chosen[i] for i in at], n_draws, seed)
-    for name in ("sd", "lower", "upper", "p_success", "p_best", "expected_rank", "value"):
-        table[name] = np.nan
-    ends = np.cumsum([0, *(min(len(mine), n_joint) for mine in first)])
-    success, within = scoring.success(drawn).mean(0), scoring.within(drawn)
+    table[["sd", "lower", "upper", "p_success", "p_best", "expected_rank", "value"]] = np.nan
     if scoring.objective.linear is None:  # nothing is known of it in closed form
         table["expected"] = np.nan
         table.loc[at, "expected"] = drawn.score.mean(0)
+    table.loc[at, "sd"] = drawn.score.std(0)
+    table.loc[at, ["lower", "upper"]] = np.quantile(drawn.score, [0.025, 0.975], axis=0).T
+    table.loc[at, "p_success"] = scoring.success(drawn).mean(0)
     if risk in ("mean", "expected"):
-        value = table["score" if risk == "mean" else "expected"].to_numpy()[at]
+        table["value"] = table["score" if risk == "mean" else "expected"]
     else:
-        value = scoring.value(drawn, risk)
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
-        mine = slice(start, end)
-        score = drawn.score[:, mine]
-        rows = at[mine]
-        table.loc[rows, "sd"] = score.std(0)
-        table.loc[rows, ["lower", "upper"]] = np.quantile(score, [0.025, 0.975], axis=0).T
-        table.loc[rows, "p_success"] = success[mine]
-        table.loc[rows, "value"] = value[mine]
-        if score.shape[1]:
-            # What breaks a limit is not the best, whatever its score.
-            places = np.where(within[:, mine], -score, np.inf).argsort(1, kind="stable").argsort(1)
+        table.loc[at, "value"] = scoring.value(drawn, risk)
+    # What breaks a limit is not the best, whatever its score.
+    score = np.where(scoring.within(drawn), drawn.score, -np.inf)
+    for start, rows in zip((0, len(lists[0])), lists, strict=True):
+        if len(rows):
+            mine = score[:, start : start + len(rows)]
+            places = (-mine).argsort(1, kind="stable").argsort(1)
             table.loc[rows, "p_best"] = (places == 0).mean(0)
             table.loc[rows, "expected_rank"] = 1 + places.mean(0)
-    order = _order(table, "value", "score")
-    order = order[np.argsort(table["extrapolated"].to_numpy()[order], kind="stable")]
-    columns = ["perturbation", "regime", "score", "expected", "sd", "lower", "upper", "p_success"]
-    columns += ["p_best", "expected_rank"]
-    columns += [c for c in ("side_effect", "cost", "feasible") if c in table]
-    table = table.iloc[order].reset_index(drop=True)
-    chosen = [chosen[i] for i in order]
-    return Ranking(table[[*columns, "extrapolated"]], chosen, scoring, n_all, risk)
 
 
 def _order(table: pd.DataFrame, *columns: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from gpjepa.perturbations import Perturbation, UnknownTargetError
 
 from ._constraints import Constraints
 from ._goals import Goal
-from ._model import EffectModel, Joint
+from ._model import EffectModel
 
 Risk = Literal["mean", "expected", "quantile", "success"]
 RISKS: tuple[Risk, ...] = ("mean", "expected", "quantile", "success")
@@ -33,13 +33,10 @@ class Drawn:
     ----------
     score, side
         Score and side effect, shape (n_draws, n_candidates).
-    joint
-        The effects that they were drawn from, where the goal is.
     """
 
     score: np.ndarray
     side: np.ndarray
-    joint: Joint
 
 
 class Scoring:
@@ -68,7 +65,7 @@ class Scoring:
             )
         constraints.check(model, context)
         self.model, self.context, self.constraints = model, context, constraints
-        self.goal, self.objective = goal, goal.objective(model, context)
+        self.objective = goal.objective(model, context)
         self.threshold = self.objective.threshold if threshold is None else float(threshold)
         self.protected = constraints.protected(model, context)
         wanted = self.objective.linear
@@ -107,9 +104,9 @@ class Scoring:
             table["feasible"] = True if most is None else side <= most
         return table
 
-    def _side(self, effect: object) -> np.ndarray:
-        """Root mean square of effects over what should not change, shape (n,)."""
-        squares = [np.square(effect(c)[:, genes]) for c, genes in self.protected.items()]  # type: ignore[operator]
+    def _side(self, effects: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Root mean square of effects by context over what should not change, shape (n,)."""
+        squares = [np.square(effects(c)[:, genes]) for c, genes in self.protected.items()]
         if not squares:
             return np.zeros(1)
         return np.sqrt(np.concatenate(squares, 1).mean(1, dtype=float))
@@ -122,9 +119,10 @@ class Scoring:
         at = {c: slice(i * k, (i + 1) * k) for i, c in enumerate(contexts)}
         score, side = np.empty((n, k)), np.zeros((n, k))
         for i, effects in enumerate(joint.draws(n, seed)):
-            side[i] = self._side(lambda c, of=effects: of[at[c]])
+            parts = {c: effects[rows] for c, rows in at.items()}
+            side[i] = self._side(parts.__getitem__)
             score[i] = self.objective(np.asarray(effects[:k], float))
-        return Drawn(score - self.constraints.weight * side, side, joint)
+        return Drawn(score - self.constraints.weight * side, side)
 
     def success(self, drawn: Drawn) -> np.ndarray:
         """Which draws reach the threshold, and keep side effects small, (n_draws, n_candidates)."""
@@ -139,11 +137,9 @@ class Scoring:
         """What is to be large, shape (n_candidates,)."""
         if risk == "success":
             return self.success(drawn).mean(0)
-        return (
-            np.quantile(drawn.score, QUANTILE, axis=0)
-            if risk == "quantile"
-            else drawn.score.mean(0)
-        )
+        if risk == "quantile":
+            return np.quantile(drawn.score, QUANTILE, axis=0)
+        return drawn.score.mean(0)
 
 
 def check_risk(risk: str) -> None:
