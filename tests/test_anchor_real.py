@@ -45,6 +45,7 @@ def test_the_anchor_is_better_where_something_can_be_known(errors, result):
     assert known["anchor"] < 0.7 * known["additive"]
 
 
+@pytest.mark.slow
 def test_features_that_say_nothing_do_no_harm(errors):
     best = errors["shrunken mean"].clip(upper=1)
     assert errors.loc["Papalexi 2021", "random features"] < 1.05 * best["Papalexi 2021"]
