@@ -479,6 +479,8 @@ def test_parts_of_a_score_add_up(anchor, goal):
     for target in pair.split("+"):
         assert why.parts["alone"][target] == pytest.approx(by_name[target])
     assert why.unknown.sum() == pytest.approx(1)
+    single = next(p for p in ranking.table()["perturbation"] if "+" not in p)
+    assert ranking.why(single).unknown["its targets"] == 0
     with pytest.raises(KeyError, match="not in the table"):
         ranking.why("nothing")
 

@@ -105,6 +105,8 @@ class _Errors:
         Shapes (n_keys, n_genes) and (n_pairs, n_genes).
     keys, own
         Names of the random streams.
+    is_key
+        Which pairs are keys themselves: those that were measured, and single targets.
     measured
         Context of the keys that were measured, of which what is unknown is like noise; "" of others.
     of_context
@@ -121,6 +123,7 @@ class _Errors:
     own_sd: np.ndarray
     keys: list[str]
     own: list[str]
+    is_key: np.ndarray
     measured: np.ndarray
     of_context: np.ndarray
     noise: dict[str, np.ndarray | None]
@@ -171,6 +174,7 @@ class _Errors:
             np.sqrt(own).astype(np.float32),
             [f"{p} in {c}" for p, c in keys],
             [f"{p} alone in {c}" for p, c in pairs],
+            np.array([not e.singles for e in estimates], bool),
             np.array([c if (c, p) in measured.row else "" for p, c in keys]),
             np.array(contexts),
             {c: None if c not in draws else draws[c].astype(np.float32) for c in table.contexts},
@@ -185,10 +189,12 @@ class _Errors:
         )
 
     def shares(self) -> dict[str, np.ndarray]:
+        of_keys = self.factors**2 @ (self.key_sd**2).sum(1)
+        itself = (self.own_sd**2).sum(1)
         found = {
             "sampling noise": self.weights**2 @ (self.profile_sd**2).sum(1),
-            "its targets": self.factors**2 @ (self.key_sd**2).sum(1),
-            "itself": (self.own_sd**2).sum(1),
+            "its targets": np.where(self.is_key, 0, of_keys),
+            "itself": itself + np.where(self.is_key, of_keys, 0),
         }
         total = np.maximum(sum(found.values()), 1e-30)
         return {name: value / total for name, value in found.items()}
