@@ -11,7 +11,7 @@ from ._baselines import (
     ShrunkenAdditive,
 )
 from ._cells import CellSums, effect_table
-from ._denoise import denoise
+from ._denoised import denoise
 from ._doses import OtherDose
 from ._enrichment import enrichment, gene_set_scores
 from ._experts import ROLES, ExpertPredictions
