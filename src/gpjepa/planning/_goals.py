@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from anndata import AnnData
 from scipy.stats import chi2
 
@@ -194,12 +195,9 @@ class TowardsCells(Goal):
     def profile(self, model: EffectModel) -> tuple[np.ndarray, np.ndarray]:
         """Mean log1p counts per 10,000 of the cells, and its sampling variance."""
         rates = model.log1p_counts(self.cells)
-        n = rates.shape[0]
-        if n < 2:
-            raise ValueError(f"{n} cells are too few to be a goal; give at least 2.")
-        mean = np.asarray(rates.mean(0)).ravel().astype(float)
-        square = np.asarray(rates.power(2).mean(0)).ravel()
-        return mean, np.maximum(square - mean**2, 0) / (n - 1)
+        if rates.shape[0] < 2:
+            raise ValueError(f"{rates.shape[0]} cells are too few to be a goal; give at least 2.")
+        return mean_and_variance(rates)
 
 
 class CellState(Goal):
@@ -318,6 +316,13 @@ def _differs(model: EffectModel, context: str, apart: np.ndarray, variance: np.n
         n = model.effects.effective_genes(model.unit, context, variance)
     total = max(float(variance.sum()), 1e-300)
     return bool(chi2.sf(float(apart @ apart) / total * n, n) < _LEVEL)
+
+
+def mean_and_variance(rates: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    """Mean profile of cells, and its sampling variance, shape (n_genes,) each."""
+    mean = np.asarray(rates.mean(0)).ravel().astype(float)
+    square = np.asarray(rates.power(2).mean(0)).ravel()
+    return mean, np.maximum(square - mean**2, 0) / max(rates.shape[0] - 1, 1)
 
 
 def control_profile(model: EffectModel, context: str) -> np.ndarray:

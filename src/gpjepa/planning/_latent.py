@@ -39,7 +39,7 @@ def latent_energy(
     perturbations
         Candidates, such as the best of a :class:`Ranking`.
     context
-        Where; may be left out if there is only one.
+        Context of the effects; optional if the model has only one.
     controls
         Control cells to start from; those of training by default.
     n_cells

@@ -21,7 +21,6 @@ from gpjepa.effects import (
     EffectTable,
     PairSums,
     Regimes,
-    Scale,
     log1p_rates,
 )
 from gpjepa.perturbations import Perturbation
@@ -113,8 +112,6 @@ class OfPredictor:
     library_size_key
         Column of ``obs`` with the counts of the whole cell, if effects were measured with these; by
         default the sum of the model's genes.
-    scale
-        Scale of the effects; the table's first by default.
     """
 
     def __init__(
@@ -123,7 +120,6 @@ class OfPredictor:
         parse: Callable[[Sequence[str | Perturbation]], dict[Perturbation, str]] | None = None,
         log1p_counts: Callable[[AnnData], sp.csr_matrix] | None = None,
         library_size_key: str | None = None,
-        scale: Scale | None = None,
     ) -> None:
         self._predictor = predictor
         self._anchor = predictor if isinstance(predictor, EffectAnchor) else predictor.anchor_
@@ -133,7 +129,7 @@ class OfPredictor:
             )
         self.effects: EffectTable = self._anchor.effects_
         self.genes = self.effects.genes.astype(str)
-        self.unit = self.effects.scales[0] if scale is None else self.effects.check_scale(scale)
+        self.unit = self.effects.scales[0]
         self.contexts = self.effects.contexts
         self._parse, self._log1p_counts, self._key = parse, log1p_counts, library_size_key
 

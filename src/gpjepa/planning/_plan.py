@@ -225,17 +225,12 @@ class _Search:
         """A set without a target twice: the largest of Gumbel variables (Kool et al. 2019)."""
         size = 1 + int(rng.choice(len(of_size), p=of_size / of_size.sum()))
         keys = np.log(of_single + 1e-6) + rng.gumbel(size=len(of_single))
-        return self._distinct(np.argsort(-keys), size)
-
-    def _distinct(self, order: np.ndarray, size: int) -> list[int]:
-        found, used = [], set()
-        for i in order:
-            if self.target[i] not in used:
-                used.add(self.target[i])
-                found.append(int(i))
-                if len(found) == size:
-                    break
-        return found
+        by_target: dict[int, int] = {}
+        for i in np.argsort(-keys):
+            by_target.setdefault(int(self.target[i]), int(i))
+            if len(by_target) == size:
+                break
+        return list(by_target.values())
 
     def _exchanged(
         self, top: list[int], value: float, of_single: np.ndarray, n: int

@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from gpjepa.perturbations import Perturbation
 
-from ._goals import control_profile
+from ._goals import control_profile, mean_and_variance
 from ._model import as_model, check_context
 from ._rank import check_sizes, listed
 
@@ -45,7 +45,7 @@ class Reversal:
         Parameters
         ----------
         group
-            Which; may be left out if there is only one.
+            Name of the group; optional if there is only one.
         n
             How many; all by default.
         """
@@ -140,10 +140,10 @@ def reverse(
     names = np.array(list(named.values()), dtype=object)
     frames, rows = [], []
     for name, at in groups.items():
-        mean, noise = _mean(rates[at])
+        mean, noise = mean_and_variance(rates[at])
         apart = mean - control
         gain = 2 * effects @ apart - (effects**2).sum(1)
-        size = (apart**2).sum() - noise
+        size = (apart**2).sum() - noise.sum()
         size = size if size > 0 else np.nan  # all of it could be noise
         order = np.argsort(-gain, kind="stable")
         labels = list(names[order])
@@ -174,14 +174,6 @@ def _groups(cells: AnnData, by: str | None) -> dict[str, np.ndarray]:
     return {
         name: np.flatnonzero(labelled & (labels == name)) for name in sorted({*labels[labelled]})
     }
-
-
-def _mean(rates: sp.csr_matrix) -> tuple[np.ndarray, float]:
-    """Mean profile, and the sum of its sampling variances."""
-    mean = np.asarray(rates.mean(0)).ravel().astype(float)
-    square = np.asarray(rates.power(2).mean(0)).ravel()
-    n = rates.shape[0]
-    return mean, float(np.maximum(square - mean**2, 0).sum() / max(n - 1, 1))
 
 
 def _pvalue(

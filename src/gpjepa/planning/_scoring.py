@@ -76,11 +76,8 @@ class Scoring:
 
     def table(self, perturbations: Sequence[Perturbation]) -> pd.DataFrame:
         """Score, expected score, side effect and regime of each, by the full model."""
-        parts = [
-            self._table(perturbations[i : i + _AT_A_TIME])
-            for i in range(0, len(perturbations), _AT_A_TIME)
-        ]
-        return pd.concat(parts, ignore_index=True)
+        blocks = in_blocks(len(perturbations), _AT_A_TIME)
+        return pd.concat([self._table(perturbations[b]) for b in blocks], ignore_index=True)
 
     def _table(self, perturbations: Sequence[Perturbation]) -> pd.DataFrame:
         found = self.model.predict(perturbations, self.context)
@@ -153,15 +150,14 @@ def doses_of(model: EffectModel, context: str) -> list[Perturbation]:
 
     With a warning, without those that cannot be predicted alone, as no feature knows them.
     """
-    found, left_out = [], []
-    for single in sorted({s for p in model.measured(context) for s in p.singles}):
-        try:
-            model.parse([single])
-        except UnknownTargetError:
-            left_out.append(str(single))
-        else:
-            found.append(single)
+    found = sorted({s for p in model.measured(context) for s in p.singles})
+    left_out = (
+        []
+        if _can_be_asked(model, found)
+        else [str(s) for s in found if not _can_be_asked(model, [s])]
+    )
     if left_out:
+        found = [s for s in found if str(s) not in left_out]
         warnings.warn(
             f"{len(left_out)} targets are left out, as they were measured in combinations only and no "
             f"feature knows them: {', '.join(left_out[:5])}{' ...' * (len(left_out) > 5)}.",
@@ -173,6 +169,14 @@ def doses_of(model: EffectModel, context: str) -> list[Perturbation]:
             f"No target was measured in {context!r}: give candidates, or targets, to choose from."
         )
     return found
+
+
+def _can_be_asked(model: EffectModel, singles: Sequence[Perturbation]) -> bool:
+    try:
+        model.parse(singles)
+    except UnknownTargetError:
+        return False
+    return True
 
 
 def together(singles: Iterable[Perturbation]) -> Perturbation:

@@ -17,7 +17,6 @@ def ranking(
     *,
     n: int = 20,
     unit: str = "score",
-    threshold: float | None = None,
     ax: Axes | None = None,
     return_fig: bool = True,
 ) -> Any:
@@ -32,8 +31,6 @@ def ranking(
         Candidates to show.
     unit
         What the score is.
-    threshold
-        Score that counts as success.
     ax
         Where to draw; a figure of its own by default.
     return_fig
@@ -48,8 +45,6 @@ def ranking(
         axes.plot(row["score"], y, "o", color=color, markersize=5, fillstyle="none")
         axes.plot(row.get("expected", row["score"]), y, "o", color=color, markersize=5)
     axes.axvline(0, color="#999999", linewidth=0.8)
-    if threshold is not None:
-        axes.axvline(threshold, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(shown)), list(shown["perturbation"]), fontsize=8)
     said = "\n".join(textwrap.wrap(unit, 60))
     axes.set_xlabel(
